@@ -1,0 +1,37 @@
+// SPDX-License-Identifier: Apache-2.0
+// Copyright The containerd-cloudhv Authors
+
+package shim
+
+// Config is what the controller hands to a pod's shim, as JSON in a file of the
+// sandbox's directory. The shim is started as
+//
+//	containerd-shim-cloudhv-v1 -sandbox DIR
+//
+// with DIR the directory of ConfigFile, and the listening socket of its Task API as
+// file descriptor ListenFD. Standard output and error are its log.
+type Config struct {
+	// SandboxID is the pod's, Namespace containerd's for it.
+	SandboxID string `json:"sandbox_id"`
+	Namespace string `json:"namespace"`
+	// SandboxPid is the pid that the controller gave to CRI: a namespace path
+	// /proc/SandboxPid/ns/… in a spec means the pod's own.
+	SandboxPid uint32 `json:"sandbox_pid"`
+	// GuestEndpoint is vmm.VM.PodEndpoint.
+	GuestEndpoint string `json:"guest_endpoint"`
+	// TTRPCAddress is containerd's ttrpc socket, for events and the host service.
+	TTRPCAddress string `json:"ttrpc_address"`
+	// Debug logs every request.
+	Debug bool `json:"debug,omitempty"`
+}
+
+const (
+	// ConfigFile is the name of the file that holds Config.
+	ConfigFile = "shim.json"
+	// LogFile is where the controller sends the shim's standard error.
+	LogFile = "shim.log"
+	// SocketFile is the shim's Task API socket in the sandbox's directory.
+	SocketFile = "task.sock"
+	// ListenFD is the file descriptor of the listening socket.
+	ListenFD = 3
+)
