@@ -5,4 +5,42 @@
 // virtio-serial port: a handshake that finds its own start among stale bytes,
 // then a yamux session whose streams each begin with the port they are for.
 // Host and agent both import it, so it imports little.
+//
+// # Host
+//
+// Open makes a Client for an endpoint, Client.Dial a connection to a port of
+// the guest. A virtio-serial port has one client at a time: a second one waits
+// until the first has gone.
+//
+// # Guest
+//
+// A Mux hands out a net.Listener for each port. Mux.ServeDevice finds a
+// virtio-serial port by its name, waits for a host, serves its session and
+// waits for the next one, until its context ends.
+//
+// # Connections
+//
+// A connection behaves like TCP's: CloseWrite ends one direction, and what was
+// written before it arrives whole however late the peer reads; Close ends both,
+// and a peer that goes on writing gets ECONNRESET. When the session is lost,
+// reads (after what had arrived) and writes fail with an error that is
+// errdefs.ErrUnavailable; io.EOF is only ever the peer's own end of stream.
+//
+// # On the wire
+//
+// The host begins with a preamble: padding of 0xFF longer than any frame, 8
+// bytes of magic and a nonce of 16 bytes. A guest that is still in a session of
+// a host that vanished finds at most one torn frame, which the padding completes
+// wrongly, or a header that cannot be one, and ends that session. A guest without a
+// session skips what is not magic. It answers with magic and nonce, and the
+// host skips what comes before these. Without an answer the host connects anew
+// with another nonce.
+//
+// After that both sides speak yamux, host as client, without keep-alive. Each
+// side checks each frame before yamux sees it: a frame is there as a whole, with
+// a zero byte after it, none is longer than maxFrame, the guest opens no streams
+// and nobody pings. A stream begins with
+// four bytes, the port in network order, and the guest answers one byte, 0 if
+// somebody listens there. A side that closed a stream and still gets data for it
+// sends one frame with the reset flag, which the other side answers with the same.
 package transport

@@ -1,0 +1,105 @@
+# SPDX-License-Identifier: Apache-2.0
+# Copyright The containerd-cloudhv Authors
+#
+# `make help` explains the targets. Each does what it needs done before, and does nothing twice.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+.NOTPARALLEL:
+
+# Our own tools first; then the system's, with sbin, where mkfs, runc and iptables live.
+export PATH := $(CURDIR)/build/bin:$(CURDIR)/build/host/bin:$(PATH):/usr/local/go/bin:/usr/local/sbin:/usr/sbin:/sbin
+
+# One set of flags for all that is compiled, so that binaries and tests share one build cache. With
+# these tags nothing links to libc but what cannot do without, and that does so statically.
+export GOFLAGS ?= -buildvcs=false -trimpath -tags=netgo,osusergo,urfave_cli_no_docs
+export CGO_ENABLED ?= 1
+
+PKG ?= $$(go list ./... | grep -v /e2e)
+RUN ?= .
+FUZZTIME ?= 10s
+GOTEST := go test -exec '$(CURDIR)/hack/as-root' -run '$(RUN)' $(TESTFLAGS)
+
+##@ To look at it
+
+.PHONY: help
+help: ## Show this.
+	@awk -f hack/help.awk $(MAKEFILE_LIST)
+
+.PHONY: demo
+demo: build ## Watch a pod come up in a virtual machine of its own (IMAGE=ref: another image).
+	@go build -o build/bin/demo ./hack/demo
+	@hack/as-root build/bin/demo
+
+.PHONY: test
+test: build lint unit e2e ## All checks: linters, unit tests, end-to-end tests. CI runs this.
+
+##@ To work on it
+
+.PHONY: setup
+setup: ## Debian packages, guest kernel, crun and crictl (SKIP_SYSTEM=1: no packages).
+	@hack/setup/go.sh
+	@hack/setup/packages.sh install run build
+	@hack/setup/guest.sh foreign
+	@hack/setup/tools.sh crictl
+
+.PHONY: build
+build: setup ## Our binaries into build/bin and the guest image into build/guest (VERSION=...).
+	@hack/build.sh
+	@hack/setup/guest.sh image
+
+.PHONY: lint
+lint: ## gofmt, go vet, golangci-lint, shell syntax, and that generated code is current.
+	@hack/setup/tools.sh golangci-lint
+	@hack/lint.sh
+
+.PHONY: fix
+fix: ## Format the code and let the linters mend what they can.
+	@hack/setup/tools.sh golangci-lint
+	golangci-lint fmt ./...
+	golangci-lint run --fix ./...
+
+.PHONY: unit
+unit: build ## Tests of the packages, as root where they need it (PKG=./vmpool/... RUN=TestName TESTFLAGS=-v).
+	@echo '==> Unit tests'
+	@$(GOTEST) -timeout 20m $(PKG)
+
+.PHONY: race
+race: build ## The same under the race detector.
+	@echo '==> Unit tests with the race detector'
+	@$(GOTEST) -race -timeout 30m $(PKG)
+
+.PHONY: fuzz
+fuzz: ## Each fuzz test for a short while (FUZZTIME=10s).
+	@hack/fuzz.sh $(FUZZTIME)
+
+.PHONY: e2e
+e2e: build ## Tests through the CRI on a private containerd (RUN=TestName for some of them).
+	@echo '==> End-to-end tests'
+	@$(GOTEST) -v -count=1 -timeout 60m ./e2e/...
+
+.PHONY: bench
+bench: build ## Compare with runc in one run; writes build/bench.json.
+	@go build -o build/bin/bench ./e2e/bench
+	@hack/as-root build/bin/bench -o build/bench.json
+
+.PHONY: generate
+generate: ## Generate the protobuf code again.
+	@hack/setup/packages.sh install generate
+	@hack/setup/tools.sh protoc-gen-go protoc-gen-go-ttrpc
+	@hack/generate.sh
+
+##@ To get rid of it
+
+.PHONY: clean
+clean: ## Remove what was built, except for the caches of the guest kernel and crun.
+	@hack/clean.sh outputs
+
+.PHONY: distclean
+distclean: ## Remove build/ altogether.
+	@hack/clean.sh all
+
+.PHONY: clean-system
+clean-system: ## Undo what set-up did to this machine: its Debian packages and package source.
+	@hack/setup/packages.sh remove

@@ -1,0 +1,350 @@
+// SPDX-License-Identifier: Apache-2.0
+// Copyright The containerd-cloudhv Authors
+
+package config
+
+import (
+	"errors"
+	"fmt"
+	"math"
+	"os"
+	"path/filepath"
+	"regexp"
+	"runtime"
+	"strconv"
+	"strings"
+	"time"
+
+	"github.com/containerd/errdefs"
+	"golang.org/x/sys/unix"
+
+	"github.com/cloudhv/containerd-cloudhv/vmpool/vmm"
+)
+
+// Granule is what sizes of memory are multiples of, in bytes: the largest
+// block that a guest's virtio-mem driver plugs at a time.
+const Granule = 4 << 20
+
+const (
+	// minBaseMemory is less than what a guest needs to boot.
+	minBaseMemory = 64 << 20
+	minScratch    = 64 << 20
+	minConsole    = 4 << 10
+	minBuilder    = 64 << 20
+	// maxSandboxID and maxSocketPath bound the state directory's length: a
+	// sandbox's sockets lie two levels below it.
+	maxSandboxID  = 64
+	maxSocketPath = 107
+	maxVCPUs      = 255
+)
+
+// MaxStateDirLen is the longest state_dir, in bytes.
+const MaxStateDirLen = maxSocketPath - (1 + maxSandboxID + 1 + vmm.MaxDirName)
+
+// Settings is a checked Config: units parsed, what is left open filled in from
+// the host. Sizes are in bytes.
+type Settings struct {
+	VMM          string
+	QEMUBinary   string
+	Kernel       string
+	Image        string
+	KernelParams []string
+
+	DefaultVCPUs, MaxVCPUs     int
+	DefaultMemory, MaxMemory   int64
+	BaseMemory, MemoryOverhead int64
+
+	StateDir, CacheDir, Shim string
+	ScratchSize              int64
+	ImageCacheLimit          int64
+	ConsoleLogLimit          int64
+	Cgroup                   bool
+	Annotations              []string
+	UnprivilegedPorts        bool
+	UnprivilegedICMP         bool
+	Debug                    bool
+
+	BuilderBinary   string
+	BuilderMemory   int64
+	BuilderParallel int
+
+	BootTimeout, AgentTimeout, HotPlugTimeout, PowerOffTimeout time.Duration
+	CleanupTimeout, RootFSTimeout, RecoverTimeout              time.Duration
+}
+
+// HostInfo is what Validate fills open values from.
+type HostInfo struct {
+	VCPUs  int
+	Memory int64
+}
+
+// ReadHostInfo reads it from this host.
+func ReadHostInfo() HostInfo {
+	info := HostInfo{VCPUs: runtime.NumCPU(), Memory: 1 << 30}
+	var si unix.Sysinfo_t
+	if err := unix.Sysinfo(&si); err == nil {
+		info.Memory = int64(si.Totalram) * int64(si.Unit)
+	}
+	return info
+}
+
+// Validate checks everything and reports all that is wrong together: each
+// error names the field, its value and what would be right, and the whole
+// wraps ErrInvalidArgument. The Settings are returned also with an error, as
+// far as they could be made, so that what was started under an earlier
+// configuration can still be cleaned up.
+func (c *Config) Validate(host HostInfo) (*Settings, error) {
+	v := &validator{}
+	s := &Settings{
+		Cgroup:            c.Cgroup,
+		UnprivilegedPorts: c.EnableUnprivilegedPorts,
+		UnprivilegedICMP:  c.EnableUnprivilegedICMP,
+		Debug:             c.Debug,
+		Shim:              string(c.Shim),
+	}
+	s.VMM = v.vmm(c.VMM)
+	v.guest(c, s)
+	v.sizes(c, s, host)
+	v.directories(c, s)
+	v.limits(c, s)
+	v.timeouts(c, s)
+	s.Annotations = v.annotations(c.Annotations)
+	if len(v.errs) > 0 {
+		return s, fmt.Errorf("%w: %w", errors.Join(v.errs...), errdefs.ErrInvalidArgument)
+	}
+	return s, nil
+}
+
+type validator struct {
+	errs []error
+}
+
+func (v *validator) errorf(field string, value any, format string, args ...any) {
+	v.errs = append(v.errs, fmt.Errorf("%s = %q: %s", field, fmt.Sprint(value), fmt.Sprintf(format, args...)))
+}
+
+func (v *validator) vmm(name Text) string {
+	switch name {
+	case VMMAuto, VMMQEMU:
+	case VMMCloudHypervisor:
+		v.errorf("vmm", name, "this hypervisor is not in this build yet; use %q or %q", VMMAuto, VMMQEMU)
+	default:
+		v.errorf("vmm", name, "no such hypervisor; use %q, %q or %q", VMMAuto, VMMQEMU, VMMCloudHypervisor)
+	}
+	return string(name)
+}
+
+func (v *validator) guest(c *Config, s *Settings) {
+	s.Kernel = v.file("kernel", c.Kernel, "the guest kernel (vmlinux)")
+	s.Image = v.file("image", c.Image, "the guest's root file system (rootfs.erofs)")
+	if c.QEMUBinary != "" {
+		s.QEMUBinary = v.program("qemu_binary", c.QEMUBinary)
+	}
+	for _, p := range c.KernelParams {
+		if p == "" || strings.ContainsFunc(p, func(r rune) bool { return r < ' ' || r == 0x7f }) {
+			v.errorf("kernel_params", p, "a kernel parameter is a word without control characters")
+			continue
+		}
+		s.KernelParams = append(s.KernelParams, p)
+	}
+	switch {
+	case s.Shim == "":
+		v.errorf("shim", c.Shim, "name the shim's program, such as containerd-shim-cloudhv-v1")
+	case strings.Contains(s.Shim, "/"):
+		s.Shim = v.program("shim", c.Shim)
+	}
+}
+
+func (v *validator) sizes(c *Config, s *Settings, host HostInfo) {
+	s.DefaultVCPUs = v.count("default_vcpus", c.DefaultVCPUs, 1, maxVCPUs)
+	s.MaxVCPUs = v.count("max_vcpus", c.MaxVCPUs, 0, maxVCPUs)
+	if c.MaxVCPUs == 0 {
+		s.MaxVCPUs = min(max(host.VCPUs, s.DefaultVCPUs), maxVCPUs)
+	}
+	if s.DefaultVCPUs > s.MaxVCPUs {
+		v.errorf("default_vcpus", c.DefaultVCPUs, "is more than max_vcpus = %d", s.MaxVCPUs)
+	}
+	s.BaseMemory = v.memory("base_memory", c.BaseMemory, minBaseMemory)
+	s.DefaultMemory = v.memory("default_memory", c.DefaultMemory, minBaseMemory)
+	s.MemoryOverhead = v.memory("memory_overhead", c.MemoryOverhead, 0)
+	s.MaxMemory = v.memory("max_memory", c.MaxMemory, 0)
+	if s.MaxMemory == 0 {
+		s.MaxMemory = host.Memory / Granule * Granule
+	}
+	if s.BaseMemory > s.DefaultMemory {
+		v.errorf("base_memory", c.BaseMemory, "is more than default_memory = %q", c.DefaultMemory)
+	}
+	if s.DefaultMemory > s.MaxMemory {
+		v.errorf("default_memory", c.DefaultMemory, "is more than max_memory = %q", FormatSize(s.MaxMemory))
+	}
+}
+
+func (v *validator) directories(c *Config, s *Settings) {
+	s.StateDir = v.path("state_dir", c.StateDir)
+	if len(s.StateDir) > MaxStateDirLen {
+		v.errorf("state_dir", c.StateDir, "is %d bytes long; with more than %d the sockets' paths exceed what the kernel takes",
+			len(s.StateDir), MaxStateDirLen)
+	}
+	s.CacheDir = v.path("cache_dir", c.CacheDir)
+	if s.StateDir != "" && s.StateDir == s.CacheDir {
+		v.errorf("cache_dir", c.CacheDir, "must be another directory than state_dir")
+	}
+}
+
+func (v *validator) limits(c *Config, s *Settings) {
+	s.ScratchSize = v.atLeast("scratch_size", c.ScratchSize, minScratch)
+	s.ImageCacheLimit = v.atLeast("image_cache_limit", c.ImageCacheLimit, 0)
+	s.ConsoleLogLimit = v.atLeast("console_log_limit", c.ConsoleLogLimit, minConsole)
+	s.BuilderMemory = v.atLeast("rootfs_builder.memory", c.RootFSBuilder.Memory, minBuilder)
+	s.BuilderParallel = v.count("rootfs_builder.parallel", c.RootFSBuilder.Parallel, 1, 64)
+	if c.RootFSBuilder.Binary != "" {
+		s.BuilderBinary = v.program("rootfs_builder.binary", c.RootFSBuilder.Binary)
+	}
+}
+
+func (v *validator) timeouts(c *Config, s *Settings) {
+	t := &c.Timeouts
+	for _, f := range []struct {
+		name  string
+		value Text
+		to    *time.Duration
+	}{
+		{"boot", t.Boot, &s.BootTimeout},
+		{"agent_call", t.AgentCall, &s.AgentTimeout},
+		{"hot_plug", t.HotPlug, &s.HotPlugTimeout},
+		{"power_off", t.PowerOff, &s.PowerOffTimeout},
+		{"cleanup", t.Cleanup, &s.CleanupTimeout},
+		{"rootfs_build", t.RootFSBuild, &s.RootFSTimeout},
+		{"recover", t.Recover, &s.RecoverTimeout},
+	} {
+		d, err := time.ParseDuration(string(f.value))
+		if err != nil || d < 100*time.Millisecond || d > 24*time.Hour {
+			v.errorf("timeouts."+f.name, f.value, "use a duration from 100ms to 24h, such as %q", "30s")
+			d = 30 * time.Second
+		}
+		*f.to = d
+	}
+}
+
+// ownAnnotation is what an allow-list entry may begin with.
+var ownAnnotation = regexp.MustCompile(`^io\.(cloudhv|katacontainers)\.[a-zA-Z0-9._-]*\*?$`)
+
+func (v *validator) annotations(patterns []string) []string {
+	for _, p := range patterns {
+		if !ownAnnotation.MatchString(p) {
+			v.errorf("annotations", p, "an entry is a key under io.cloudhv. or io.katacontainers., or a prefix of one and *")
+		}
+	}
+	return patterns
+}
+
+// path checks an absolute, clean path.
+func (v *validator) path(field string, p Text) string {
+	if !filepath.IsAbs(string(p)) {
+		v.errorf(field, p, "must be an absolute path")
+		return ""
+	}
+	if strings.ContainsAny(string(p), "\x00\n,") {
+		v.errorf(field, p, "must not contain a comma, a newline or NUL")
+		return ""
+	}
+	return filepath.Clean(string(p))
+}
+
+func (v *validator) file(field string, p Text, what string) string {
+	clean := v.path(field, p)
+	if clean == "" {
+		return ""
+	}
+	st, err := os.Stat(clean)
+	switch {
+	case err != nil:
+		v.errorf(field, p, "must be the path of %s: %v", what, err)
+	case !st.Mode().IsRegular():
+		v.errorf(field, p, "must be the path of %s, and is no regular file", what)
+	case st.Size() == 0:
+		v.errorf(field, p, "must be the path of %s, and is empty", what)
+	}
+	return clean
+}
+
+func (v *validator) program(field string, p Text) string {
+	clean := v.path(field, p)
+	if clean == "" {
+		return ""
+	}
+	if err := unix.Access(clean, unix.X_OK); err != nil {
+		v.errorf(field, p, "must be the path of a program: %v", err)
+	}
+	return clean
+}
+
+func (v *validator) count(field string, n Count, least, most int64) int {
+	switch {
+	case n == NotANumber:
+		v.errorf(field, "?", "must be a whole number")
+		return int(least)
+	case int64(n) < least || int64(n) > most:
+		v.errorf(field, int64(n), "must be from %d to %d", least, most)
+		return int(least)
+	}
+	return int(n)
+}
+
+func (v *validator) atLeast(field string, t Text, least int64) int64 {
+	n, err := ParseSize(string(t))
+	if err != nil {
+		v.errorf(field, t, "use a size such as %q", "512MiB")
+		return least
+	}
+	if n < least {
+		v.errorf(field, t, "must be at least %q", FormatSize(least))
+	}
+	return n
+}
+
+func (v *validator) memory(field string, t Text, least int64) int64 {
+	n := v.atLeast(field, t, least)
+	if n%Granule != 0 {
+		v.errorf(field, t, "must be a multiple of %q; %q is the next", FormatSize(Granule), FormatSize(RoundUp(n)))
+	}
+	return n
+}
+
+// RoundUp rounds a size of memory up to a multiple of Granule.
+func RoundUp(n int64) int64 {
+	if n > math.MaxInt64-Granule {
+		return math.MaxInt64 / Granule * Granule
+	}
+	return (n + Granule - 1) / Granule * Granule
+}
+
+var sizeFormat = regexp.MustCompile(`^([0-9]{1,19}) ?(B|KiB|MiB|GiB|TiB)?$`)
+
+// ParseSize reads a size with a binary unit, as "512MiB"; a bare number is bytes.
+func ParseSize(s string) (int64, error) {
+	m := sizeFormat.FindStringSubmatch(s)
+	if m == nil {
+		return 0, fmt.Errorf("%q is no size: %w", s, errdefs.ErrInvalidArgument)
+	}
+	n, err := strconv.ParseInt(m[1], 10, 64)
+	shift := map[string]uint{"": 0, "B": 0, "KiB": 10, "MiB": 20, "GiB": 30, "TiB": 40}[m[2]]
+	if err != nil || n > math.MaxInt64>>shift {
+		return 0, fmt.Errorf("%q is too large a size: %w", s, errdefs.ErrInvalidArgument)
+	}
+	return n << shift, nil
+}
+
+// FormatSize writes a size as ParseSize reads it, in the largest unit that divides it.
+func FormatSize(n int64) string {
+	units := []string{"B", "KiB", "MiB", "GiB", "TiB"}
+	i := 0
+	for n != 0 && n%1024 == 0 && i < len(units)-1 {
+		n /= 1024
+		i++
+	}
+	if n == 0 {
+		return "0"
+	}
+	return strconv.FormatInt(n, 10) + units[i]
+}

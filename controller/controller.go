@@ -1,0 +1,201 @@
+// SPDX-License-Identifier: Apache-2.0
+// Copyright The containerd-cloudhv Authors
+
+// Package controller is a containerd sandbox controller whose sandboxes are
+// virtual machines: one a pod, with the pod's network plugged in, and a shim
+// process beside it that serves containerd's Task API from inside the guest.
+//
+// # What CRI calls, and when
+//
+// RunPodSandbox makes the network namespace, runs CNI, and calls Create and
+// Start. It calls nothing after a Create or Start that failed, so a failed
+// Start undoes Create too; after a later failure it calls Shutdown alone.
+// StopPodSandbox calls Stop if the pod is ready, then removes CNI's network and
+// the namespace; RemovePodSandbox does the same and calls Shutdown. When
+// containerd starts, CRI calls Status and then Wait for every sandbox, one
+// after the other, so recovery is over before the controller exists.
+//
+// # State on disk
+//
+// Each sandbox has a directory, whose record says what exists beside it, or
+// may exist: it is written before each side effect. So one idempotent undoing,
+// by the record, serves a failed Start, Stop, Shutdown and recovery.
+package controller
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"sync"
+
+	"github.com/containerd/containerd/v2/core/containers"
+	"github.com/containerd/containerd/v2/core/sandbox"
+	"github.com/containerd/errdefs"
+	"github.com/containerd/log"
+
+	"github.com/cloudhv/containerd-cloudhv/controller/config"
+	"github.com/cloudhv/containerd-cloudhv/controller/network"
+	"github.com/cloudhv/containerd-cloudhv/controller/rootfs"
+	"github.com/cloudhv/containerd-cloudhv/vmpool/vmm"
+)
+
+// Options are what a Controller is made of.
+type Options struct {
+	// Settings are the checked configuration.
+	Settings *config.Settings
+	// Unfit, if set, is why no sandbox can be created here: the whole reason, for people.
+	Unfit error
+	// Drivers are the hypervisors this build knows. Driver is the one that new
+	// sandboxes use and Host what its Probe found; nil and zero if Unfit.
+	Drivers []vmm.Driver
+	Driver  vmm.Driver
+	Host    vmm.Host
+	// Sandboxes and Containers are containerd's stores.
+	Sandboxes  sandbox.Store
+	Containers containers.Store
+	// Images makes containers' root file systems.
+	Images Images
+	// Network joins VMs to pod networks; nil means the real one.
+	Network Network
+	// TTRPCAddress is containerd's socket, by which shims reach the host service.
+	TTRPCAddress string
+}
+
+// Images makes the disks that containers' root file systems are made of.
+type Images interface {
+	// Get makes the image of a container's snapshot, or finds it, and pins it.
+	Get(ctx context.Context, src rootfs.Source) (*rootfs.Image, error)
+	// Pin keeps an image that a VM uses already.
+	Pin(key string) *rootfs.Image
+}
+
+// Network joins a VM to a pod's network namespace.
+type Network interface {
+	// Connect makes a TAP for each interface; after an error nothing is left.
+	Connect(ctx context.Context, netns string) (*network.Network, error)
+	// Disconnect undoes it, any number of times, also in a namespace that is gone.
+	Disconnect(ctx context.Context, netns string) error
+}
+
+// Controller implements sandbox.Controller. All methods may be called concurrently.
+type Controller struct {
+	cfg        *config.Settings
+	unfit      error
+	drivers    map[string]vmm.Driver
+	driver     vmm.Driver
+	host       vmm.Host
+	sandboxes  sandbox.Store
+	containers containers.Store
+	images     Images
+	network    Network
+	ttrpc      string
+	scratch    *scratchStore
+
+	// mu guards pods, and nothing slow is done under it.
+	mu   sync.Mutex
+	pods map[string]*pod
+}
+
+var _ sandbox.Controller = (*Controller)(nil)
+
+// New returns a Controller that knows no sandbox yet; call Recover next.
+func New(o Options) (*Controller, error) {
+	if o.Settings == nil {
+		return nil, fmt.Errorf("no settings: %w", errdefs.ErrInvalidArgument)
+	}
+	c := &Controller{
+		cfg:        o.Settings,
+		unfit:      o.Unfit,
+		drivers:    map[string]vmm.Driver{},
+		driver:     o.Driver,
+		host:       o.Host,
+		sandboxes:  o.Sandboxes,
+		containers: o.Containers,
+		images:     o.Images,
+		network:    o.Network,
+		ttrpc:      o.TTRPCAddress,
+		scratch:    newScratchStore(o.Settings.CacheDir, o.Settings.ScratchSize),
+		pods:       map[string]*pod{},
+	}
+	for _, d := range o.Drivers {
+		c.drivers[d.Name()] = d
+	}
+	if c.network == nil {
+		c.network = podNetwork{}
+	}
+	if c.driver == nil && c.unfit == nil {
+		c.unfit = fmt.Errorf("no hypervisor: %w", errdefs.ErrFailedPrecondition)
+	}
+	return c, nil
+}
+
+// Unfit is why this controller creates no sandboxes, or nil.
+func (c *Controller) Unfit() error {
+	return c.unfit
+}
+
+// podNetwork is the real Network.
+type podNetwork struct{}
+
+func (podNetwork) Connect(ctx context.Context, netns string) (*network.Network, error) {
+	return network.Connect(ctx, netns)
+}
+
+func (podNetwork) Disconnect(ctx context.Context, netns string) error {
+	return network.Disconnect(ctx, netns)
+}
+
+// get finds a sandbox or returns ErrNotFound.
+func (c *Controller) get(id string) (*pod, error) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if p, ok := c.pods[id]; ok {
+		return p, nil
+	}
+	return nil, fmt.Errorf("sandbox %q: %w", id, errdefs.ErrNotFound)
+}
+
+// add makes a sandbox known, unless its ID is taken.
+func (c *Controller) add(p *pod) error {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if _, ok := c.pods[p.id]; ok {
+		return fmt.Errorf("sandbox %q: %w", p.id, errdefs.ErrAlreadyExists)
+	}
+	c.pods[p.id] = p
+	return nil
+}
+
+// drop makes a sandbox unknown.
+func (c *Controller) drop(p *pod) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.pods[p.id] == p {
+		delete(c.pods, p.id)
+	}
+}
+
+// withPod gives a context whose log lines name the sandbox.
+func withPod(ctx context.Context, id string) context.Context {
+	return log.WithLogger(ctx, log.G(ctx).WithField("sandbox", id))
+}
+
+// cleanup gives a context for undoing that outlives the request which made it
+// necessary, but not for long.
+func (c *Controller) cleanup(ctx context.Context) (context.Context, context.CancelFunc) {
+	return context.WithTimeout(context.WithoutCancel(ctx), c.cfg.CleanupTimeout+c.cfg.PowerOffTimeout)
+}
+
+// sentinel gives err an errdefs class if it has none.
+func sentinel(err, class error) error {
+	if err == nil || errdefs.IsNotFound(err) || errdefs.IsInvalidArgument(err) || errdefs.IsAlreadyExists(err) ||
+		errdefs.IsFailedPrecondition(err) || errdefs.IsUnavailable(err) || errdefs.IsNotImplemented(err) ||
+		errdefs.IsResourceExhausted(err) || errdefs.IsInternal(err) || errdefs.IsUnknown(err) ||
+		errdefs.IsDeadlineExceeded(err) || errdefs.IsCanceled(err) || errdefs.IsAborted(err) {
+		return err
+	}
+	if errors.Is(err, context.DeadlineExceeded) || errors.Is(err, context.Canceled) {
+		return err
+	}
+	return fmt.Errorf("%w: %w", err, class)
+}

@@ -1,0 +1,130 @@
+// SPDX-License-Identifier: Apache-2.0
+// Copyright The containerd-cloudhv Authors
+
+package controller
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"regexp"
+
+	"github.com/containerd/containerd/v2/core/sandbox"
+	"github.com/containerd/containerd/v2/pkg/namespaces"
+	"github.com/containerd/errdefs"
+	"github.com/containerd/log"
+	"github.com/containerd/typeurl/v2"
+	runtime "k8s.io/cri-api/pkg/apis/runtime/v1"
+
+	"github.com/cloudhv/containerd-cloudhv/vmpool/vmm"
+)
+
+// sandboxID is what may name a directory whose sockets' paths fit the kernel.
+var sandboxID = regexp.MustCompile(`^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$`)
+
+// startConfig is all that Start needs of the pod's configuration.
+type startConfig struct {
+	hostname     string
+	hosts        []byte
+	resolvConf   []byte
+	sysctls      map[string]string
+	kernelParams []string
+}
+
+// Create checks the pod's configuration and records the sandbox. On a host or
+// with a configuration that cannot serve it fails with the whole reason. After
+// an error nothing is left.
+func (c *Controller) Create(ctx context.Context, info sandbox.Sandbox, opts ...sandbox.CreateOpt) (retErr error) {
+	ctx = withPod(ctx, info.ID)
+	defer func() { countCreate(retErr) }()
+	if c.unfit != nil {
+		return fmt.Errorf("the cloudhv runtime cannot serve on this node: %w", c.unfit)
+	}
+	ns, err := namespaces.NamespaceRequired(ctx)
+	if err != nil {
+		return err
+	}
+	if !sandboxID.MatchString(info.ID) || info.ID == damagedDir {
+		return fmt.Errorf("sandbox ID %q is not 1 to 64 of [A-Za-z0-9_.-]: %w", info.ID, errdefs.ErrInvalidArgument)
+	}
+	var co sandbox.CreateOptions
+	for _, opt := range opts {
+		if err := opt(&co); err != nil {
+			return err
+		}
+	}
+	pc, err := podConfig(co.Options)
+	if err != nil {
+		return err
+	}
+	rec, start, err := c.plan(info.ID, ns, pc, &co)
+	if err != nil {
+		return err
+	}
+	p := newPod(filepath.Join(c.cfg.StateDir, info.ID), rec)
+	p.start = start
+	if err := c.add(p); err != nil {
+		return err
+	}
+	defer func() {
+		if retErr != nil {
+			c.drop(p)
+		}
+	}()
+	if err := p.makeDir(); err != nil {
+		return sentinel(err, errdefs.ErrInternal)
+	}
+	if err := p.update(func(*record) {}); err != nil {
+		return errors.Join(err, os.RemoveAll(p.dir))
+	}
+	log.G(ctx).WithFields(log.Fields{
+		"vcpus": rec.Size.VCPUs, "memory": rec.Size.MemoryBytes, "netns": rec.NetNS,
+	}).Debug("created sandbox")
+	return nil
+}
+
+// podConfig reads the configuration that CRI passes.
+func podConfig(options typeurl.Any) (*runtime.PodSandboxConfig, error) {
+	if options == nil || options.GetTypeUrl() == "" {
+		return &runtime.PodSandboxConfig{}, nil
+	}
+	v, err := typeurl.UnmarshalAny(options)
+	if err != nil {
+		return nil, fmt.Errorf("decode sandbox options: %w: %w", err, errdefs.ErrInvalidArgument)
+	}
+	pc, ok := v.(*runtime.PodSandboxConfig)
+	if !ok {
+		return nil, fmt.Errorf("sandbox options are %s, not CRI's PodSandboxConfig: %w",
+			options.GetTypeUrl(), errdefs.ErrInvalidArgument)
+	}
+	return pc, nil
+}
+
+// plan turns a pod's configuration into a record and what Start needs. All
+// that is wrong with it is reported together.
+func (c *Controller) plan(id, ns string, pc *runtime.PodSandboxConfig, co *sandbox.CreateOptions) (record, *startConfig, error) {
+	overrides, annotErr := parseAnnotations(mergeAnnotations(pc.GetAnnotations(), co.Annotations), c.cfg.Annotations)
+	size, sizeErr := podSize(c.cfg, overrides, pc.GetLinux().GetResources(), pc.GetLinux().GetOverhead())
+	start, fileErr := c.podFiles(pc)
+	if err := errors.Join(checkPod(pc), annotErr, sizeErr, fileErr); err != nil {
+		return record{}, nil, err
+	}
+	start.kernelParams = overrides.kernelParams
+	rec := record{
+		ID:         id,
+		Namespace:  ns,
+		State:      StateCreated,
+		CreatedAt:  now(),
+		NetNS:      co.NetNSPath,
+		Size:       size,
+		Max:        vmm.Size{VCPUs: c.cfg.MaxVCPUs, MemoryBytes: c.cfg.MaxMemory},
+		Hypervisor: c.driver.Name(),
+		Scratch:    c.scratch.path(id),
+	}
+	if c.cfg.Cgroup {
+		rec.Cgroup = cgroupPath(pc.GetLinux().GetCgroupParent(), id)
+	}
+	return rec, start, nil
+}

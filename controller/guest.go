@@ -1,0 +1,175 @@
+// SPDX-License-Identifier: Apache-2.0
+// Copyright The containerd-cloudhv Authors
+
+package controller
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"strings"
+	"time"
+	"unicode"
+
+	"github.com/containerd/errdefs"
+	"github.com/containerd/errdefs/pkg/errgrpc"
+	"github.com/containerd/ttrpc"
+
+	"github.com/cloudhv/containerd-cloudhv/guest/api"
+	guestv1 "github.com/cloudhv/containerd-cloudhv/guest/api/v1"
+	"github.com/cloudhv/containerd-cloudhv/vmpool/vmm"
+)
+
+const (
+	// maxGuestText bounds a string from a guest, in bytes.
+	maxGuestText = 128
+	// maxGuestSteps bounds the steps that a guest reports.
+	maxGuestSteps = 64
+	// maxGuestError bounds the text of a guest's error.
+	maxGuestError = 1024
+)
+
+// callGuest dials the guest's agent and makes one call within limit. The
+// connection does not outlive the call, so none is open when a VM is
+// snapshotted, and a guest that falls silent costs its caller the limit.
+func callGuest[T any](ctx context.Context, vm vmm.VM, limit time.Duration,
+	call func(context.Context, guestv1.MachineService) (T, error),
+) (T, error) {
+	var zero T
+	ctx, cancel := context.WithTimeout(ctx, limit)
+	defer cancel()
+	conn, err := vm.Dial(ctx, api.PortRPC)
+	if err != nil {
+		return zero, fmt.Errorf("dial the guest's agent: %w", sentinel(err, errdefs.ErrUnavailable))
+	}
+	client := ttrpc.NewClient(conn)
+	defer client.Close()
+	resp, err := call(ctx, guestv1.NewMachineClient(client))
+	if err != nil {
+		return zero, guestError(err)
+	}
+	return resp, nil
+}
+
+// guestError gives what an agent answered its class and bounds its text.
+func guestError(err error) error {
+	if errors.Is(err, ttrpc.ErrClosed) {
+		return fmt.Errorf("the connection to the guest's agent was lost: %w", errdefs.ErrUnavailable)
+	}
+	native := errgrpc.ToNative(err)
+	text := printable(native.Error(), maxGuestError)
+	for _, class := range []error{
+		context.DeadlineExceeded, context.Canceled, errdefs.ErrInvalidArgument, errdefs.ErrNotFound, errdefs.ErrAlreadyExists,
+		errdefs.ErrFailedPrecondition, errdefs.ErrUnavailable, errdefs.ErrNotImplemented, errdefs.ErrResourceExhausted,
+		errdefs.ErrInternal,
+	} {
+		if errors.Is(native, class) {
+			return &agentError{text: text, class: class}
+		}
+	}
+	return &agentError{text: text, class: errdefs.ErrUnknown}
+}
+
+// agentError is an error from the guest.
+type agentError struct {
+	text  string
+	class error
+}
+
+func (e *agentError) Error() string { return "the guest's agent: " + e.text }
+
+func (e *agentError) Unwrap() error { return e.class }
+
+// waitForGuest waits until the agent answers, and checks that it is this build's.
+func (c *Controller) waitForGuest(ctx context.Context, vm vmm.VM, watch *stopwatch) (guestInfo, error) {
+	info, err := callGuest(ctx, vm, c.cfg.BootTimeout,
+		func(ctx context.Context, m guestv1.MachineService) (*guestv1.InfoResponse, error) {
+			return m.Info(ctx, &guestv1.InfoRequest{})
+		})
+	if err != nil {
+		return guestInfo{}, fmt.Errorf("wait for the guest: %w", err)
+	}
+	g := guestInfo{
+		Agent:  printable(info.GetAgentVersion(), maxGuestText),
+		Kernel: printable(info.GetKernelRelease(), maxGuestText),
+	}
+	if v := info.GetApiVersion(); v != api.Version {
+		return g, fmt.Errorf("the guest image's agent (%s) speaks version %d of the API, and this plugin version %d; "+
+			"install the image of the same build: %w", g.Agent, v, api.Version, errdefs.ErrFailedPrecondition)
+	}
+	// The guest's own clock starts with its kernel.
+	const limit = uint64(time.Hour / time.Microsecond)
+	agent, ready := min(info.GetAgentStartUsec(), limit), min(info.GetBootUsec(), limit)
+	watch.add("guest: kernel", 0, time.Duration(agent)*time.Microsecond)
+	if ready >= agent {
+		watch.add("guest: agent", 0, time.Duration(ready-agent)*time.Microsecond)
+	}
+	return g, nil
+}
+
+// configureGuest makes the VM the pod's.
+func (c *Controller) configureGuest(ctx context.Context, vm vmm.VM, req *guestv1.ConfigureRequest, watch *stopwatch) error {
+	begin := time.Since(watch.start)
+	resp, err := callGuest(ctx, vm, c.cfg.AgentTimeout,
+		func(ctx context.Context, m guestv1.MachineService) (*guestv1.ConfigureResponse, error) {
+			return m.Configure(ctx, req)
+		})
+	if err != nil {
+		return fmt.Errorf("configure the guest: %w", err)
+	}
+	steps := resp.GetSteps()
+	for _, step := range steps[:min(len(steps), maxGuestSteps)] {
+		took := time.Duration(min(step.GetUsec(), uint64(time.Hour/time.Microsecond))) * time.Microsecond
+		watch.add("guest: "+printable(step.GetName(), maxGuestText), begin, took)
+		begin += took
+	}
+	return nil
+}
+
+// resizeGuest tells the agent the size of its VM.
+func (c *Controller) resizeGuest(ctx context.Context, vm vmm.VM, size vmm.Size) error {
+	_, err := callGuest(ctx, vm, c.cfg.HotPlugTimeout,
+		func(ctx context.Context, m guestv1.MachineService) (*guestv1.ResizeResponse, error) {
+			return m.Resize(ctx, &guestv1.ResizeRequest{
+				Vcpus: uint32(size.VCPUs), MemoryBytes: uint64(size.MemoryBytes),
+			})
+		})
+	return err
+}
+
+// powerOff asks the guest to turn itself off and waits until the VMM has
+// ended. It returns false if the guest did not within the limit.
+func (c *Controller) powerOff(ctx context.Context, vm vmm.VM) bool {
+	ctx, cancel := context.WithTimeout(ctx, c.cfg.PowerOffTimeout)
+	defer cancel()
+	asked := make(chan struct{})
+	go func() {
+		defer close(asked)
+		// The answer may be lost with the VM; what counts is the VMM's end.
+		_, _ = callGuest(ctx, vm, c.cfg.PowerOffTimeout, func(ctx context.Context, m guestv1.MachineService) (any, error) {
+			return m.PowerOff(ctx, &guestv1.PowerOffRequest{})
+		})
+	}()
+	defer func() { <-asked }()
+	defer cancel()
+	select {
+	case <-vm.Done():
+		return true
+	case <-ctx.Done():
+		return false
+	}
+}
+
+// printable makes a guest's text safe for logs: at most limit bytes, and no
+// control characters.
+func printable(s string, limit int) string {
+	if len(s) > limit {
+		s = s[:limit]
+	}
+	return strings.Map(func(r rune) rune {
+		if r == unicode.ReplacementChar || !unicode.IsPrint(r) {
+			return '?'
+		}
+		return r
+	}, strings.ToValidUTF8(s, "?"))
+}

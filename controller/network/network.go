@@ -1,0 +1,192 @@
+// SPDX-License-Identifier: Apache-2.0
+// Copyright The containerd-cloudhv Authors
+
+// Package network joins a VM to the network namespace that CNI made for its pod.
+//
+// For each interface of the namespace a TAP is created in the namespace, and
+// all that arrives at the one is sent out of the other (an ingress qdisc with
+// a u32 filter that matches everything and redirects, in both directions). The
+// guest's interface takes over name, MAC, MTU, addresses, routes and permanent
+// neighbours. CNI's interface keeps its addresses, so that the namespace
+// still shows them, and CNI's own check and removal work; but as a redirected
+// frame never reaches the namespace's own stack, nothing there answers ARP,
+// neighbour discovery or duplicate address detection beside the guest.
+package network
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"net"
+	"os"
+	"time"
+
+	"github.com/containerd/errdefs"
+	"github.com/vishvananda/netlink"
+	"github.com/vishvananda/netns"
+	"golang.org/x/sys/unix"
+
+	guestv1 "github.com/cloudhv/containerd-cloudhv/guest/api/v1"
+	"github.com/cloudhv/containerd-cloudhv/vmpool/vmm"
+)
+
+const (
+	// tapPrefix begins the names of our TAPs; the number of the NIC follows.
+	tapPrefix = "tap_chv"
+	// maxNICs bounds how many interfaces a pod may have.
+	maxNICs = 4
+	// socketTimeout bounds one netlink request.
+	socketTimeout = 5 * time.Second
+)
+
+// Network is a pod's network as the VM gets it.
+type Network struct {
+	// NICs are to be plugged into the VM.
+	NICs []vmm.NIC
+	// Interfaces and Routes are for the guest's agent.
+	Interfaces []*guestv1.Interface
+	Routes     []*guestv1.Route
+}
+
+// Close closes the TAPs' files. A TAP lives until its last file is closed, so
+// after the hypervisor took its own the TAP stays as long as the hypervisor.
+func (n *Network) Close() error {
+	var errs []error
+	for _, nic := range n.NICs {
+		for _, q := range nic.Queues {
+			errs = append(errs, q.Close())
+		}
+	}
+	n.NICs = nil
+	return errors.Join(errs...)
+}
+
+// Connect reads what CNI made in the namespace at path and joins each interface
+// to a new TAP. A namespace without interfaces beside lo gives an empty
+// Network. The caller closes the Network. After an error nothing is left.
+func Connect(ctx context.Context, path string) (_ *Network, retErr error) {
+	ns, h, err := open(path)
+	if err != nil {
+		return nil, err
+	}
+	defer ns.Close()
+	defer h.Close()
+
+	links, err := podLinks(h)
+	if err != nil {
+		return nil, err
+	}
+	n := &Network{}
+	defer func() {
+		if retErr != nil {
+			retErr = errors.Join(retErr, n.Close(), disconnect(h))
+		}
+	}()
+	for i, link := range links {
+		if err := ctx.Err(); err != nil {
+			return nil, err
+		}
+		tap, err := join(ns, h, link, i)
+		if err != nil {
+			return nil, fmt.Errorf("join interface %s to a tap: %w", link.Attrs().Name, err)
+		}
+		n.NICs = append(n.NICs, vmm.NIC{
+			ID:     fmt.Sprintf("nic%d", i),
+			MAC:    link.Attrs().HardwareAddr,
+			MTU:    link.Attrs().MTU,
+			Queues: []*os.File{tap},
+		})
+		if err := n.read(h, link); err != nil {
+			return nil, fmt.Errorf("read interface %s: %w", link.Attrs().Name, err)
+		}
+	}
+	sortRoutes(n.Routes)
+	return n, nil
+}
+
+// Disconnect undoes Connect: TAPs and redirections go. It is idempotent, and a
+// namespace that is gone has nothing to undo.
+func Disconnect(_ context.Context, path string) error {
+	if path == "" {
+		return nil
+	}
+	ns, h, err := open(path)
+	if errdefs.IsNotFound(err) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	defer ns.Close()
+	defer h.Close()
+	return disconnect(h)
+}
+
+// open opens the namespace at path and a netlink handle in it. It returns
+// ErrNotFound if there is no namespace at path, also when only its mount point
+// was left.
+func open(path string) (netns.NsHandle, *netlink.Handle, error) {
+	ns, err := netns.GetFromPath(path)
+	if errors.Is(err, fs.ErrNotExist) {
+		return netns.None(), nil, fmt.Errorf("network namespace %s: %w", path, errdefs.ErrNotFound)
+	}
+	if err != nil {
+		return netns.None(), nil, fmt.Errorf("open network namespace %s: %w", path, err)
+	}
+	var st unix.Statfs_t
+	if err := unix.Fstatfs(int(ns), &st); err != nil || st.Type != unix.NSFS_MAGIC {
+		_ = ns.Close()
+		return netns.None(), nil, fmt.Errorf("%s is no network namespace: %w", path, errdefs.ErrNotFound)
+	}
+	h, err := netlink.NewHandleAt(ns, unix.NETLINK_ROUTE)
+	if err != nil {
+		_ = ns.Close()
+		return netns.None(), nil, fmt.Errorf("netlink in network namespace %s: %w", path, err)
+	}
+	if err := h.SetSocketTimeout(socketTimeout); err != nil {
+		h.Close()
+		_ = ns.Close()
+		return netns.None(), nil, fmt.Errorf("netlink in network namespace %s: %w", path, err)
+	}
+	return ns, h, nil
+}
+
+// podLinks lists the interfaces that the guest is to have, in order of index.
+func podLinks(h *netlink.Handle) ([]netlink.Link, error) {
+	links, err := retry(h.LinkList)
+	if err != nil {
+		return nil, fmt.Errorf("list interfaces: %w", err)
+	}
+	var pod []netlink.Link
+	for _, link := range links {
+		a := link.Attrs()
+		// Tunnel devices that the kernel makes in every namespace are down.
+		if a.Flags&net.FlagLoopback != 0 || a.Flags&net.FlagUp == 0 || isTAP(link) {
+			continue
+		}
+		if a.EncapType != "ether" || len(a.HardwareAddr) != 6 {
+			return nil, fmt.Errorf("interface %s is %s, not ethernet, and cannot be given to a VM: %w",
+				a.Name, a.EncapType, errdefs.ErrNotImplemented)
+		}
+		pod = append(pod, link)
+	}
+	if len(pod) > maxNICs {
+		return nil, fmt.Errorf("%d interfaces, and a pod may have %d: %w", len(pod), maxNICs, errdefs.ErrNotImplemented)
+	}
+	return pod, nil
+}
+
+// retry repeats a dump that the kernel says was interrupted by a change.
+func retry[T any](dump func() (T, error)) (T, error) {
+	var (
+		v   T
+		err error
+	)
+	for range 5 {
+		if v, err = dump(); !errors.Is(err, netlink.ErrDumpInterrupted) {
+			break
+		}
+	}
+	return v, err
+}

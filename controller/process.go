@@ -1,0 +1,157 @@
+// SPDX-License-Identifier: Apache-2.0
+// Copyright The containerd-cloudhv Authors
+
+package controller
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/containerd/errdefs"
+	"golang.org/x/sys/unix"
+)
+
+// process identifies a process beyond the life of ours: a pid may be another's
+// by now, but not with the same start time in the same boot.
+type process struct {
+	Pid int `json:"pid"`
+	// StartTime is in clock ticks since boot (field 22 of /proc/pid/stat).
+	StartTime uint64 `json:"start_time"`
+	BootID    string `json:"boot_id"`
+}
+
+// bootID tells one boot of the host from another.
+var bootID = sync.OnceValues(func() (string, error) {
+	data, err := os.ReadFile("/proc/sys/kernel/random/boot_id")
+	if err != nil {
+		return "", fmt.Errorf("read the host's boot ID: %w", err)
+	}
+	return strings.TrimSpace(string(data)), nil
+})
+
+// identify describes the running process pid.
+func identify(pid int) (process, error) {
+	boot, err := bootID()
+	if err != nil {
+		return process{}, err
+	}
+	start, err := startTime(pid)
+	if err != nil {
+		return process{}, err
+	}
+	return process{Pid: pid, StartTime: start, BootID: boot}, nil
+}
+
+// startTime reads field 22 of /proc/pid/stat. It returns ErrNotFound if there
+// is no such process, or only its corpse.
+func startTime(pid int) (uint64, error) {
+	data, err := os.ReadFile(filepath.Join("/proc", strconv.Itoa(pid), "stat"))
+	if err != nil {
+		return 0, fmt.Errorf("process %d: %w: %w", pid, err, errdefs.ErrNotFound)
+	}
+	// The second field is the command in parentheses and may contain anything.
+	fields := bytes.Fields(data[bytes.LastIndexByte(data, ')')+1:])
+	if len(fields) < 20 {
+		return 0, fmt.Errorf("process %d: unexpected stat: %w", pid, errdefs.ErrInternal)
+	}
+	if state := fields[0][0]; state == 'Z' || state == 'X' {
+		return 0, fmt.Errorf("process %d has ended: %w", pid, errdefs.ErrNotFound)
+	}
+	start, err := strconv.ParseUint(string(fields[19]), 10, 64)
+	if err != nil {
+		return 0, fmt.Errorf("process %d: unexpected stat: %w", pid, errdefs.ErrInternal)
+	}
+	return start, nil
+}
+
+// pidfd is a process that cannot turn into another: signals reach it or nobody.
+type pidfd struct {
+	file *os.File
+	// done is closed when the process has ended or Close was called.
+	done chan struct{}
+}
+
+// open takes hold of the process, or returns ErrNotFound if it has ended.
+func (p process) open() (*pidfd, error) {
+	fd, err := unix.PidfdOpen(p.Pid, unix.PIDFD_NONBLOCK)
+	if errors.Is(err, unix.ESRCH) {
+		return nil, fmt.Errorf("process %d: %w", p.Pid, errdefs.ErrNotFound)
+	}
+	if err != nil {
+		return nil, fmt.Errorf("watch process %d: %w", p.Pid, err)
+	}
+	file := os.NewFile(uintptr(fd), "pidfd")
+	// The identity is checked with the pidfd in hand, so that it cannot change after.
+	if now, err := identify(p.Pid); err != nil || now != p {
+		_ = file.Close()
+		return nil, fmt.Errorf("process %d is another one by now: %w", p.Pid, errdefs.ErrNotFound)
+	}
+	h := &pidfd{file: file, done: make(chan struct{})}
+	raw, err := file.SyscallConn()
+	if err != nil {
+		_ = file.Close()
+		return nil, fmt.Errorf("watch process %d: %w", p.Pid, err)
+	}
+	go func() {
+		defer close(h.done)
+		// The netpoller tells when the pidfd is readable: the process has ended.
+		_ = raw.Read(func(fd uintptr) bool {
+			fds := []unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}}
+			n, err := unix.Poll(fds, 0)
+			return err == nil && n > 0
+		})
+	}()
+	return h, nil
+}
+
+// signal sends sig; a process that has ended is no error.
+func (h *pidfd) signal(sig unix.Signal) error {
+	raw, err := h.file.SyscallConn()
+	if err != nil {
+		return nil // closed after the end
+	}
+	var sendErr error
+	err = raw.Control(func(fd uintptr) { sendErr = unix.PidfdSendSignal(int(fd), sig, nil, 0) })
+	if err != nil || errors.Is(sendErr, unix.ESRCH) {
+		return nil
+	}
+	return sendErr
+}
+
+// end sends SIGTERM, after grace SIGKILL, and waits until the process has ended.
+func (h *pidfd) end(ctx context.Context, grace time.Duration) error {
+	if err := h.signal(unix.SIGTERM); err != nil {
+		return fmt.Errorf("end process: %w", err)
+	}
+	timer := time.NewTimer(grace)
+	defer timer.Stop()
+	select {
+	case <-h.done:
+		return nil
+	case <-timer.C:
+	case <-ctx.Done():
+	}
+	if err := h.signal(unix.SIGKILL); err != nil {
+		return fmt.Errorf("kill process: %w", err)
+	}
+	select {
+	case <-h.done:
+		return nil
+	case <-ctx.Done():
+		return fmt.Errorf("wait for a killed process: %w", context.Cause(ctx))
+	}
+}
+
+// close lets go of the process without ending it.
+func (h *pidfd) close() {
+	_ = h.file.Close()
+	<-h.done
+}

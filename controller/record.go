@@ -1,0 +1,127 @@
+// SPDX-License-Identifier: Apache-2.0
+// Copyright The containerd-cloudhv Authors
+
+package controller
+
+import (
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"time"
+
+	"github.com/containerd/containerd/v2/pkg/atomicfile"
+	"github.com/containerd/errdefs"
+
+	"github.com/cloudhv/containerd-cloudhv/vmpool/vmm"
+)
+
+const (
+	recordFile = "record.json"
+	// recordVersion changes when an older plugin could not read the record.
+	recordVersion = 1
+	// maxRecord bounds what is read, in bytes.
+	maxRecord = 4 << 20
+)
+
+// record is what outlives containerd: all that is needed to find and to undo
+// what a sandbox has on the host.
+type record struct {
+	Version   int    `json:"version"`
+	ID        string `json:"id"`
+	Namespace string `json:"namespace"`
+	State     State  `json:"state"`
+
+	CreatedAt time.Time `json:"created_at"`
+	ExitedAt  time.Time `json:"exited_at,omitzero"`
+	// ExitStatus is what Wait answers, Cause why the sandbox ended, in words.
+	ExitStatus uint32 `json:"exit_status,omitempty"`
+	Cause      string `json:"cause,omitempty"`
+
+	// NetNS is the path of the pod's network namespace; empty for none.
+	NetNS string `json:"netns,omitempty"`
+	// Cgroup is the VMM's, below the hierarchy's root.
+	Cgroup string `json:"cgroup,omitempty"`
+	// Scratch is the path of the VM's writable disk.
+	Scratch string `json:"scratch,omitempty"`
+	// Size is the VM's, Max its bound.
+	Size vmm.Size `json:"size"`
+	Max  vmm.Size `json:"max"`
+
+	Hypervisor string `json:"hypervisor,omitempty"`
+	// VM is set once the VMM runs, Shim once the shim does.
+	VM   *vmm.State `json:"vm,omitempty"`
+	Shim *process   `json:"shim,omitempty"`
+	// Images are the disks of the VM by image key: false while one is being plugged.
+	Images map[string]bool `json:"images,omitempty"`
+
+	// Guest is what the agent told of itself.
+	Guest guestInfo `json:"guest,omitzero"`
+	// Phases tell how long the parts of Start took.
+	Phases []Phase `json:"phases,omitempty"`
+}
+
+// guestInfo is what a guest told of itself, bounded and printable.
+type guestInfo struct {
+	Agent  string `json:"agent,omitempty"`
+	Kernel string `json:"kernel,omitempty"`
+}
+
+// save writes the record durably and in one step.
+func (r *record) save(dir string) (retErr error) {
+	r.Version = recordVersion
+	data, err := json.Marshal(r)
+	if err != nil {
+		return fmt.Errorf("encode record: %w", err)
+	}
+	f, err := atomicfile.New(filepath.Join(dir, recordFile), 0o600)
+	if err != nil {
+		return fmt.Errorf("write record: %w", err)
+	}
+	if _, err := f.Write(data); err != nil {
+		return errors.Join(fmt.Errorf("write record: %w", err), f.Cancel())
+	}
+	if err := f.Close(); err != nil {
+		return fmt.Errorf("write record: %w", err)
+	}
+	return nil
+}
+
+// loadRecord reads the record of the sandbox in dir. It returns ErrNotFound if
+// there is none, and ErrDataLoss if it cannot be what save wrote.
+func loadRecord(dir string) (*record, error) {
+	path := filepath.Join(dir, recordFile)
+	st, err := os.Lstat(path)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil, fmt.Errorf("record of %s: %w", filepath.Base(dir), errdefs.ErrNotFound)
+	}
+	if err != nil {
+		return nil, fmt.Errorf("read record: %w", err)
+	}
+	if !st.Mode().IsRegular() || st.Size() > maxRecord {
+		return nil, fmt.Errorf("%s is no record: %w", path, errdefs.ErrDataLoss)
+	}
+	data, err := os.ReadFile(path)
+	if err != nil {
+		return nil, fmt.Errorf("read record: %w", err)
+	}
+	return decodeRecord(data, filepath.Base(dir))
+}
+
+// decodeRecord checks the record of sandbox id.
+func decodeRecord(data []byte, id string) (*record, error) {
+	r := &record{}
+	if err := json.Unmarshal(data, r); err != nil {
+		return nil, fmt.Errorf("record of %s: %w: %w", id, err, errdefs.ErrDataLoss)
+	}
+	if r.Version != recordVersion {
+		return nil, fmt.Errorf("record of %s has version %d, and this build knows %d: %w",
+			id, r.Version, recordVersion, errdefs.ErrDataLoss)
+	}
+	if r.ID != id || r.Namespace == "" || !r.State.valid() {
+		return nil, fmt.Errorf("record of %s is incomplete: %w", id, errdefs.ErrDataLoss)
+	}
+	return r, nil
+}

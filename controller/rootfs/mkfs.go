@@ -1,0 +1,140 @@
+// SPDX-License-Identifier: Apache-2.0
+// Copyright The containerd-cloudhv Authors
+
+package rootfs
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"os/exec"
+	"runtime"
+	"strings"
+	"syscall"
+	"time"
+
+	"github.com/containerd/errdefs"
+	"golang.org/x/sys/unix"
+)
+
+const (
+	// niceness of the child: it yields to pods.
+	niceness = 10
+	// maxOutput of the child is kept for the error, in bytes.
+	maxOutput = 2048
+	// killWait is how long a killed child may take to be gone.
+	killWait = 5 * time.Second
+)
+
+// Builder runs mkfs.erofs.
+type Builder struct {
+	// Binary is its path; empty looks for mkfs.erofs on PATH.
+	Binary string
+	// Memory bounds its address space, ImageSize the file it writes, in bytes;
+	// 0 means no bound.
+	Memory, ImageSize int64
+}
+
+// Run writes the tree at dir into the existing file out. Hard links, owners,
+// modes, devices, xattrs and modification times to the nanosecond are kept. The
+// child does not outlive Run, nor this process.
+func (b Builder) Run(ctx context.Context, dir, out, key string) error {
+	binary := b.Binary
+	if binary == "" {
+		binary = "mkfs.erofs"
+	}
+	path, err := exec.LookPath(binary)
+	if err != nil {
+		return fmt.Errorf("%w (package erofs-utils): %w", err, errdefs.ErrFailedPrecondition)
+	}
+	output := &tail{limit: maxOutput}
+	cmd := exec.CommandContext(ctx, path, "--quiet", "--preserve-mtime", "-U", imageUUID(key), out, dir)
+	cmd.Env = []string{"LC_ALL=C"}
+	cmd.Stdout, cmd.Stderr = output, output
+	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true, Pdeathsig: syscall.SIGKILL}
+	cmd.Cancel = func() error { return unix.Kill(-cmd.Process.Pid, unix.SIGKILL) }
+	cmd.WaitDelay = killWait
+
+	if err := b.wait(cmd); err != nil {
+		if ctx.Err() != nil {
+			return fmt.Errorf("mkfs.erofs: %w", context.Cause(ctx))
+		}
+		return fmt.Errorf("mkfs.erofs: %w: %s: %w", err, output, classOf(err))
+	}
+	return nil
+}
+
+// wait runs the child from a thread of its own: the kernel sends the parent
+// death signal when the thread that forked ends.
+func (b Builder) wait(cmd *exec.Cmd) error {
+	result := make(chan error, 1)
+	go func() {
+		runtime.LockOSThread()
+		defer runtime.UnlockOSThread()
+		if err := cmd.Start(); err != nil {
+			result <- err
+			return
+		}
+		limitErr := b.limit(cmd.Process.Pid)
+		if limitErr != nil {
+			_ = cmd.Cancel()
+		}
+		result <- errors.Join(limitErr, cmd.Wait())
+	}()
+	return <-result
+}
+
+// limit bounds a child that has just started. A child that has ended already
+// needs no bounds.
+func (b Builder) limit(pid int) error {
+	limits := map[int]int64{unix.RLIMIT_AS: b.Memory, unix.RLIMIT_FSIZE: b.ImageSize}
+	for resource, n := range limits {
+		if n <= 0 {
+			continue
+		}
+		lim := unix.Rlimit{Cur: uint64(n), Max: uint64(n)}
+		if err := unix.Prlimit(pid, resource, &lim, nil); err != nil && !errors.Is(err, unix.ESRCH) {
+			return fmt.Errorf("set limits: %w", err)
+		}
+	}
+	if err := unix.Setpriority(unix.PRIO_PROCESS, pid, niceness); err != nil && !errors.Is(err, unix.ESRCH) {
+		return fmt.Errorf("set priority: %w", err)
+	}
+	return nil
+}
+
+// classOf tells a host that lacks something from a failure of the program.
+func classOf(err error) error {
+	var exit *exec.ExitError
+	if errors.As(err, &exit) {
+		if ws, ok := exit.Sys().(syscall.WaitStatus); ok && ws.Signaled() && ws.Signal() == syscall.SIGXFSZ {
+			return errdefs.ErrResourceExhausted
+		}
+	}
+	return errdefs.ErrInternal
+}
+
+// imageUUID makes a file system UUID of a key, so that equal images are equal files.
+func imageUUID(key string) string {
+	k := key + strings.Repeat("0", 32)
+	return k[:8] + "-" + k[8:12] + "-" + k[12:16] + "-" + k[16:20] + "-" + k[20:32]
+}
+
+// tail keeps the last bytes that were written to it.
+type tail struct {
+	limit int
+	buf   []byte
+}
+
+func (t *tail) Write(p []byte) (int, error) {
+	t.buf = append(t.buf, p...)
+	if over := len(t.buf) - t.limit; over > 0 {
+		t.buf = append(t.buf[:0], t.buf[over:]...)
+	}
+	return len(p), nil
+}
+
+func (t *tail) String() string {
+	return string(bytes.TrimSpace(bytes.ToValidUTF8(t.buf, []byte("?"))))
+}

@@ -1,0 +1,175 @@
+// SPDX-License-Identifier: Apache-2.0
+// Copyright The containerd-cloudhv Authors
+
+package controller
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strconv"
+	"sync"
+	"syscall"
+	"time"
+
+	"github.com/containerd/errdefs"
+	"golang.org/x/sys/unix"
+)
+
+const (
+	scratchDir = "scratch"
+	// templatePrefix begins the name of the disk that all are copies of; it ends
+	// in the version of how it is made, and its size.
+	templatePrefix = "template-v1-"
+	scratchSuffix  = ".img"
+	mkfsTimeout    = 2 * time.Minute
+)
+
+// scratchStore makes the writable disks of VMs: sparse copies of a template
+// that holds an empty ext4.
+type scratchStore struct {
+	dir  string
+	size int64
+	mu   sync.Mutex
+}
+
+func newScratchStore(cacheDir string, size int64) *scratchStore {
+	return &scratchStore{dir: filepath.Join(cacheDir, scratchDir), size: size}
+}
+
+// path is where the disk of a sandbox lies.
+func (s *scratchStore) path(id string) string {
+	return filepath.Join(s.dir, id+scratchSuffix)
+}
+
+func (s *scratchStore) templatePath() string {
+	return filepath.Join(s.dir, templatePrefix+strconv.FormatInt(s.size, 10))
+}
+
+// make makes the disk at path. After an error there is none.
+func (s *scratchStore) make(ctx context.Context, path string) (retErr error) {
+	if err := s.template(ctx); err != nil {
+		return err
+	}
+	src, err := os.Open(s.templatePath())
+	if err != nil {
+		return fmt.Errorf("open scratch template: %w", err)
+	}
+	defer src.Close()
+	dst, err := os.OpenFile(path, os.O_CREATE|os.O_EXCL|os.O_WRONLY, 0o600)
+	if err != nil {
+		return fmt.Errorf("make scratch disk: %w", err)
+	}
+	defer func() {
+		if err := dst.Close(); err != nil && retErr == nil {
+			retErr = fmt.Errorf("make scratch disk: %w", err)
+		}
+		if retErr != nil {
+			_ = os.Remove(path)
+		}
+	}()
+	return copySparse(dst, src)
+}
+
+// template makes the template unless there is one of the right size.
+func (s *scratchStore) template(ctx context.Context) error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	path := s.templatePath()
+	if _, err := os.Stat(path); err == nil {
+		return nil
+	} else if !errors.Is(err, fs.ErrNotExist) {
+		return fmt.Errorf("find scratch template: %w", err)
+	}
+	if err := os.MkdirAll(s.dir, 0o700); err != nil {
+		return fmt.Errorf("make scratch directory: %w", err)
+	}
+	// Detached: the next pod needs it also if this one's caller leaves.
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), mkfsTimeout)
+	defer cancel()
+	return s.makeTemplate(ctx, path)
+}
+
+func (s *scratchStore) makeTemplate(ctx context.Context, path string) (retErr error) {
+	tmp, err := os.CreateTemp(s.dir, ".template-")
+	if err != nil {
+		return fmt.Errorf("make scratch template: %w", err)
+	}
+	defer func() {
+		_ = tmp.Close()
+		if retErr != nil {
+			_ = os.Remove(tmp.Name())
+		}
+	}()
+	if err := tmp.Truncate(s.size); err != nil {
+		return fmt.Errorf("make scratch template: %w", err)
+	}
+	// No journal: the disk never outlives its VM. The file is all zeros, which
+	// discard tells mkfs, so neither it nor the guest writes inode tables.
+	cmd := exec.CommandContext(ctx, "mkfs.ext4", "-q", "-F", "-m", "0", "-O", "^has_journal,^resize_inode",
+		"-E", "discard,lazy_itable_init=0,root_owner=0:0", "-L", "scratch", tmp.Name())
+	cmd.Env = []string{"LC_ALL=C", "PATH=" + os.Getenv("PATH") + ":/usr/sbin:/sbin"}
+	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
+	cmd.Cancel = func() error { return unix.Kill(-cmd.Process.Pid, unix.SIGKILL) }
+	if out, err := cmd.CombinedOutput(); err != nil {
+		return fmt.Errorf("make scratch template: mkfs.ext4: %w: %s: %w",
+			err, printable(string(out), maxGuestError), errdefs.ErrFailedPrecondition)
+	}
+	if err := tmp.Sync(); err != nil {
+		return fmt.Errorf("make scratch template: %w", err)
+	}
+	if err := os.Rename(tmp.Name(), path); err != nil {
+		return fmt.Errorf("make scratch template: %w", err)
+	}
+	return nil
+}
+
+// copySparse makes dst equal to src, sharing blocks where the file system can,
+// and else without filling holes.
+func copySparse(dst, src *os.File) error {
+	if err := unix.IoctlFileClone(int(dst.Fd()), int(src.Fd())); err == nil {
+		return nil
+	}
+	st, err := src.Stat()
+	if err != nil {
+		return fmt.Errorf("copy scratch template: %w", err)
+	}
+	if err := dst.Truncate(st.Size()); err != nil {
+		return fmt.Errorf("copy scratch template: %w", err)
+	}
+	for at := int64(0); at < st.Size(); {
+		data, err := unix.Seek(int(src.Fd()), at, unix.SEEK_DATA)
+		if errors.Is(err, unix.ENXIO) {
+			return nil // only a hole is left
+		}
+		if err != nil {
+			return fmt.Errorf("copy scratch template: find data: %w", err)
+		}
+		hole, err := unix.Seek(int(src.Fd()), data, unix.SEEK_HOLE)
+		if err != nil {
+			return fmt.Errorf("copy scratch template: find hole: %w", err)
+		}
+		w := io.NewOffsetWriter(dst, data)
+		if _, err := io.Copy(w, io.NewSectionReader(src, data, hole-data)); err != nil {
+			return fmt.Errorf("copy scratch template: %w", err)
+		}
+		at = hole
+	}
+	return nil
+}
+
+// removeScratch removes a disk; one that is gone is no error.
+func removeScratch(path string) error {
+	if path == "" {
+		return nil
+	}
+	if err := os.Remove(path); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return fmt.Errorf("remove scratch disk: %w", err)
+	}
+	return nil
+}

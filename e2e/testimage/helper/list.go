@@ -1,0 +1,125 @@
+// SPDX-License-Identifier: Apache-2.0
+// Copyright The containerd-cloudhv Authors
+
+package main
+
+import (
+	"bufio"
+	"bytes"
+	"crypto/sha256"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+
+	"golang.org/x/sys/unix"
+)
+
+// inode identifies a file, whatever it is called.
+type inode struct{ dev, ino uint64 }
+
+// list prints a line for each file below a root, in order of their names:
+// path, type and mode, owner, size, device number, link target, the first path
+// that is the same file, extended attributes, digest of the content, mtime.
+// Sizes of directories are left out: they are the file system's own affair.
+func list(args []string) (int, error) {
+	if len(args) == 0 {
+		return 0, errors.New("no root")
+	}
+	out := bufio.NewWriterSize(os.Stdout, 1<<16)
+	first := map[inode]string{}
+	err := filepath.WalkDir(args[0], func(path string, d fs.DirEntry, err error) error {
+		if err != nil {
+			return err
+		}
+		if slices.Contains(args[1:], path) {
+			if d.IsDir() {
+				return fs.SkipDir
+			}
+			return nil
+		}
+		line, err := describe(path, first)
+		if err != nil {
+			return fmt.Errorf("%q: %w", path, err)
+		}
+		_, err = out.WriteString(line)
+		return err
+	})
+	return 0, errors.Join(err, out.Flush())
+}
+
+func describe(path string, first map[inode]string) (string, error) {
+	var st unix.Stat_t
+	if err := unix.Lstat(path, &st); err != nil {
+		return "", err
+	}
+	size, same, link, digest := st.Size, "-", "-", "-"
+	var err error
+	switch st.Mode & unix.S_IFMT {
+	case unix.S_IFDIR:
+		size = 0
+	case unix.S_IFLNK:
+		if link, err = os.Readlink(path); err != nil {
+			return "", err
+		}
+	case unix.S_IFREG:
+		if digest, err = digestOf(path); err != nil {
+			return "", err
+		}
+	}
+	if st.Mode&unix.S_IFMT != unix.S_IFDIR {
+		id := inode{uint64(st.Dev), st.Ino}
+		if p, ok := first[id]; ok {
+			same = p
+		} else {
+			first[id] = path
+		}
+	}
+	attrs, err := xattrs(path)
+	if err != nil {
+		return "", err
+	}
+	return fmt.Sprintf("%q %o %d:%d %d %x %q %q %s %s %d.%09d\n", path, st.Mode, st.Uid, st.Gid, size, st.Rdev, link, same, attrs, digest,
+		st.Mtim.Sec, st.Mtim.Nsec), nil
+}
+
+func digestOf(path string) (string, error) {
+	f, err := os.Open(path)
+	if err != nil {
+		return "", err
+	}
+	defer f.Close()
+	h := sha256.New()
+	if _, err := io.Copy(h, f); err != nil {
+		return "", err
+	}
+	return hex.EncodeToString(h.Sum(nil)), nil
+}
+
+// xattrs returns name=hex pairs, in order and separated by commas, or "-".
+func xattrs(path string) (string, error) {
+	buf := make([]byte, 1<<16)
+	n, err := unix.Llistxattr(path, buf)
+	if errors.Is(err, unix.ENOTSUP) || n == 0 {
+		return "-", nil
+	}
+	if err != nil {
+		return "", err
+	}
+	var pairs []string
+	for name := range bytes.SplitSeq(bytes.TrimSuffix(buf[:n], []byte{0}), []byte{0}) {
+		val := make([]byte, 1<<16)
+		n, err := unix.Lgetxattr(path, string(name), val)
+		if err != nil {
+			return "", fmt.Errorf("%s: %w", name, err)
+		}
+		pairs = append(pairs, fmt.Sprintf("%s=%x", name, val[:n]))
+	}
+	slices.Sort(pairs)
+	return strings.Join(pairs, ","), nil
+}

@@ -1,0 +1,182 @@
+// SPDX-License-Identifier: Apache-2.0
+// Copyright The containerd-cloudhv Authors
+
+// Package testimage makes container images in process, from what the host has:
+// no registry is needed.
+package testimage
+
+import (
+	"bytes"
+	"debug/elf"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"time"
+
+	"github.com/containerd/errdefs"
+	v1 "github.com/google/go-containerregistry/pkg/v1"
+	"github.com/google/go-containerregistry/pkg/v1/empty"
+	"github.com/google/go-containerregistry/pkg/v1/mutate"
+	"github.com/google/go-containerregistry/pkg/v1/static"
+	"github.com/google/go-containerregistry/pkg/v1/types"
+)
+
+// References that the images are used under.
+const (
+	BusyboxRef = "localhost/chv/busybox:latest"
+	HelperRef  = "localhost/chv/helper:latest"
+	NastyRef   = "localhost/chv/nasty:latest"
+)
+
+// HelperPath is where the helper is in the images that have it.
+const HelperPath = "/bin/helper"
+
+// epoch is the time of all files that have no special one.
+var epoch = time.Unix(1_700_000_000, 0)
+
+// FindBusybox returns the path of a static busybox: $BUSYBOX, or the first in
+// PATH and /bin that is static.
+func FindBusybox() (string, error) {
+	tried := []string{os.Getenv("BUSYBOX")}
+	for _, dir := range append(filepath.SplitList(os.Getenv("PATH")), "/bin") {
+		tried = append(tried, filepath.Join(dir, "busybox"))
+	}
+	for _, p := range tried {
+		if p != "" && isStatic(p) {
+			return p, nil
+		}
+	}
+	return "", fmt.Errorf("no static busybox in PATH (package busybox-static): %w", errdefs.ErrNotFound)
+}
+
+// isStatic tells whether path is a program that needs no loader.
+func isStatic(path string) bool {
+	f, err := elf.Open(path)
+	if err != nil {
+		return false
+	}
+	defer f.Close()
+	for _, p := range f.Progs {
+		if p.Type == elf.PT_INTERP {
+			return false
+		}
+	}
+	return true
+}
+
+// Busybox is an image of one layer: busybox with a hard link for each applet, a
+// few users and groups, and /tmp.
+func Busybox() (v1.Image, error) {
+	layer, err := busyboxLayer()
+	if err != nil {
+		return nil, err
+	}
+	return build([]*archive{layer}, v1.Config{
+		Cmd: []string{"/bin/sh"},
+		Env: []string{"PATH=/usr/local/bin:/usr/bin:/bin:/usr/sbin:/sbin", "FROM_IMAGE=yes"},
+	})
+}
+
+// Pause is the image of an idle process, for the sandboxes of other runtimes.
+func Pause() (v1.Image, error) {
+	path, err := FindBusybox()
+	if err != nil {
+		return nil, err
+	}
+	data, err := os.ReadFile(path)
+	if err != nil {
+		return nil, err
+	}
+	a := newArchive()
+	a.dir("bin", 0o755)
+	a.file("bin/sleep", 0o755, data)
+	return build([]*archive{a}, v1.Config{Entrypoint: []string{"/bin/sleep", "2147483647"}})
+}
+
+// Helper is Busybox and the tests' helper, with a working directory, a user
+// and an environment of its own.
+func Helper(helper []byte) (v1.Image, error) {
+	base, err := busyboxLayer()
+	if err != nil {
+		return nil, err
+	}
+	a := newArchive()
+	a.file("bin/helper", 0o755, helper)
+	a.dir("work", 0o777)
+	return build([]*archive{base, a}, v1.Config{
+		Cmd:        []string{HelperPath},
+		Env:        []string{"PATH=/usr/local/bin:/usr/bin:/bin:/usr/sbin:/sbin", "FROM_IMAGE=yes"},
+		WorkingDir: "/work",
+		Labels:     map[string]string{"test": "helper"},
+	})
+}
+
+// BuildHelper compiles the helper with the host's go and returns its bytes. The
+// program is put into dir.
+func BuildHelper(repo, dir string) ([]byte, error) {
+	out := filepath.Join(dir, "helper")
+	cmd := exec.Command("go", "build", "-trimpath", "-ldflags=-s -w", "-o", out, "./e2e/testimage/helper")
+	cmd.Dir = repo
+	cmd.Env = append(os.Environ(), "CGO_ENABLED=0", "GOFLAGS=-buildvcs=false")
+	if os.Getenv("SUDO_USER") != "" {
+		// Root's files would spoil the user's build cache.
+		cmd.Env = append(cmd.Env, "GOCACHE="+filepath.Join(repo, "build", "cache", "go-root"))
+	}
+	if b, err := cmd.CombinedOutput(); err != nil {
+		return nil, fmt.Errorf("building the helper: %w\n%s", err, b)
+	}
+	return os.ReadFile(out)
+}
+
+// build makes an image of uncompressed layers.
+func build(layers []*archive, cfg v1.Config) (v1.Image, error) {
+	img := mutate.ConfigMediaType(mutate.MediaType(empty.Image, types.OCIManifestSchema1), types.OCIConfigJSON)
+	for _, a := range layers {
+		b, err := a.bytes()
+		if err != nil {
+			return nil, err
+		}
+		if img, err = mutate.AppendLayers(img, static.NewLayer(b, types.OCIUncompressedLayer)); err != nil {
+			return nil, fmt.Errorf("adding a layer: %w", err)
+		}
+	}
+	file, err := img.ConfigFile()
+	if err != nil {
+		return nil, err
+	}
+	file = file.DeepCopy()
+	file.Config, file.OS, file.Architecture = cfg, "linux", arch()
+	file.Created = v1.Time{Time: epoch}
+	return mutate.ConfigFile(img, file)
+}
+
+func busyboxLayer() (*archive, error) {
+	path, err := FindBusybox()
+	if err != nil {
+		return nil, err
+	}
+	data, err := os.ReadFile(path)
+	if err != nil {
+		return nil, err
+	}
+	applets, err := exec.Command(path, "--list").Output()
+	if err != nil {
+		return nil, fmt.Errorf("listing the applets of %s: %w", path, err)
+	}
+	a := newArchive()
+	for _, d := range []string{"bin", "etc", "root", "home", "home/app", "usr", "usr/bin", "var", "var/log", "sbin"} {
+		a.dir(d, 0o755)
+	}
+	a.dir("tmp", 0o1777)
+	a.file("bin/busybox", 0o755, data)
+	for name := range bytes.FieldsSeq(applets) {
+		if string(name) != "busybox" {
+			a.hardLink("bin/"+string(name), "bin/busybox")
+		}
+	}
+	a.file("etc/passwd", 0o644, []byte("root:x:0:0:root:/root:/bin/sh\napp:x:1000:1000:app:/home/app:/bin/sh\nnobody:x:65534:65534:nobody:/:/bin/false\n"))
+	a.file("etc/group", 0o644, []byte("root:x:0:\napp:x:1000:\nextra:x:2000:app\nmore:x:2001:app\nnogroup:x:65534:\n"))
+	a.file("etc/image-file", 0o644, []byte("from the image\n"))
+	return a, nil
+}

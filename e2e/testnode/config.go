@@ -1,0 +1,115 @@
+// SPDX-License-Identifier: Apache-2.0
+// Copyright The containerd-cloudhv Authors
+
+package testnode
+
+import (
+	"fmt"
+	"maps"
+	"os"
+	"path/filepath"
+
+	"github.com/pelletier/go-toml/v2"
+)
+
+// PauseRef is the sandbox image of runc's pods; the node makes it itself.
+const PauseRef = "localhost/chv/pause:latest"
+
+// annotationPrefixes are passed from pods and containers to the handler.
+var annotationPrefixes = []string{"io.cloudhv.*", "io.katacontainers.*"}
+
+// table is a TOML table.
+type table = map[string]any
+
+// ConfigPath is the node's containerd configuration.
+func (n *Node) ConfigPath() string { return n.Dir("config.toml") }
+
+// writeConfig writes containerd's configuration. Everything that a second
+// containerd would otherwise share with the first is set here.
+func (n *Node) writeConfig() error {
+	cfg := table{
+		"version": 4,
+		"root":    n.Dir("root"),
+		"state":   n.Dir("state"),
+		"temp":    n.Dir("tmp"),
+		"imports": []string{},
+		"plugins": n.pluginConfig(),
+	}
+	if n.opts.Debug {
+		cfg["debug"] = table{"level": "debug"}
+	}
+	b, err := toml.Marshal(cfg)
+	if err != nil {
+		return fmt.Errorf("writing the configuration: %w", err)
+	}
+	return os.WriteFile(n.ConfigPath(), b, 0o644)
+}
+
+func (n *Node) pluginConfig() table {
+	return table{
+		"io.containerd.cri.v1.images": table{
+			"snapshotter":   "overlayfs",
+			"pinned_images": table{"sandbox": PauseRef},
+		},
+		"io.containerd.cri.v1.runtime": table{
+			"restrict_oom_score_adj":       true,
+			"netns_mounts_under_state_dir": true,
+			"cdi_spec_dirs":                []string{n.Dir("cdi")},
+			"cni": table{
+				"bin_dirs":              []string{n.opts.CNIBinDir},
+				"conf_dir":              n.Dir("cni", "conf"),
+				"use_internal_loopback": true,
+			},
+			"containerd": table{
+				"default_runtime_name": RunC,
+				"runtimes": table{
+					RunC:    n.runcConfig(),
+					CloudHV: cloudhvRuntime(),
+				},
+			},
+		},
+		"io.containerd.grpc.v1.cri":                      table{"stream_server_address": "127.0.0.1", "stream_server_port": "0"},
+		"io.containerd.image-verifier.v1.bindir":         table{"bin_dir": n.Dir("opt", "verifier")},
+		"io.containerd.internal.v1.opt":                  table{"path": n.Dir("opt")},
+		"io.containerd.nri.v1.nri":                       table{"disable": true, "socket_path": n.Dir("nri", "nri.sock"), "plugin_path": n.Dir("nri"), "plugin_config_path": n.Dir("nri")},
+		"io.containerd.server.v1.debug":                  table{"address": n.Dir("debug.sock")},
+		"io.containerd.server.v1.grpc":                   table{"address": n.Dir("c.sock")},
+		"io.containerd.server.v1.ttrpc":                  table{"address": n.Dir("c.sock.ttrpc")},
+		"io.containerd.shim.v1.manager":                  table{"socket_dir": n.Dir("s")},
+		"io.containerd.sandbox.controller.v1." + CloudHV: n.controllerConfig(),
+	}
+}
+
+// runcConfig is runc's entry in the runtime table.
+func (n *Node) runcConfig() table {
+	return table{
+		"runtime_type": "io.containerd.runc.v2",
+		"sandboxer":    "podsandbox",
+		"options":      table{"BinaryName": "runc", "Root": n.Dir("state", "runc")},
+	}
+}
+
+// cloudhvRuntime is our handler's entry, as users write it.
+func cloudhvRuntime() table {
+	return table{
+		"runtime_type":                    "io.containerd.cloudhv.v1",
+		"sandboxer":                       CloudHV,
+		"disable_pause_image_pull":        true,
+		"privileged_without_host_devices": true,
+		"privileged_without_host_devices_all_devices_allowed": true,
+		"pod_annotations":       annotationPrefixes,
+		"container_annotations": annotationPrefixes,
+	}
+}
+
+// controllerConfig is the plugin's own section.
+func (n *Node) controllerConfig() table {
+	c := table{
+		"kernel":    filepath.Join(n.opts.GuestDir, "vmlinux"),
+		"image":     filepath.Join(n.opts.GuestDir, "rootfs.erofs"),
+		"state_dir": n.StateDir(),
+		"cache_dir": n.CacheDir(),
+	}
+	maps.Copy(c, n.opts.CloudHV)
+	return c
+}

@@ -1,0 +1,46 @@
+// SPDX-License-Identifier: Apache-2.0
+// Copyright The containerd-cloudhv Authors
+
+package agentlog
+
+import (
+	"bytes"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/containerd/log"
+	"github.com/stretchr/testify/require"
+)
+
+func TestFormat(t *testing.T) {
+	t.Parallel()
+	e := log.L.WithField("b", 2).WithField("a", "x\ny")
+	e.Message = "hello"
+	e.Level = log.WarnLevel
+	got, err := formatter{}.Format(e)
+	require.NoError(t, err)
+	require.Equal(t, "agent: warning hello a=x y b=2\n", string(got))
+
+	e.Message = strings.Repeat("z", 2*maxLine)
+	got, err = formatter{}.Format(e)
+	require.NoError(t, err)
+	require.Len(t, got, maxLine+1)
+	require.True(t, bytes.HasSuffix(got, []byte("...\n")))
+}
+
+func TestLimiter(t *testing.T) {
+	t.Parallel()
+	var out bytes.Buffer
+	now := time.Unix(1000, 0)
+	l := &limiter{out: &out, tokens: 2, now: func() time.Time { return now }}
+	for range 5 {
+		_, err := l.Write([]byte("line\n"))
+		require.NoError(t, err)
+	}
+	require.Equal(t, "line\nline\n", out.String())
+	now = now.Add(time.Second)
+	_, err := l.Write([]byte("more\n"))
+	require.NoError(t, err)
+	require.Equal(t, "line\nline\nagent: warning 3 log lines dropped\nmore\n", out.String())
+}

@@ -1,0 +1,101 @@
+// SPDX-License-Identifier: Apache-2.0
+// Copyright The containerd-cloudhv Authors
+
+package machine
+
+import (
+	"bytes"
+	"errors"
+	"fmt"
+	"net"
+	"os"
+	"path/filepath"
+	"strconv"
+
+	"golang.org/x/sys/unix"
+
+	guestv1 "github.com/cloudhv/containerd-cloudhv/guest/api/v1"
+)
+
+// Pod is what the containers of a pod share beside namespaces.
+type Pod struct {
+	// Dir is a directory on a tmpfs.
+	Dir string
+}
+
+// Paths of the files and the directory that containers get at /etc/hostname,
+// /etc/hosts, /etc/resolv.conf and /dev/shm.
+func (p Pod) Hostname() string   { return filepath.Join(p.Dir, "hostname") }
+func (p Pod) Hosts() string      { return filepath.Join(p.Dir, "hosts") }
+func (p Pod) ResolvConf() string { return filepath.Join(p.Dir, "resolv.conf") }
+func (p Pod) Shm() string        { return filepath.Join(p.Dir, "shm") }
+
+// defaultShm is the size that CRI gives to a pod's /dev/shm.
+const defaultShm = 64 << 20
+
+// write sets the VM's names and writes the files, with the content that CRI
+// gives to pods of runc.
+func (p Pod) write(r *guestv1.ConfigureRequest) error {
+	if err := os.MkdirAll(p.Dir, 0o755); err != nil {
+		return err
+	}
+	if err := unix.Sethostname([]byte(r.GetHostname())); err != nil {
+		return fmt.Errorf("set hostname: %w", err)
+	}
+	hosts := r.GetHosts()
+	if len(hosts) == 0 {
+		hosts = makeHosts(r)
+	}
+	return errors.Join(
+		writeFile(p.Hostname(), []byte(r.GetHostname()+"\n")),
+		writeFile(p.Hosts(), hosts),
+		writeFile(p.ResolvConf(), r.GetResolvConf()),
+		p.machineID(r.GetMachineId()),
+	)
+}
+
+// machineID makes the VM's identity. Containers have their image's, as with runc.
+func (p Pod) machineID(id string) error {
+	path := filepath.Join(p.Dir, "machine-id")
+	if err := writeFile(path, []byte(id+"\n")); err != nil {
+		return err
+	}
+	// The root file system is read-only. An image that has the file gets it replaced.
+	err := unix.Mount(path, "/etc/machine-id", "", unix.MS_BIND, "")
+	if err != nil && !errors.Is(err, unix.ENOENT) {
+		return fmt.Errorf("bind machine-id: %w", err)
+	}
+	return nil
+}
+
+// makeHosts writes the lines that Kubernetes writes.
+func makeHosts(r *guestv1.ConfigureRequest) []byte {
+	var b bytes.Buffer
+	b.WriteString("127.0.0.1\tlocalhost\n" +
+		"::1\tlocalhost ip6-localhost ip6-loopback\n" +
+		"fe00::0\tip6-localnet\n" +
+		"fe00::0\tip6-mcastprefix\n" +
+		"fe00::1\tip6-allnodes\n" +
+		"fe00::2\tip6-allrouters\n")
+	for _, i := range r.GetInterfaces() {
+		for _, a := range i.GetAddresses() {
+			ip, _, err := net.ParseCIDR(a)
+			if err != nil || ip.IsLinkLocalUnicast() {
+				continue
+			}
+			fmt.Fprintf(&b, "%s\t%s\n", ip, r.GetHostname())
+		}
+	}
+	return b.Bytes()
+}
+
+// mountShm mounts the pod's /dev/shm with the options that CRI uses.
+func (p Pod) mountShm(size uint64) error {
+	if size == 0 {
+		size = defaultShm
+	}
+	if err := os.MkdirAll(p.Shm(), 0o755); err != nil {
+		return err
+	}
+	return unix.Mount("shm", p.Shm(), "tmpfs", unix.MS_NOSUID|unix.MS_NODEV|unix.MS_NOEXEC, "mode=1777,size="+strconv.FormatUint(size, 10))
+}

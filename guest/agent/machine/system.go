@@ -1,0 +1,87 @@
+// SPDX-License-Identifier: Apache-2.0
+// Copyright The containerd-cloudhv Authors
+
+package machine
+
+import (
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"os"
+	"time"
+	"unsafe"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/cloudhv/containerd-cloudhv/guest/agent/boot"
+)
+
+// VM is the System of a real one.
+type VM struct{}
+
+var _ System = VM{}
+
+// SetClock sets the time of day.
+func (VM) SetClock(t time.Time) error {
+	ts := unix.NsecToTimespec(t.UnixNano())
+	if err := unix.ClockSettime(unix.CLOCK_REALTIME, &ts); err != nil {
+		return fmt.Errorf("set clock: %w", err)
+	}
+	return nil
+}
+
+const (
+	rndAddEntropy = 0x40085203
+	rndReseedCRNG = 0x5207
+)
+
+// AddEntropy credits b to the kernel's pool and reseeds its generator from it,
+// at once, so that what was drawn before tells nothing about what comes.
+func (VM) AddEntropy(b []byte) error {
+	f, err := os.OpenFile("/dev/urandom", os.O_WRONLY, 0)
+	if err != nil {
+		return fmt.Errorf("add entropy: %w", err)
+	}
+	defer f.Close()
+	arg := entropyArg(b)
+	if _, _, errno := unix.Syscall(unix.SYS_IOCTL, f.Fd(), rndAddEntropy, uintptr(unsafe.Pointer(&arg[0]))); errno != 0 {
+		return fmt.Errorf("add entropy: %w", errno)
+	}
+	if _, _, errno := unix.Syscall(unix.SYS_IOCTL, f.Fd(), rndReseedCRNG, 0); errno != 0 {
+		return fmt.Errorf("reseed random generator: %w", errno)
+	}
+	return nil
+}
+
+// entropyArg is the kernel's struct rand_pool_info: bits, bytes, data.
+func entropyArg(b []byte) []byte {
+	arg := binary.NativeEndian.AppendUint32(nil, uint32(len(b)*8))
+	arg = binary.NativeEndian.AppendUint32(arg, uint32(len(b)))
+	return append(arg, b...)
+}
+
+// syncLimit bounds the writing back of what nobody will read again.
+const syncLimit = time.Second
+
+// PowerOff kills everything, syncs and turns the machine off.
+func (VM) PowerOff() error {
+	if os.Getpid() != 1 {
+		return errors.New("not the first process of a VM")
+	}
+	err := unix.Kill(-1, unix.SIGKILL)
+	if errors.Is(err, unix.ESRCH) {
+		err = nil
+	}
+	synced := make(chan struct{})
+	go func() {
+		unix.Sync()
+		// Overlays may still lie on it, as their containers were never deleted.
+		_ = unix.Unmount(boot.Scratch, 0)
+		close(synced)
+	}()
+	select {
+	case <-synced:
+	case <-time.After(syncLimit):
+	}
+	return errors.Join(err, unix.Reboot(unix.LINUX_REBOOT_CMD_POWER_OFF))
+}

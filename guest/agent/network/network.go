@@ -1,0 +1,147 @@
+// SPDX-License-Identifier: Apache-2.0
+// Copyright The containerd-cloudhv Authors
+
+// Package network gives the VM the addresses, routes and neighbours that CNI
+// gave to the pod.
+package network
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"os"
+	"path/filepath"
+	"time"
+
+	"github.com/containerd/errdefs"
+	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
+
+	"github.com/cloudhv/containerd-cloudhv/guest/agent/uevent"
+	guestv1 "github.com/cloudhv/containerd-cloudhv/guest/api/v1"
+)
+
+const (
+	// deviceLimit is how long a hot-plugged device may take to appear.
+	deviceLimit = 20 * time.Second
+	// maxInterfaces, maxAddresses and maxRoutes bound a request.
+	maxInterfaces = 16
+	maxAddresses  = 64
+	maxRoutes     = 1024
+)
+
+// Configure makes the network as said. It waits for the devices, by their MAC.
+func Configure(ctx context.Context, ifs []*guestv1.Interface, routes []*guestv1.Route) error {
+	plan, err := parse(ifs, routes)
+	if err != nil {
+		return err
+	}
+	if len(plan.links) == 0 {
+		return nil
+	}
+	h, err := netlink.NewHandle(unix.NETLINK_ROUTE)
+	if err != nil {
+		return fmt.Errorf("open netlink: %w", err)
+	}
+	defer h.Close()
+	index := map[string]int{}
+	for _, l := range plan.links {
+		i, err := apply(ctx, h, l)
+		if err != nil {
+			return fmt.Errorf("interface %s: %w", l.name, err)
+		}
+		index[l.name] = i
+	}
+	return addRoutes(h, plan.routes, index)
+}
+
+// apply finds and configures one device, and returns its index.
+func apply(ctx context.Context, h *netlink.Handle, l link) (int, error) {
+	dev, err := waitDevice(ctx, h, l.mac)
+	if err != nil {
+		return 0, err
+	}
+	i := dev.Attrs().Index
+	if dev.Attrs().Name != l.name {
+		if err := h.LinkSetName(dev, l.name); err != nil {
+			return 0, fmt.Errorf("rename %s: %w", dev.Attrs().Name, err)
+		}
+	}
+	if l.mtu != 0 && l.mtu != dev.Attrs().MTU {
+		if err := h.LinkSetMTU(dev, l.mtu); err != nil {
+			return 0, fmt.Errorf("set MTU %d: %w", l.mtu, err)
+		}
+	}
+	quietIPv6(l)
+	for _, a := range l.addrs {
+		if err := h.AddrReplace(dev, a); err != nil {
+			return 0, fmt.Errorf("add address %s: %w", a.IPNet, err)
+		}
+	}
+	if err := h.LinkSetUp(dev); err != nil {
+		return 0, fmt.Errorf("bring up: %w", err)
+	}
+	for _, n := range l.neighbors {
+		n.LinkIndex = i
+		if err := h.NeighSet(n); err != nil {
+			return 0, fmt.Errorf("add neighbour %s: %w", n.IP, err)
+		}
+	}
+	return i, nil
+}
+
+// quietIPv6 keeps the kernel from adding what CNI did not give, by router
+// advertisements, and from delaying the link-local address for duplicate
+// detection: the same address was checked, or not, in the pod's namespace. It
+// must come before the link is up. Without IPv6 there is nothing to do.
+func quietIPv6(l link) {
+	dir := filepath.Join("/proc/sys/net/ipv6/conf", l.name)
+	for _, f := range []string{"accept_ra", "accept_dad"} {
+		_ = os.WriteFile(filepath.Join(dir, f), []byte("0"), 0)
+	}
+}
+
+// waitDevice returns the device with this MAC, as soon as the kernel has it.
+func waitDevice(ctx context.Context, h *netlink.Handle, mac net.HardwareAddr) (netlink.Link, error) {
+	wctx, cancel := context.WithTimeout(ctx, deviceLimit)
+	defer cancel()
+	var found netlink.Link
+	err := uevent.Await(wctx, 0, func() (bool, error) {
+		links, err := h.LinkList()
+		if err != nil && !errors.Is(err, netlink.ErrDumpInterrupted) {
+			return false, fmt.Errorf("list devices: %w", err)
+		}
+		for _, l := range links {
+			if bytes.Equal(l.Attrs().HardwareAddr, mac) {
+				found = l
+				return true, nil
+			}
+		}
+		return false, nil
+	}, "net")
+	if errors.Is(err, context.DeadlineExceeded) && ctx.Err() == nil {
+		return nil, fmt.Errorf("no device with MAC %s came within %v: %w", mac, deviceLimit, errdefs.ErrNotFound)
+	}
+	return found, err
+}
+
+// addRoutes adds the routes in an order in which each next hop is reachable.
+// ErrExist is fine: the kernel made the routes of the addresses by itself.
+func addRoutes(h *netlink.Handle, routes []route, index map[string]int) error {
+	for _, r := range routes {
+		r.nl.LinkIndex = index[r.device]
+		err := h.RouteReplace(r.nl)
+		if errors.Is(err, unix.ENETUNREACH) || errors.Is(err, unix.EHOSTUNREACH) {
+			// The gateway lies outside of every subnet: say that it is on this link,
+			// which is what CNI plugins with such gateways mean.
+			r.nl.Flags |= int(netlink.FLAG_ONLINK)
+			err = h.RouteReplace(r.nl)
+		}
+		if err != nil {
+			return fmt.Errorf("add route %s: %w", r.nl, err)
+		}
+	}
+	return nil
+}

@@ -1,0 +1,190 @@
+#!/usr/bin/env bash
+# SPDX-License-Identifier: Apache-2.0
+# Copyright The containerd-cloudhv Authors
+#
+# Builds the guest kernel from Debian's linux-source package.
+#
+#   build.sh                      build it, unless the one at hand is from the same inputs
+#   build.sh --check-config ARCH  only resolve the fragments for ARCH (x86_64, arm64) and verify them
+#
+# Environment:
+#   LINUX_SOURCE   source tarball          (/usr/src/linux-source-6.12.tar.xz)
+#   OUT            where the kernel goes   (build/guest)
+#   KERNEL_BUILD   source and object tree  (build/cache/kernel)
+#   JOBS           parallel jobs           (number of processors)
+
+set -euo pipefail
+
+here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+repo=$(cd "$here/../.." && pwd)
+
+LINUX_SOURCE=${LINUX_SOURCE:-/usr/src/linux-source-6.12.tar.xz}
+OUT=${OUT:-$repo/build/guest}
+KERNEL_BUILD=${KERNEL_BUILD:-$repo/build/cache/kernel}
+JOBS=${JOBS:-$(nproc)}
+
+# The same inputs give the same kernel, whoever builds it and when.
+export KBUILD_BUILD_TIMESTAMP='1970-01-01 00:00:00 +0000'
+export KBUILD_BUILD_USER=cloudhv KBUILD_BUILD_HOST=cloudhv KBUILD_BUILD_VERSION=1
+export LC_ALL=C TZ=UTC
+
+say() { printf 'guest kernel: %s\n' "$*"; }
+die() { printf 'guest kernel: error: %s\n' "$*" >&2; exit 1; }
+
+host_arch() {
+	case $(uname -m) in
+	x86_64) echo x86_64 ;;
+	aarch64 | arm64) echo arm64 ;;
+	*) die "no configuration for $(uname -m)" ;;
+	esac
+}
+
+# fragments ARCH: the files that make up the configuration, in a fixed order.
+fragments() {
+	local f name
+	[[ -f $here/config/$1.config ]] || die "no configuration for architecture $1"
+	for f in "$here"/config/*.config; do
+		name=$(basename "$f" .config)
+		case $name in
+		x86_64 | arm64) [[ $name == "$1" ]] || continue ;;
+		esac
+		echo "$f"
+	done
+}
+
+check_tools() {
+	local tool missing=()
+	for tool in make gcc ld flex bison bc perl xz readelf strip; do
+		command -v "$tool" >/dev/null || missing+=("$tool")
+	done
+	[[ ${#missing[@]} -eq 0 ]] || die "missing tools: ${missing[*]} (Debian: build-essential flex bison bc xz-utils)"
+	[[ -f /usr/include/libelf.h || -f /usr/include/gelf.h ]] || die "missing libelf headers (Debian: libelf-dev)"
+}
+
+# source_id: identifies the tarball without reading 150 MB of it.
+source_id() {
+	[[ -r $LINUX_SOURCE ]] || die "no kernel source at $LINUX_SOURCE (Debian: linux-source-6.12, from bookworm-backports on Debian 12; or set LINUX_SOURCE)"
+	stat -L -c '%s-%Y' "$LINUX_SOURCE"
+}
+
+# unpack: prints the source tree, which it extracts once a tarball.
+unpack() {
+	local dir tmp
+	dir=$KERNEL_BUILD/src-$(source_id)
+	if [[ ! -d $dir ]]; then
+		say "unpacking $LINUX_SOURCE" >&2
+		mkdir -p "$KERNEL_BUILD"
+		tmp=$(mktemp -d "$KERNEL_BUILD/unpack.XXXXXX")
+		if ! tar -C "$tmp" --strip-components=1 -xf "$LINUX_SOURCE"; then
+			rm -rf "$tmp"
+			die "cannot unpack $LINUX_SOURCE"
+		fi
+		mv "$tmp" "$dir"
+	fi
+	echo "$dir"
+}
+
+# configure SRC OBJ ARCH: everything off but what the fragments ask for and what that needs.
+configure() {
+	local src=$1 obj=$2 arch=$3 all
+	local -a list
+	mapfile -t list < <(fragments "$arch")
+	mkdir -p "$obj"
+	all=$obj/fragments.config
+	cat "${list[@]}" >"$all"
+	make -s -C "$src" O="$obj" ARCH="$arch" KCONFIG_ALLCONFIG="$all" allnoconfig >"$obj/configure.log" 2>&1 ||
+		die "allnoconfig failed: $(tail -n 3 "$obj/configure.log")"
+	make -s -C "$src" O="$obj" ARCH="$arch" olddefconfig >>"$obj/configure.log" 2>&1 ||
+		die "olddefconfig failed: $(tail -n 3 "$obj/configure.log")"
+	verify_config "$obj/.config" "$arch" "${list[@]}"
+}
+
+# verify_config CONFIG ARCH FRAGMENT...: Kconfig drops in silence what lacks a dependency. Find that out now.
+verify_config() {
+	local config=$1 arch=$2 wrong
+	shift 2
+	wrong=$(awk '
+		FNR == 1 { file++ }
+		file == 1 && /^CONFIG_[A-Za-z0-9_]+=/ { i = index($0, "="); have[substr($0, 1, i - 1)] = substr($0, i + 1) }
+		file > 1 && /^CONFIG_[A-Za-z0-9_]+=/ {
+			i = index($0, "="); k = substr($0, 1, i - 1); want = substr($0, i + 1)
+			got = (k in have) ? have[k] : "n"
+			n = split(FILENAME, part, "/")
+			if (got != want) printf "  %s: %s=%s, got %s\n", part[n], k, want, got
+		}' "$config" "$@")
+	[[ -z $wrong ]] || die "options that did not take effect for $arch:"$'\n'"$wrong"
+	say "configuration for $arch: all requested options are in effect"
+}
+
+# has_pvh_note FILE: both hypervisors boot vmlinux by the entry point in this ELF note.
+has_pvh_note() { readelf -n "$1" 2>/dev/null | grep -Eq 'Xen .*0x00000012'; }
+
+input_hash() {
+	local -a list
+	mapfile -t list < <(fragments "$1")
+	{
+		cat "${list[@]}" "${BASH_SOURCE[0]}"
+		source_id
+		gcc --version
+		ld --version
+	} | sha256sum | cut -d' ' -f1
+}
+
+# install_as SRC NAME: replaces at once, so that nobody ever sees half a kernel.
+install_as() {
+	install -m 0644 "$1" "$OUT/.$2.new"
+	mv -f "$OUT/.$2.new" "$OUT/$2"
+}
+
+build() {
+	local arch src obj hash stamp start image
+	arch=$(host_arch)
+	hash=$(input_hash "$arch")
+	stamp=$OUT/.kernel.stamp
+	if [[ -f $OUT/vmlinux && -f $stamp && $(<"$stamp") == "$hash" ]]; then
+		say "up to date ($OUT/vmlinux, $(<"$OUT/kernel.version"))"
+		return
+	fi
+	check_tools
+	mkdir -p "$OUT" "$KERNEL_BUILD"
+	exec 9>"$KERNEL_BUILD/.lock"
+	flock 9
+	start=$SECONDS
+	src=$(unpack)
+	obj=$KERNEL_BUILD/obj-$arch
+	configure "$src" "$obj" "$arch"
+
+	image=vmlinux
+	[[ $arch == x86_64 ]] || image=Image
+	say "compiling with $JOBS jobs (some four minutes of processor time; log in $obj/build.log)"
+	nice make -s -C "$src" O="$obj" ARCH="$arch" -j"$JOBS" "$image" >"$obj/build.log" 2>&1 ||
+		die "compilation failed:"$'\n'"$(grep -E 'error|Error' "$obj/build.log" | head -n 20)"
+
+	rm -f "$stamp"
+	if [[ $arch == x86_64 ]]; then
+		strip -o "$obj/vmlinux.stripped" "$obj/vmlinux"
+		has_pvh_note "$obj/vmlinux.stripped" || die "vmlinux lacks the PVH entry note"
+		install_as "$obj/vmlinux.stripped" vmlinux
+	else
+		install_as "$obj/arch/$arch/boot/Image" vmlinux
+	fi
+	install_as "$obj/.config" kernel.config
+	install_as "$obj/include/config/kernel.release" kernel.version
+	echo "$hash" >"$stamp"
+	say "built $(<"$OUT/kernel.version") in $((SECONDS - start)) s: $OUT/vmlinux, $(stat -c %s "$OUT/vmlinux") bytes"
+}
+
+check_config() {
+	local src
+	check_tools
+	mkdir -p "$KERNEL_BUILD"
+	src=$(unpack)
+	configure "$src" "$KERNEL_BUILD/check-$1" "$1"
+}
+
+case ${1:-} in
+'') build ;;
+--check-config) check_config "${2:?--check-config needs an architecture}" ;;
+-h | --help) sed -n '5,15s/^# \{0,1\}//p' "${BASH_SOURCE[0]}" ;;
+*) die "unknown argument $1 (see --help)" ;;
+esac

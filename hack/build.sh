@@ -1,0 +1,39 @@
+#!/usr/bin/env bash
+# SPDX-License-Identifier: Apache-2.0
+# Copyright The containerd-cloudhv Authors
+#
+# Our binaries, and those of containerd that a node of ours runs, into build/bin: static, with the
+# version that git tells. The Go tool chain knows what changed, so this asks it each time.
+
+set -euo pipefail
+
+repo=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+# shellcheck source=hack/lib.sh
+source "$repo/hack/lib.sh"
+cd "$repo"
+
+bin=$repo/build/bin
+upstream=github.com/containerd/containerd/v2
+
+version=${VERSION:-$(git describe --tags --always --dirty --match 'v[0-9]*' 2>/dev/null || echo unknown)}
+revision=$(git rev-parse HEAD 2>/dev/null || echo unknown)
+base=$(go list -m -f '{{.Version}}' "$upstream")
+
+flags="-s -w -extldflags=-static"
+flags+=" -X $upstream/version.Version=$base+cloudhv.$version"
+flags+=" -X $upstream/version.Revision=$revision"
+flags+=" -X $upstream/version.Package=github.com/cloudhv/containerd-cloudhv"
+
+# build NAME PACKAGE
+build() {
+	local start=$SECONDS
+	go build -ldflags "$flags" -o "$bin/$1" "$2"
+	say "$(printf '%-28s %4d MB  %3d s' "$1" "$(($(stat -c %s "$bin/$1") >> 20))" $((SECONDS - start)))"
+}
+
+mkdir -p "$bin"
+step "Binaries, version $version on containerd $base (a first build takes minutes)"
+build containerd ./containerd-build/containerd
+build containerd-shim-cloudhv-v1 ./containerd-build/containerd-shim-cloudhv-v1
+build containerd-shim-runc-v2 "$upstream/cmd/containerd-shim-runc-v2"
+build ctr "$upstream/cmd/ctr"

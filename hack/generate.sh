@@ -1,0 +1,49 @@
+#!/usr/bin/env bash
+# SPDX-License-Identifier: Apache-2.0
+# Copyright The containerd-cloudhv Authors
+#
+# Generates Go from the protobuf files.
+#
+#   generate.sh           in place
+#   generate.sh --check   elsewhere, and fail where the checked-in code differs
+
+set -euo pipefail
+
+repo=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+# shellcheck source=hack/lib.sh
+source "$repo/hack/lib.sh"
+cd "$repo"
+
+# Generated code names the compiler's version, so another one would differ everywhere.
+wanted=3.21.12
+PATH=$repo/build/bin:$repo/build/host/bin:$PATH
+module=$(go list -m)
+mapfile -t protos < <(find . -path ./build -prune -o -name '*.proto' -printf '%P\n' | sort)
+
+# generate DIRECTORY
+generate() {
+	protoc -I . --go_out="$1" --go_opt="module=$module" --go-ttrpc_out="$1" --go-ttrpc_opt="module=$module" "${protos[@]}"
+}
+
+case ${1:-} in
+--check)
+	if [[ $(protoc --version 2>/dev/null) != "libprotoc $wanted" ]]; then
+		say "generated code: not checked, as protoc $wanted is not here"
+		exit 0
+	fi
+	scratch=$(mktemp -d)
+	trap 'rm -rf "$scratch"' EXIT
+	generate "$scratch"
+	while read -r file; do
+		cmp -s "$scratch/$file" "$file" || die "$file is not what its .proto generates: run make generate"
+	done < <(cd "$scratch" && find . -name '*.go' -printf '%P\n')
+	say "generated code: current"
+	;;
+'')
+	step "Protobufs"
+	[[ $(protoc --version) == "libprotoc $wanted" ]] || warn "protoc is $(protoc --version), not $wanted: expect more changes than you made"
+	generate .
+	printf '    %s\n' "${protos[@]}"
+	;;
+*) die "usage: generate.sh [--check]" ;;
+esac

@@ -1,0 +1,91 @@
+#!/usr/bin/env bash
+# SPDX-License-Identifier: Apache-2.0
+# Copyright The containerd-cloudhv Authors
+#
+# All that can be said about the code without running it. Reports everything before it fails.
+
+set -euo pipefail
+
+repo=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+# shellcheck source=hack/lib.sh
+source "$repo/hack/lib.sh"
+cd "$repo"
+
+failed=()
+
+# check WHAT COMMAND...
+check() {
+	local what=$1 start=$SECONDS
+	shift
+	if "$@"; then
+		say "$(printf '%-34s ok  %3d s' "$what" $((SECONDS - start)))"
+	else
+		failed+=("$what")
+	fi
+}
+
+# sources PATTERN...: our own files, tracked or not, but not what is built.
+sources() {
+	local -a names=(-false)
+	local pattern
+	for pattern in "$@"; do
+		names+=(-o -name "$pattern")
+	done
+	find . \( -path ./build -o -path ./.git \) -prune -o -type f \( "${names[@]}" \) -print
+}
+
+shell_scripts() {
+	sources '*.sh'
+	printf '%s\n' ./hack/as-root ./.ci/run
+}
+
+headers() {
+	local file bad=0
+	while read -r file; do
+		if ! head -n 4 "$file" | grep -q 'SPDX-License-Identifier: Apache-2.0' &&
+			! head -n 1 "$file" | grep -q 'Code generated'; then
+			say "$file has no SPDX line"
+			bad=1
+		fi
+	done < <(sources '*.go' '*.proto' '*.awk' && shell_scripts)
+	return $bad
+}
+
+file_lengths() {
+	local file lines bad=0
+	while read -r file; do
+		lines=$(wc -l <"$file")
+		if ((lines > 500)) && ! grep -q '^// Code generated' "$file"; then
+			say "$file has $lines lines: split it (500)"
+			bad=1
+		fi
+	done < <(sources '*.go')
+	return $bad
+}
+
+shell_syntax() {
+	local file bad=0
+	while read -r file; do
+		bash -n "$file" || bad=1
+	done < <(shell_scripts)
+	if command -v shellcheck >/dev/null; then
+		shell_scripts | xargs shellcheck -x -P "$repo" || bad=1
+	fi
+	return $bad
+}
+
+formatted() {
+	local files
+	files=$(sources '*.go' | xargs gofmt -l)
+	[[ -z $files ]] || { say "not formatted: ${files//$'\n'/ }"; return 1; }
+}
+
+step "Lint"
+check "license headers" headers
+check "file lengths" file_lengths
+check "shell scripts" shell_syntax
+check "generated code" hack/generate.sh --check
+check "gofmt" formatted
+check "go vet" go vet ./...
+check "golangci-lint" golangci-lint run ./...
+[[ ${#failed[@]} -eq 0 ]] || die "lint: ${failed[*]} (make fix mends some of it)"
