@@ -1,5 +1,91 @@
 // SPDX-License-Identifier: Apache-2.0
 // Copyright The containerd-cloudhv Authors
 
-// Package plugin registers.
+// Package plugin registers the sandbox controller "cloudhv" with containerd,
+// and beside it the service that its shims ask. Import it for its effect.
 package plugin
+
+import (
+	"fmt"
+
+	"github.com/containerd/log"
+	"github.com/containerd/plugin"
+	"github.com/containerd/plugin/registry"
+	"github.com/containerd/ttrpc"
+
+	"github.com/cloudhv/containerd-cloudhv/controller"
+	"github.com/cloudhv/containerd-cloudhv/controller/config"
+	hostv1 "github.com/cloudhv/containerd-cloudhv/controller/hostapi/v1"
+)
+
+// Types of containerd's plugins, copied as containerd asks of external plugins.
+const (
+	sandboxControllerPlugin plugin.Type = "io.containerd.sandbox.controller.v1"
+	ttrpcPlugin             plugin.Type = "io.containerd.ttrpc.v1"
+	metadataPlugin          plugin.Type = "io.containerd.metadata.v1"
+	leasePlugin             plugin.Type = "io.containerd.lease.v1"
+	snapshotPlugin          plugin.Type = "io.containerd.snapshotter.v1"
+
+	propertyTTRPCAddress = "io.containerd.plugin.ttrpc.address"
+)
+
+// ID is the plugin's, and the handler's that CRI is configured with.
+const ID = "cloudhv"
+
+func init() {
+	registry.Register(&plugin.Registration{
+		Type:     sandboxControllerPlugin,
+		ID:       ID,
+		Requires: []plugin.Type{metadataPlugin, leasePlugin, snapshotPlugin},
+		Config:   config.Default(),
+		InitFn:   initController,
+	})
+	registry.Register(&plugin.Registration{
+		Type:     ttrpcPlugin,
+		ID:       ID,
+		Requires: []plugin.Type{sandboxControllerPlugin},
+		InitFn:   initHostService,
+	})
+}
+
+// initController never fails: CRI would then serve no handler at all, runc's
+// neither. What is wrong is in the log, in the plugin's exports, and in the error
+// of every Create.
+func initController(ic *plugin.InitContext) (any, error) {
+	ctx := log.WithLogger(ic.Context, log.G(ic.Context).WithField("plugin", ID))
+	c, err := build(ctx, ic)
+	if err != nil {
+		// Nothing but a bug in this package gets here.
+		return nil, fmt.Errorf("make controller: %w", err)
+	}
+	ic.Meta.Exports["ready"] = "true"
+	if err := c.Unfit(); err != nil {
+		ic.Meta.Exports["ready"] = "false"
+		ic.Meta.Exports["reason"] = err.Error()
+		log.G(ctx).WithError(err).Error("cloudhv cannot serve on this node; other handlers are not affected")
+	}
+	return c, nil
+}
+
+// hostService is the ttrpc plugin.
+type hostService struct {
+	service hostv1.HostService
+}
+
+func initHostService(ic *plugin.InitContext) (any, error) {
+	p, err := ic.GetByID(sandboxControllerPlugin, ID)
+	if err != nil {
+		return nil, fmt.Errorf("%w: %w", err, plugin.ErrSkipPlugin)
+	}
+	c, ok := p.(*controller.Controller)
+	if !ok {
+		return nil, fmt.Errorf("sandbox controller %s is a %T: %w", ID, p, plugin.ErrSkipPlugin)
+	}
+	return &hostService{service: c.HostService()}, nil
+}
+
+// RegisterTTRPC makes containerd serve it.
+func (s *hostService) RegisterTTRPC(server *ttrpc.Server) error {
+	hostv1.RegisterHostService(server, s.service)
+	return nil
+}

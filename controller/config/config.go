@@ -79,6 +79,8 @@ type RootFSBuilder struct {
 	Binary Text `toml:"binary"`
 	// Memory bounds the process's address space.
 	Memory Text `toml:"memory"`
+	// ImageSize bounds the file it writes.
+	ImageSize Text `toml:"image_size"`
 	// Parallel is how many may run at a time.
 	Parallel Count `toml:"parallel"`
 }
@@ -131,7 +133,7 @@ func Default() *Config {
 		Annotations:             []string{"io.cloudhv.*", "io.katacontainers.config.hypervisor.*"},
 		EnableUnprivilegedPorts: true,
 		EnableUnprivilegedICMP:  true,
-		RootFSBuilder:           RootFSBuilder{Memory: "1GiB", Parallel: 2},
+		RootFSBuilder:           RootFSBuilder{Memory: "1GiB", ImageSize: "64GiB", Parallel: 2},
 		Timeouts: Timeouts{
 			Boot:        "60s",
 			AgentCall:   "10s",

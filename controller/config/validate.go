@@ -64,9 +64,10 @@ type Settings struct {
 	UnprivilegedICMP         bool
 	Debug                    bool
 
-	BuilderBinary   string
-	BuilderMemory   int64
-	BuilderParallel int
+	BuilderBinary    string
+	BuilderMemory    int64
+	BuilderImageSize int64
+	BuilderParallel  int
 
 	BootTimeout, AgentTimeout, HotPlugTimeout, PowerOffTimeout time.Duration
 	CleanupTimeout, RootFSTimeout, RecoverTimeout              time.Duration
@@ -196,6 +197,7 @@ func (v *validator) limits(c *Config, s *Settings) {
 	s.ImageCacheLimit = v.atLeast("image_cache_limit", c.ImageCacheLimit, 0)
 	s.ConsoleLogLimit = v.atLeast("console_log_limit", c.ConsoleLogLimit, minConsole)
 	s.BuilderMemory = v.atLeast("rootfs_builder.memory", c.RootFSBuilder.Memory, minBuilder)
+	s.BuilderImageSize = v.atLeast("rootfs_builder.image_size", c.RootFSBuilder.ImageSize, minScratch)
 	s.BuilderParallel = v.count("rootfs_builder.parallel", c.RootFSBuilder.Parallel, 1, 64)
 	if c.RootFSBuilder.Binary != "" {
 		s.BuilderBinary = v.program("rootfs_builder.binary", c.RootFSBuilder.Binary)

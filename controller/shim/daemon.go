@@ -43,6 +43,8 @@ type daemon struct {
 	users  int
 	idle   *time.Timer
 	closed bool
+
+	pokeMu sync.Mutex
 	poked  chan struct{} // closed and replaced by poke
 }
 
@@ -56,8 +58,8 @@ func newDaemon(address, namespace string) *daemon {
 
 // poke ends the pauses between attempts.
 func (d *daemon) poke() {
-	d.mu.Lock()
-	defer d.mu.Unlock()
+	d.pokeMu.Lock()
+	defer d.pokeMu.Unlock()
 	close(d.poked)
 	d.poked = make(chan struct{})
 }
@@ -79,9 +81,7 @@ func (d *daemon) close() {
 // ends. fn has to be idempotent.
 func (d *daemon) retry(ctx context.Context, fn func(context.Context, *ttrpc.Client) error) error {
 	for pause := firstDaemonPause; ; pause = min(2*pause, maxDaemonPause) {
-		d.mu.Lock()
-		poked := d.poked
-		d.mu.Unlock()
+		poked := d.pause()
 		err := d.call(ctx, fn)
 		if err == nil || !errors.Is(err, errDaemonAway) {
 			return err
@@ -99,6 +99,13 @@ func (d *daemon) retry(ctx context.Context, fn func(context.Context, *ttrpc.Clie
 	}
 }
 
+// pause is closed at the next poke.
+func (d *daemon) pause() <-chan struct{} {
+	d.pokeMu.Lock()
+	defer d.pokeMu.Unlock()
+	return d.poked
+}
+
 // call calls fn once. Its error is errDaemonAway or that of containerd's answer.
 func (d *daemon) call(ctx context.Context, fn func(context.Context, *ttrpc.Client) error) error {
 	client, err := d.get(ctx)
@@ -113,7 +120,10 @@ func (d *daemon) call(ctx context.Context, fn func(context.Context, *ttrpc.Clien
 	if away {
 		return fmt.Errorf("%w: %w", err, errDaemonAway)
 	}
-	return errgrpc.ToNative(err)
+	if err != nil {
+		return errgrpc.ToNative(err)
+	}
+	return nil
 }
 
 // isConnError tells a connection's failure from an answer.

@@ -50,7 +50,8 @@ const (
 // background; when it ends, the VM is lost.
 type guestClient struct {
 	transport Guest
-	// onLost is called once, after the VM was lost, with the reason.
+	// onLost is called once, when the VM is lost, with the reason and before
+	// anybody else gets to know.
 	onLost func(error)
 
 	ready chan struct{} // closed when task is set
@@ -128,9 +129,9 @@ func (g *guestClient) listen(ctx context.Context, req *ttrpc.Request, resp *ttrp
 // lose declares the VM lost. Every call ends, and later ones fail.
 func (g *guestClient) lose(reason error) {
 	g.once.Do(func() {
+		g.onLost(reason)
 		close(g.gone)
 		go g.close()
-		g.onLost(reason)
 	})
 }
 
@@ -182,7 +183,11 @@ func callGuest[Resp any](ctx context.Context, g *guestClient, limit time.Duratio
 	switch {
 	case err == nil:
 		return resp, nil
-	case g.lost(), errors.Is(err, ttrpc.ErrClosed):
+	case g.lost():
+		return nil, errVMLost
+	case isConnError(err):
+		// After a failed write or read nothing more can be asked.
+		g.lose(fmt.Errorf("the connection to the guest agent: %w", err))
 		return nil, errVMLost
 	case errors.Is(err, context.DeadlineExceeded):
 		return nil, fmt.Errorf("the guest did not answer within %s: %w", limit, err)

@@ -244,8 +244,8 @@ type output struct {
 	w      *os.File
 	r      *os.File // nil for a file
 
-	mu      sync.Mutex
-	watch   *os.File // inotify, while the tail waits for its reader
+	mu    sync.Mutex
+	watch *os.File // inotify, while the tail waits for its reader
 	ended bool     // cut was called
 }
 

@@ -42,8 +42,14 @@ func (n *Node) writeConfig() error {
 	if err != nil {
 		return fmt.Errorf("writing the configuration: %w", err)
 	}
-	return os.WriteFile(n.ConfigPath(), b, 0o644)
+	if err := os.WriteFile(n.ConfigPath(), b, 0o644); err != nil {
+		return err
+	}
+	// crictl insists on a configuration of its own, whatever its flags say.
+	return os.WriteFile(n.crictlConfig(), []byte("runtime-endpoint: "+n.Endpoint()+"\n"), 0o644)
 }
+
+func (n *Node) crictlConfig() string { return n.Dir("crictl.yaml") }
 
 func (n *Node) pluginConfig() table {
 	return table{

@@ -235,7 +235,7 @@ func (n *Node) Crictl(ctx context.Context, args ...string) (stdout, stderr strin
 
 // CrictlCommand is a crictl command for the node that has not been started.
 func (n *Node) CrictlCommand(ctx context.Context, args ...string) *exec.Cmd {
-	base := []string{"--runtime-endpoint", n.Endpoint(), "--image-endpoint", n.Endpoint(), "--timeout", Scale(2 * time.Minute).String(), "--config", n.Dir("crictl.yaml")}
+	base := []string{"--runtime-endpoint", n.Endpoint(), "--image-endpoint", n.Endpoint(), "--timeout", Scale(2 * time.Minute).String(), "--config", n.crictlConfig()}
 	cmd := exec.CommandContext(ctx, filepath.Join(n.opts.BinDir, "crictl"), append(base, args...)...)
 	cmd.Env, cmd.Dir = n.env(), n.dir
 	return cmd

@@ -79,7 +79,8 @@ unpack() {
 			rm -rf "$tmp"
 			die "cannot unpack $LINUX_SOURCE"
 		fi
-		mv "$tmp" "$dir"
+		find "$KERNEL_BUILD" -mindepth 1 -maxdepth 1 -name 'src-*' -exec rm -rf {} +
+		mv -T "$tmp" "$dir"
 	fi
 	echo "$dir"
 }
@@ -136,19 +137,23 @@ install_as() {
 	mv -f "$OUT/.$2.new" "$OUT/$2"
 }
 
+up_to_date() { [[ -f $OUT/vmlinux && -f $OUT/.kernel.stamp && $(<"$OUT/.kernel.stamp") == "$1" ]]; }
+
 build() {
-	local arch src obj hash stamp start image
+	local arch src obj hash stamp=$OUT/.kernel.stamp start image
 	arch=$(host_arch)
+	if ! up_to_date "$(input_hash "$arch")"; then
+		check_tools
+		mkdir -p "$OUT" "$KERNEL_BUILD"
+		exec 9>"$KERNEL_BUILD/.lock"
+		flock 9
+	fi
+	# Whoever held the lock may have built it, or the fragments may have changed meanwhile.
 	hash=$(input_hash "$arch")
-	stamp=$OUT/.kernel.stamp
-	if [[ -f $OUT/vmlinux && -f $stamp && $(<"$stamp") == "$hash" ]]; then
+	if up_to_date "$hash"; then
 		say "up to date ($OUT/vmlinux, $(<"$OUT/kernel.version"))"
 		return
 	fi
-	check_tools
-	mkdir -p "$OUT" "$KERNEL_BUILD"
-	exec 9>"$KERNEL_BUILD/.lock"
-	flock 9
 	start=$SECONDS
 	src=$(unpack)
 	obj=$KERNEL_BUILD/obj-$arch
@@ -156,7 +161,7 @@ build() {
 
 	image=vmlinux
 	[[ $arch == x86_64 ]] || image=Image
-	say "compiling with $JOBS jobs (some four minutes of processor time; log in $obj/build.log)"
+	say "compiling with $JOBS jobs (about five minutes of processor time; log in $obj/build.log)"
 	nice make -s -C "$src" O="$obj" ARCH="$arch" -j"$JOBS" "$image" >"$obj/build.log" 2>&1 ||
 		die "compilation failed:"$'\n'"$(grep -E 'error|Error' "$obj/build.log" | head -n 20)"
 

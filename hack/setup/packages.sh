@@ -168,6 +168,8 @@ unpack() {
 		dpkg-deb -x "$debs/${file%%:*}"_*.deb "$root"
 	done
 	link_commands "$package" "$root" "$debs/$package"_*.deb
+	# Where test nodes look for the CNI plugins.
+	ln -sfn root/usr "$HOST_DIR/usr"
 	touch "$HOST_DIR/unpacked/$package"
 }
 

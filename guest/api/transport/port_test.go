@@ -172,41 +172,44 @@ func (p *fakePort) awaitData() error {
 	return nil
 }
 
+// testMux is a Mux with its handlers.
+type testMux struct {
+	*Mux
+	wg sync.WaitGroup
+}
+
 // serveFake runs a Mux on a fake port until the test ends.
-func serveFake(t testing.TB, p *fakePort) *Mux {
+func serveFake(t testing.TB, p *fakePort) *testMux {
 	t.Helper()
-	m := NewMux()
+	m := &testMux{Mux: NewMux()}
 	ctx, cancel := context.WithCancel(context.Background())
 	done := make(chan error, 1)
 	go func() { done <- m.serve(ctx, p, p.awaitData) }()
 	t.Cleanup(func() {
 		cancel()
 		<-done
+		m.wg.Wait()
 	})
 	return m
 }
 
 // handle serves each connection of a port by f until the test ends.
-func handle(t testing.TB, m *Mux, port uint32, f func(*Conn)) {
+func handle(t testing.TB, m *testMux, port uint32, f func(*Conn)) {
 	t.Helper()
 	l, err := m.Listen(port)
 	require.NoError(t, err)
-	var wg sync.WaitGroup
-	wg.Go(func() {
+	t.Cleanup(func() { _ = l.Close() })
+	m.wg.Go(func() {
 		for {
 			c, err := l.Accept()
 			if err != nil {
 				return
 			}
-			wg.Go(func() {
+			m.wg.Go(func() {
 				defer c.Close() //nolint:errcheck
 				f(c.(*Conn))
 			})
 		}
-	})
-	t.Cleanup(func() {
-		_ = l.Close()
-		wg.Wait()
 	})
 }
 

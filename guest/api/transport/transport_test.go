@@ -325,7 +325,7 @@ func TestDeadlines(t *testing.T) {
 	m := serveFake(t, p)
 	hold := make(chan struct{})
 	handle(t, m, 7, func(*Conn) { <-hold })
-	defer close(hold)
+	t.Cleanup(func() { close(hold) })
 	c := open(t, p, WithWriteTimeout(100*time.Millisecond))
 	conn := dial(t, c, 7)
 	require.NoError(t, conn.SetReadDeadline(time.Now().Add(50*time.Millisecond)))

@@ -22,6 +22,7 @@ CRUN_BUILD=${CRUN_BUILD:-$repo/build/cache/crun}
 JOBS=${JOBS:-$(nproc)}
 
 # Libraries that are linked in, as Debian packages.
+# Libgcrypt is for the cache of compiled seccomp filters: it hashes the profile.
 libraries=(libc6-dev libcap-dev libgcrypt20-dev libgpg-error-dev libseccomp-dev libyajl-dev)
 
 export LC_ALL=C TZ=UTC SOURCE_DATE_EPOCH=0
@@ -103,19 +104,24 @@ verify() {
 	done
 }
 
+up_to_date() { [[ -x $OUT/crun && -f $OUT/.crun.stamp && $(<"$OUT/.crun.stamp") == "$1" ]]; }
+
 build() {
 	local hash stamp=$OUT/.crun.stamp dir start
+	if ! up_to_date "$(input_hash)"; then
+		check_tools
+		mkdir -p "$OUT" "$CRUN_BUILD"
+		exec 9>"$CRUN_BUILD/.lock"
+		flock 9
+	fi
+	# Whoever held the lock may have built it.
 	hash=$(input_hash)
-	if [[ -x $OUT/crun && -f $stamp && $(<"$stamp") == "$hash" ]]; then
+	if up_to_date "$hash"; then
 		say "up to date ($OUT/crun, $(<"$OUT/crun.version"))"
 		return
 	fi
-	check_tools
-	mkdir -p "$OUT" "$CRUN_BUILD"
-	exec 9>"$CRUN_BUILD/.lock"
-	flock 9
 	start=$SECONDS
-	dir=$CRUN_BUILD/$hash
+	dir=$CRUN_BUILD/work
 	rm -rf "$dir"
 	mkdir -p "$dir"
 	say "fetching the source package"

@@ -1,0 +1,264 @@
+// SPDX-License-Identifier: Apache-2.0
+// Copyright The containerd-cloudhv Authors
+
+package controller
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"time"
+
+	"github.com/containerd/errdefs"
+	"github.com/containerd/log"
+
+	"github.com/cloudhv/containerd-cloudhv/vmpool/vmm"
+)
+
+// Exit statuses that Wait answers.
+const (
+	exitOK     = 0
+	exitKilled = 137
+)
+
+// maxCause bounds a cause, in bytes: it holds the last lines of a VMM's log.
+const maxCause = 2048
+
+// ending is the ending of a sandbox: one at a time, and at its own pace, however
+// many ask for it and whenever they leave.
+type ending struct {
+	done chan struct{}
+	// err says what is left, after done; another ending may be tried.
+	err error
+}
+
+// endReason says why a sandbox ends.
+type endReason struct {
+	// cause is for people, label for metrics.
+	cause, label string
+	// graceful asks the guest to turn itself off.
+	graceful bool
+	// status is what Wait answers.
+	status uint32
+}
+
+// end begins the ending of a sandbox, or joins it. A sandbox that has ended
+// without an error needs no other.
+func (c *Controller) end(ctx context.Context, p *pod, why endReason) *ending {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if e := p.ending; e != nil && (!isClosed(e.done) || e.err == nil) {
+		return e
+	}
+	e := &ending{done: make(chan struct{})}
+	p.ending = e
+	go func() {
+		defer close(e.done)
+		ctx, cancel := c.cleanup(ctx)
+		defer cancel()
+		e.err = c.endNow(ctx, p, why)
+	}()
+	return e
+}
+
+// endNow ends the VM and then removes what it used: TAPs, redirections,
+// cgroup, scratch disk. The shim stays, to tell how the containers ended.
+func (c *Controller) endNow(ctx context.Context, p *pod, why endReason) error {
+	begin := time.Now()
+	wasReady := p.snapshot().State == StateReady
+	why.cause = printable(why.cause, maxCause)
+	errs := []error{p.force(func(r *record) {
+		r.State = StateStopping
+		if r.Cause == "" {
+			r.Cause, r.ExitStatus = why.cause, why.status
+		}
+	})}
+	vm := p.handle()
+	gone := true
+	if vm != nil {
+		if why.graceful && !isClosed(vm.Done()) && !c.powerOff(ctx, vm) {
+			log.G(ctx).Warn("the guest did not turn itself off in time")
+		}
+		errs = append(errs, vm.Kill(ctx))
+		gone = isClosed(vm.Done())
+	}
+	rec := p.snapshot()
+	errs = append(errs, c.network.Disconnect(ctx, rec.NetNS))
+	if gone {
+		errs = append(errs, removeScratch(rec.Scratch), removeCgroup(rec.Cgroup))
+	}
+	if err := errors.Join(errs...); err != nil || !gone {
+		if gone {
+			p.markExited()
+		}
+		return sentinel(fmt.Errorf("end sandbox %q: %w", p.id, errors.Join(err, notGone(gone))), errdefs.ErrInternal)
+	}
+	err := p.force(func(r *record) {
+		r.State = StateStopped
+		r.ExitedAt = exitTime(vm)
+	})
+	if vm != nil {
+		err = errors.Join(err, vm.Close())
+	}
+	p.markExited()
+	c.noteEnd(ctx, p, why, wasReady, begin)
+	return err
+}
+
+func notGone(gone bool) error {
+	if gone {
+		return nil
+	}
+	return fmt.Errorf("the VM still runs: %w", errdefs.ErrUnavailable)
+}
+
+func exitTime(vm vmm.VM) time.Time {
+	if vm != nil {
+		if at := vm.Exit().At; !at.IsZero() {
+			return at.UTC().Round(0)
+		}
+	}
+	return now()
+}
+
+func (c *Controller) noteEnd(ctx context.Context, p *pod, why endReason, wasReady bool, begin time.Time) {
+	stopTimer.UpdateSince(begin)
+	endCounter.WithValues(why.label).Inc()
+	if wasReady {
+		sandboxesGauge.Dec()
+	}
+	rec := p.snapshot()
+	log.G(ctx).WithFields(log.Fields{
+		"pid": vmmPid(&rec), "cause": rec.Cause, "duration": time.Since(begin),
+	}).Info("ended sandbox")
+}
+
+// force changes the record also if it cannot be written: what has ended has
+// ended, and recovery finds that out from an older record too.
+func (p *pod) force(change func(*record)) error {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.removed {
+		return nil
+	}
+	change(&p.rec)
+	if err := p.rec.save(p.dir); err != nil {
+		return fmt.Errorf("sandbox %q: %w", p.id, err)
+	}
+	return nil
+}
+
+// markExited lets Wait return.
+func (p *pod) markExited() {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if !isClosed(p.exited) {
+		close(p.exited)
+	}
+}
+
+// watch ends the sandbox when its VM or its shim does. Its goroutine ends with
+// the sandbox.
+func (c *Controller) watch(ctx context.Context, p *pod, vm vmm.VM, s *shim) {
+	ctx = context.WithoutCancel(ctx)
+	go func() {
+		var why endReason
+		select {
+		case <-p.exited:
+			return
+		case <-vm.Done():
+			why = endReason{cause: vmCause(vm.Exit()), label: "vm", status: exitKilled}
+		case <-s.done():
+			why = endReason{
+				cause: fmt.Sprintf("the shim (pid %d) ended unexpectedly", s.process.Pid), label: "shim", status: exitKilled,
+			}
+		}
+		if p.isEnding() {
+			return
+		}
+		log.G(ctx).WithFields(log.Fields{
+			"pid": vm.State().Pid, "shim": s.process.Pid, "cause": why.cause,
+		}).Error("sandbox ends unexpectedly")
+		e := c.end(ctx, p, why)
+		<-e.done
+		if e.err != nil {
+			log.G(ctx).WithError(e.err).Error("cannot end sandbox")
+		}
+	}()
+}
+
+func vmCause(exit vmm.Exit) string {
+	if exit.Cause == "" {
+		return "the VM ended"
+	}
+	return "the VM ended: " + exit.Cause
+}
+
+func (p *pod) isEnding() bool {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.ending != nil
+}
+
+// remove removes what is left of a sandbox that has ended: shim, pins,
+// directory. It can be repeated.
+func (c *Controller) remove(ctx context.Context, p *pod) error {
+	ctx, cancel := c.cleanup(ctx)
+	defer cancel()
+	if err := lockChan(ctx, p.removing); err != nil {
+		return fmt.Errorf("remove sandbox %q: %w", p.id, err)
+	}
+	defer func() { <-p.removing }()
+	p.mu.Lock()
+	s, removed := p.shim, p.removed
+	ended := p.rec.State == StateStopped
+	p.mu.Unlock()
+	if removed {
+		return nil
+	}
+	if !ended {
+		return fmt.Errorf("remove sandbox %q: it has not ended: %w", p.id, errdefs.ErrFailedPrecondition)
+	}
+	if s != nil {
+		if err := s.end(ctx); err != nil {
+			return fmt.Errorf("remove sandbox %q: %w", p.id, err)
+		}
+	}
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.shim = nil
+	if err := os.RemoveAll(p.dir); err != nil {
+		return fmt.Errorf("remove sandbox %q: %w: %w", p.id, err, errdefs.ErrInternal)
+	}
+	p.removed = true
+	for key, img := range p.pins {
+		img.Release()
+		delete(p.pins, key)
+	}
+	c.drop(p)
+	return nil
+}
+
+// cgroupRoot is where cgroups are mounted.
+const cgroupRoot = "/sys/fs/cgroup"
+
+// removeCgroup removes a VMM's empty cgroup, if its driver has not. On a v1
+// host there is one in each hierarchy.
+func removeCgroup(path string) error {
+	if path == "" {
+		return nil
+	}
+	dirs, err := filepath.Glob(filepath.Join(cgroupRoot, "*", path))
+	if err != nil {
+		return fmt.Errorf("find cgroup: %w", err)
+	}
+	var errs []error
+	for _, dir := range append(dirs, filepath.Join(cgroupRoot, path)) {
+		if err := os.Remove(dir); err != nil && !errors.Is(err, os.ErrNotExist) {
+			errs = append(errs, fmt.Errorf("remove cgroup: %w", err))
+		}
+	}
+	return errors.Join(errs...)
+}

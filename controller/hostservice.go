@@ -1,0 +1,167 @@
+// SPDX-License-Identifier: Apache-2.0
+// Copyright The containerd-cloudhv Authors
+
+package controller
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"maps"
+	"time"
+
+	"github.com/containerd/containerd/v2/pkg/namespaces"
+	"github.com/containerd/errdefs"
+	"github.com/containerd/errdefs/pkg/errgrpc"
+
+	hostv1 "github.com/cloudhv/containerd-cloudhv/controller/hostapi/v1"
+	"github.com/cloudhv/containerd-cloudhv/controller/rootfs"
+	"github.com/cloudhv/containerd-cloudhv/vmpool/vmm"
+)
+
+// HostService serves the shims' requests, on containerd's own ttrpc socket.
+type HostService struct {
+	c *Controller
+}
+
+var _ hostv1.HostService = (*HostService)(nil)
+
+// HostService returns the service for shims.
+func (c *Controller) HostService() *HostService {
+	return &HostService{c: c}
+}
+
+// AttachRootFS implements hostv1.HostService.
+func (h *HostService) AttachRootFS(ctx context.Context, req *hostv1.AttachRootFSRequest) (*hostv1.AttachRootFSResponse, error) {
+	ctx = withPod(ctx, req.GetSandboxId())
+	begin := time.Now()
+	serial, err := h.c.attachRootFS(ctx, req.GetSandboxId(), req.GetContainerId())
+	if err != nil {
+		return nil, errgrpc.ToGRPC(fmt.Errorf("root file system of container %q: %w", req.GetContainerId(), err))
+	}
+	rootfsTimer.UpdateSince(begin)
+	return &hostv1.AttachRootFSResponse{ImageSerial: serial}, nil
+}
+
+// attachRootFS makes the container's image a disk of the sandbox's VM, once a
+// VM, and returns its serial.
+func (c *Controller) attachRootFS(ctx context.Context, sandboxID, containerID string) (string, error) {
+	p, err := c.get(sandboxID)
+	if err != nil {
+		return "", err
+	}
+	if _, err := p.machine(); err != nil {
+		return "", err
+	}
+	ns := p.snapshot().Namespace
+	container, err := c.containers.Get(namespaces.WithNamespace(ctx, ns), containerID)
+	if err != nil {
+		return "", err
+	}
+	if container.SandboxID != sandboxID {
+		return "", fmt.Errorf("container %q is of sandbox %q, not %q: %w",
+			containerID, container.SandboxID, sandboxID, errdefs.ErrInvalidArgument)
+	}
+	img, err := c.images.Get(ctx, rootfs.Source{
+		Namespace: ns, Snapshotter: container.Snapshotter, Key: container.SnapshotKey,
+	})
+	if err != nil {
+		return "", err
+	}
+	pl, err := c.plugImage(ctx, p, img)
+	if err != nil {
+		return "", err
+	}
+	select {
+	case <-pl.done:
+		return img.Serial, pl.err
+	case <-ctx.Done():
+		return "", fmt.Errorf("plug in the image: %w", context.Cause(ctx))
+	}
+}
+
+// plug is the plugging of one image into one VM.
+type plug struct {
+	done chan struct{}
+	err  error
+}
+
+// plugImage begins to make an image a disk of the VM, or joins whoever does. It
+// takes over the image's pin.
+func (c *Controller) plugImage(ctx context.Context, p *pod, img *rootfs.Image) (*plug, error) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if pl, ok := p.plugs[img.Key]; ok {
+		img.Release()
+		return pl, nil
+	}
+	pl := &plug{done: make(chan struct{})}
+	plugged, known := p.rec.Images[img.Key]
+	if plugged {
+		img.Release()
+		close(pl.done)
+		return pl, nil
+	}
+	if p.vm == nil || p.rec.State != StateReady {
+		img.Release()
+		return nil, fmt.Errorf("sandbox %q is %s: %w", p.id, p.rec.State, errdefs.ErrUnavailable)
+	}
+	if err := p.updateLocked(func(r *record) { r.Images = with(r.Images, img.Key, false) }); err != nil {
+		img.Release()
+		return nil, err
+	}
+	if old := p.pins[img.Key]; old != nil {
+		old.Release()
+	}
+	p.pins[img.Key] = img
+	p.plugs[img.Key] = pl
+	go func(vm vmm.VM) {
+		defer close(pl.done)
+		// Detached: another container may wait for the same image.
+		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), c.cfg.HotPlugTimeout)
+		defer cancel()
+		pl.err = c.addImage(ctx, p, vm, img, known)
+	}(p.vm)
+	return pl, nil
+}
+
+// addImage plugs the disk in and records it. A disk whose plugging an earlier
+// containerd did not finish is unplugged first.
+func (c *Controller) addImage(ctx context.Context, p *pod, vm vmm.VM, img *rootfs.Image, unsure bool) error {
+	var err error
+	if unsure {
+		err = vm.RemoveDisk(ctx, img.Serial)
+	}
+	if err == nil {
+		err = vm.AddDisk(ctx, vmm.Disk{Serial: img.Serial, Path: img.Path, ReadOnly: true})
+	}
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	delete(p.plugs, img.Key)
+	if err != nil {
+		delete(p.pins, img.Key)
+		img.Release()
+		undo := p.updateLocked(func(r *record) { r.Images = without(r.Images, img.Key) })
+		return errors.Join(fmt.Errorf("plug in the image: %w", err), undo)
+	}
+	return p.updateLocked(func(r *record) {
+		r.Images = with(r.Images, img.Key, true)
+		r.VM = stateOf(vm)
+	})
+}
+
+// with and without copy a map: records are copied by value.
+func with(m map[string]bool, key string, value bool) map[string]bool {
+	m = maps.Clone(m)
+	if m == nil {
+		m = map[string]bool{}
+	}
+	m[key] = value
+	return m
+}
+
+func without(m map[string]bool, key string) map[string]bool {
+	m = maps.Clone(m)
+	delete(m, key)
+	return m
+}

@@ -1,0 +1,254 @@
+// SPDX-License-Identifier: Apache-2.0
+// Copyright The containerd-cloudhv Authors
+
+package shim
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"path/filepath"
+	"time"
+
+	"github.com/containerd/errdefs"
+	"github.com/containerd/log"
+	"github.com/containerd/ttrpc"
+	specs "github.com/opencontainers/runtime-spec/specs-go"
+
+	hostv1 "github.com/cloudhv/containerd-cloudhv/controller/hostapi/v1"
+	"github.com/cloudhv/containerd-cloudhv/controller/shim/guestspec"
+	wirev1 "github.com/cloudhv/containerd-cloudhv/controller/shim/wire/v1"
+	"github.com/cloudhv/containerd-cloudhv/guest/api"
+	guestv1 "github.com/cloudhv/containerd-cloudhv/guest/api/v1"
+)
+
+// maxHostSpecBytes bounds a config.json: what is left of it for the guest is
+// smaller, at most api.MaxSpecBytes.
+const maxHostSpecBytes = 4 << 20
+
+// undoLimit is how long the undoing of a failed create may take.
+const undoLimit = 30 * time.Second
+
+// Create makes a container in the guest. After a failure nothing of it is left,
+// and its ID may be used again.
+func (s *service) Create(ctx context.Context, r *wirev1.CreateTaskRequest) (_ *wirev1.CreateTaskResponse, retErr error) {
+	if err := checkID("container", r.Id); err != nil {
+		return nil, err
+	}
+	if r.Checkpoint != "" || r.ParentCheckpoint != "" {
+		return nil, fmt.Errorf("container %q cannot be restored from checkpoint %q in a VM: %w", r.Id, r.Checkpoint, errdefs.ErrInvalidArgument)
+	}
+	if err := s.reserve(r.Id); err != nil {
+		return nil, err
+	}
+	defer func() {
+		if retErr != nil {
+			s.forget(r.Id)
+		}
+	}()
+	req, err := s.guestCreate(r)
+	if err != nil {
+		return nil, err
+	}
+	if req.Rootfs, err = s.attachRootFS(ctx, r.Id); err != nil {
+		return nil, err
+	}
+	if _, err := s.guest.client(ctx); err != nil {
+		return nil, err
+	}
+	paths := stdioPaths{stdin: r.Stdin, stdout: r.Stdout, stderr: r.Stderr, terminal: r.Terminal}
+	pio, err := openIO(ctx, s.guest.transport, paths)
+	if err != nil {
+		return nil, err
+	}
+	defer func() {
+		if retErr != nil {
+			pio.cut()
+		}
+	}()
+	req.Stdio = pio.streams
+	t := &task{svc: s, id: r.Id, bundle: r.Bundle}
+	t.init = newProcess(t, "", paths, pio)
+	if err := s.createInGuest(ctx, t, req); err != nil {
+		return nil, err
+	}
+	s.admit(t, r)
+	return &wirev1.CreateTaskResponse{Pid: t.init.pid}, nil
+}
+
+// reserve takes a container ID.
+func (s *service) reserve(id string) error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if _, ok := s.tasks[id]; ok {
+		return fmt.Errorf("container %q: %w", id, errdefs.ErrAlreadyExists)
+	}
+	s.tasks[id] = nil
+	return nil
+}
+
+func (s *service) forget(id string) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	delete(s.tasks, id)
+}
+
+// guestCreate translates the bundle's spec. Root file system and streams are
+// still missing.
+func (s *service) guestCreate(r *wirev1.CreateTaskRequest) (*guestv1.CreateRequest, error) {
+	host, err := readSpec(filepath.Join(r.Bundle, "config.json"))
+	if err != nil {
+		return nil, err
+	}
+	c, err := guestspec.Translate(host, r.Id, guestspec.Pod{SandboxPid: s.cfg.SandboxPid, IsTask: s.hasPid})
+	if err != nil {
+		return nil, err
+	}
+	if c.Spec.Process.Terminal != r.Terminal {
+		return nil, fmt.Errorf("container %q: process.terminal is %t, and the request says %t: want the same: %w",
+			r.Id, c.Spec.Process.Terminal, r.Terminal, errdefs.ErrInvalidArgument)
+	}
+	files, err := guestspec.ReadFiles(c.Binds)
+	if err != nil {
+		return nil, fmt.Errorf("container %q cannot run in a VM: %w", r.Id, err)
+	}
+	spec, err := marshalSpec(c.Spec)
+	if err != nil {
+		return nil, err
+	}
+	return &guestv1.CreateRequest{
+		Id:           r.Id,
+		Spec:         spec,
+		Files:        files,
+		PidNamespace: c.PidNamespace,
+		TargetPid:    c.TargetPid,
+		PrivateShm:   c.PrivateShm,
+	}, nil
+}
+
+// readSpec reads an OCI spec; a field that its version here does not have is an
+// error, as it would get lost.
+func readSpec(path string) (*specs.Spec, error) {
+	f, err := os.Open(path)
+	if err != nil {
+		return nil, fmt.Errorf("read spec: %w", err)
+	}
+	defer f.Close()
+	data, err := io.ReadAll(io.LimitReader(f, maxHostSpecBytes+1))
+	if err != nil {
+		return nil, fmt.Errorf("read spec: %w", err)
+	}
+	if len(data) > maxHostSpecBytes {
+		return nil, fmt.Errorf("spec has more than %d bytes: %w", maxHostSpecBytes, errdefs.ErrInvalidArgument)
+	}
+	var spec specs.Spec
+	if err := unmarshalStrict(data, &spec); err != nil {
+		return nil, fmt.Errorf("spec: %w", err)
+	}
+	return &spec, nil
+}
+
+// attachRootFS asks the plugin for the container's image as a disk of the VM,
+// and waits for containerd while it is away.
+func (s *service) attachRootFS(ctx context.Context, id string) (*guestv1.RootFS, error) {
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	// A lost VM takes no disk.
+	go func() {
+		select {
+		case <-s.guest.gone:
+			cancel()
+		case <-ctx.Done():
+		}
+	}()
+	var serial string
+	err := s.daemon.retry(ctx, func(ctx context.Context, client *ttrpc.Client) error {
+		resp, err := hostv1.NewHostClient(client).AttachRootFS(ctx, &hostv1.AttachRootFSRequest{SandboxId: s.cfg.SandboxID, ContainerId: id})
+		if err == nil {
+			serial = resp.ImageSerial
+		}
+		return err
+	})
+	switch {
+	case s.guest.lost():
+		return nil, errVMLost
+	case err != nil && errdefs.IsNotImplemented(err):
+		// containerd takes NotImplemented for an older shim and asks again.
+		return nil, fmt.Errorf("attach root file system of container %q: containerd runs without the cloudhv plugin: %w: %w", id, err, errdefs.ErrUnavailable)
+	case err != nil:
+		return nil, fmt.Errorf("attach root file system of container %q: %w", id, err)
+	}
+	return &guestv1.RootFS{ImageSerial: serial}, nil
+}
+
+// createInGuest makes the container. When it fails, or nobody waits for it any
+// more, the guest has none.
+func (s *service) createInGuest(ctx context.Context, t *task, req *guestv1.CreateRequest) (retErr error) {
+	defer func() {
+		if retErr == nil || s.guest.lost() {
+			return
+		}
+		_, err := callGuest(ctx, s.guest, undoLimit, func(ctx context.Context, c guestv1.TaskService) (*guestv1.DeleteResponse, error) {
+			return c.Delete(ctx, &guestv1.DeleteRequest{Id: req.Id})
+		})
+		if err != nil && !errdefs.IsNotFound(err) {
+			log.G(ctx).WithError(err).WithField("container", req.Id).Warn("a container that failed to be created may be left in the guest")
+		}
+	}()
+	resp, err := callGuest(ctx, s.guest, createLimit, func(ctx context.Context, c guestv1.TaskService) (*guestv1.CreateResponse, error) {
+		return c.Create(ctx, req)
+	})
+	if err != nil {
+		return fmt.Errorf("create container %q: %w", req.Id, err)
+	}
+	if err := checkPid(resp.Pid); err != nil {
+		return fmt.Errorf("create container %q: %w", req.Id, err)
+	}
+	if err := ctx.Err(); err != nil {
+		return fmt.Errorf("create container %q: nobody waits for it any more: %w", req.Id, err)
+	}
+	t.init.pid = resp.Pid
+	return nil
+}
+
+// admit makes a created container known, to containerd and to this service.
+func (s *service) admit(t *task, r *wirev1.CreateTaskRequest) {
+	// The exit cannot be told before the creation.
+	t.init.order.Lock()
+	defer t.init.order.Unlock()
+	s.mu.Lock()
+	s.tasks[t.id] = t
+	s.mu.Unlock()
+	s.events.publish(&wirev1.TaskCreate{
+		ContainerId: t.id,
+		Bundle:      r.Bundle,
+		Rootfs:      r.Rootfs,
+		Io:          &wirev1.TaskIO{Stdin: r.Stdin, Stdout: r.Stdout, Stderr: r.Stderr, Terminal: r.Terminal},
+		Pid:         t.init.pid,
+	})
+	t.init.io.start(s.ctx)
+	s.running.Go(func() { t.init.watch(s.ctx) })
+	s.quiet()
+}
+
+// unmarshalStrict decodes JSON and refuses fields that v does not have.
+func unmarshalStrict(data []byte, v any) error {
+	if err := decodeStrict(data, v); err != nil {
+		return fmt.Errorf("%w: %w", err, errdefs.ErrInvalidArgument)
+	}
+	return nil
+}
+
+func marshalSpec(v any) ([]byte, error) {
+	data, err := json.Marshal(v)
+	if err != nil {
+		return nil, fmt.Errorf("encode spec: %w", errors.Join(err, errdefs.ErrInvalidArgument))
+	}
+	if len(data) > api.MaxSpecBytes {
+		return nil, fmt.Errorf("the guest's spec has %d bytes: want at most %d: %w", len(data), api.MaxSpecBytes, errdefs.ErrInvalidArgument)
+	}
+	return data, nil
+}

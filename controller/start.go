@@ -1,0 +1,309 @@
+// SPDX-License-Identifier: Apache-2.0
+// Copyright The containerd-cloudhv Authors
+
+package controller
+
+import (
+	"context"
+	"errors"
+	"fmt"
+
+	"github.com/containerd/containerd/v2/core/sandbox"
+	"github.com/containerd/errdefs"
+	"github.com/containerd/log"
+	"golang.org/x/sync/errgroup"
+
+	"github.com/cloudhv/containerd-cloudhv/controller/network"
+	shimapi "github.com/cloudhv/containerd-cloudhv/controller/shim"
+	"github.com/cloudhv/containerd-cloudhv/vmpool/vmm"
+)
+
+// errStopped is why a Start ends when Stop or Shutdown is called meanwhile.
+var errStopped = fmt.Errorf("the sandbox was stopped while it started: %w", errdefs.ErrAborted)
+
+// Start gives the sandbox its VM, network and shim. If that fails everything is
+// undone, Create too. On a sandbox that is ready it answers as the first time.
+func (c *Controller) Start(ctx context.Context, id string) (_ sandbox.ControllerInstance, retErr error) {
+	ctx = withPod(ctx, id)
+	p, err := c.get(id)
+	if err != nil {
+		return sandbox.ControllerInstance{}, err
+	}
+	ctx, cancel := context.WithCancelCause(ctx)
+	defer cancel(nil)
+	mine, err := p.beginStart(cancel)
+	if err != nil {
+		return sandbox.ControllerInstance{}, err
+	}
+	if !mine {
+		return c.joinStart(ctx, p)
+	}
+	defer close(p.started)
+	watch := newStopwatch()
+	defer func() {
+		startCounter.WithValues(resultOf(retErr)).Inc()
+		if retErr != nil {
+			retErr = c.undoStart(ctx, p, retErr)
+		}
+	}()
+	if err := c.bringUp(ctx, p, watch); err != nil {
+		if cause := context.Cause(ctx); errors.Is(cause, errStopped) {
+			err = cause
+		}
+		return sandbox.ControllerInstance{}, sentinel(err, errdefs.ErrUnknown)
+	}
+	if err := c.becomeReady(ctx, p, watch); err != nil {
+		return sandbox.ControllerInstance{}, err
+	}
+	return p.instance(), nil
+}
+
+// beginStart makes the sandbox starting. It returns false if another Start
+// runs or has succeeded.
+func (p *pod) beginStart(cancel context.CancelCauseFunc) (bool, error) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if s := p.rec.State; s == StateStarting || s == StateReady {
+		return false, nil
+	}
+	if err := p.updateLocked(func(r *record) { r.State = StateStarting }); err != nil {
+		return false, err
+	}
+	p.cancelStart = cancel
+	return true, nil
+}
+
+// joinStart waits for another Start and answers as that does.
+func (c *Controller) joinStart(ctx context.Context, p *pod) (sandbox.ControllerInstance, error) {
+	select {
+	case <-p.started:
+	case <-ctx.Done():
+		return sandbox.ControllerInstance{}, context.Cause(ctx)
+	}
+	if _, err := p.machine(); err != nil {
+		return sandbox.ControllerInstance{}, err
+	}
+	return p.instance(), nil
+}
+
+// instance is what Start answers for a sandbox that is ready.
+func (p *pod) instance() sandbox.ControllerInstance {
+	rec := p.snapshot()
+	return sandbox.ControllerInstance{
+		SandboxID: p.id,
+		Pid:       vmmPid(&rec),
+		CreatedAt: rec.CreatedAt,
+		Address:   taskAddress(p),
+		Version:   taskAPIVersion,
+		Labels:    map[string]string{"oci_runtime_type": runtimeType},
+	}
+}
+
+// runtimeType is our runtime's name in CRI's configuration and metrics.
+const runtimeType = "io.containerd.cloudhv.v1"
+
+func vmmPid(rec *record) uint32 {
+	if rec.VM == nil {
+		return 0
+	}
+	return uint32(rec.VM.Pid)
+}
+
+// bringUp makes all that a ready sandbox has. What the VM does not need yet is
+// made while it boots.
+func (c *Controller) bringUp(ctx context.Context, p *pod, watch *stopwatch) error {
+	n := &network.Network{}
+	defer func() {
+		// The VMM has its own files by now, or there is none.
+		if err := n.Close(); err != nil {
+			log.G(ctx).WithError(err).Warn("cannot close a tap")
+		}
+	}()
+	g, gctx := errgroup.WithContext(ctx)
+	g.Go(func() error {
+		return watch.time(gctx, "network", func(ctx context.Context) error { return c.connect(ctx, p, n) })
+	})
+	g.Go(func() error { return c.boot(gctx, p, watch) })
+	if err := g.Wait(); err != nil {
+		return err
+	}
+	vm := p.handle()
+	g, gctx = errgroup.WithContext(ctx)
+	g.Go(func() error {
+		return watch.time(gctx, "shim", func(ctx context.Context) error { return c.launchShim(ctx, p, vm) })
+	})
+	g.Go(func() error { return c.plugIn(gctx, p, vm, n, watch) })
+	if err := g.Wait(); err != nil {
+		return err
+	}
+	return watch.time(ctx, "configure", func(ctx context.Context) error {
+		rec := p.snapshot()
+		req, err := configureRequest(&rec, p.start, n)
+		if err != nil {
+			return err
+		}
+		return c.configureGuest(ctx, vm, req, watch)
+	})
+}
+
+// handle is the VM, nil before it boots.
+func (p *pod) handle() vmm.VM {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.vm
+}
+
+// connect joins the pod's network, whose namespace the record names, to TAPs.
+func (c *Controller) connect(ctx context.Context, p *pod, n *network.Network) error {
+	netns := p.snapshot().NetNS
+	if netns == "" {
+		return nil // loopback only
+	}
+	made, err := c.network.Connect(ctx, netns)
+	if err != nil {
+		return fmt.Errorf("pod network: %w", err)
+	}
+	*n = *made
+	return nil
+}
+
+// boot makes the scratch disk and starts the VM, whose record names both.
+func (c *Controller) boot(ctx context.Context, p *pod, watch *stopwatch) error {
+	rec := p.snapshot()
+	err := watch.time(ctx, "scratch", func(ctx context.Context) error { return c.scratch.make(ctx, rec.Scratch) })
+	if err != nil {
+		return err
+	}
+	return watch.time(ctx, "boot", func(ctx context.Context) error {
+		ctx, cancel := context.WithTimeout(ctx, c.cfg.BootTimeout)
+		defer cancel()
+		vm, err := c.driver.Boot(ctx, c.vmConfig(p, &rec))
+		if err != nil {
+			return fmt.Errorf("start the VM: %w", err)
+		}
+		p.mu.Lock()
+		defer p.mu.Unlock()
+		p.vm = vm
+		return p.updateLocked(func(r *record) { r.VM = stateOf(vm) })
+	})
+}
+
+func (c *Controller) vmConfig(p *pod, rec *record) vmm.Config {
+	params := append([]string{}, c.cfg.KernelParams...)
+	return vmm.Config{
+		ID:           p.id,
+		Dir:          p.dir,
+		Kernel:       c.cfg.Kernel,
+		RootFS:       c.cfg.Image,
+		KernelParams: append(params, p.start.kernelParams...),
+		Scratch:      rec.Scratch,
+		Size:         vmm.Size{VCPUs: 1, MemoryBytes: c.cfg.BaseMemory},
+		Max:          rec.Max,
+		ConsoleLimit: c.cfg.ConsoleLogLimit,
+		CgroupPath:   rec.Cgroup,
+	}
+}
+
+func stateOf(vm vmm.VM) *vmm.State {
+	s := vm.State()
+	return &s
+}
+
+// launchShim starts the pod's shim while the guest boots.
+func (c *Controller) launchShim(ctx context.Context, p *pod, vm vmm.VM) error {
+	program, err := shimBinary(c.cfg.Shim)
+	if err != nil {
+		return err
+	}
+	rec := p.snapshot()
+	s, err := startShim(ctx, p, program, shimapi.Config{
+		SandboxID:     p.id,
+		Namespace:     rec.Namespace,
+		SandboxPid:    vmmPid(&rec),
+		GuestEndpoint: vm.PodEndpoint(),
+		TTRPCAddress:  c.ttrpc,
+		Debug:         c.cfg.Debug,
+	})
+	if err != nil {
+		return err
+	}
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.shim = s
+	return p.updateLocked(func(r *record) { r.Shim = &s.process })
+}
+
+// plugIn waits for the guest and plugs in what makes its VM as large as the
+// pod, and the pod's network.
+func (c *Controller) plugIn(ctx context.Context, p *pod, vm vmm.VM, n *network.Network, watch *stopwatch) error {
+	var guest guestInfo
+	err := watch.time(ctx, "guest", func(ctx context.Context) error {
+		var err error
+		guest, err = c.waitForGuest(ctx, vm, watch)
+		return err
+	})
+	if err != nil {
+		return err
+	}
+	ctx, cancel := context.WithTimeout(ctx, c.cfg.HotPlugTimeout)
+	defer cancel()
+	rec := p.snapshot()
+	g, gctx := errgroup.WithContext(ctx)
+	g.Go(func() error {
+		return watch.time(gctx, "nic", func(ctx context.Context) error {
+			for _, nic := range n.NICs {
+				if err := vm.AddNIC(ctx, nic); err != nil {
+					return fmt.Errorf("plug in network interface %s: %w", nic.ID, err)
+				}
+			}
+			return nil
+		})
+	})
+	g.Go(func() error {
+		return watch.time(gctx, "resize", func(ctx context.Context) error {
+			if err := vm.Resize(ctx, rec.Size); err != nil {
+				return fmt.Errorf("make the VM as large as the pod: %w", err)
+			}
+			return nil
+		})
+	})
+	if err := g.Wait(); err != nil {
+		return err
+	}
+	return p.update(func(r *record) {
+		r.VM = stateOf(vm)
+		r.Guest = guest
+	})
+}
+
+// becomeReady records the sandbox as ready and watches over it from now on.
+func (c *Controller) becomeReady(ctx context.Context, p *pod, watch *stopwatch) error {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if err := context.Cause(ctx); err != nil {
+		return err
+	}
+	vm, s := p.vm, p.shim
+	err := p.updateLocked(func(r *record) {
+		r.State = StateReady
+		r.VM = stateOf(vm)
+		r.Phases = watch.list()
+	})
+	if err != nil {
+		return err
+	}
+	p.cancelStart = nil
+	startTimer.UpdateSince(watch.start)
+	sandboxesGauge.Inc()
+	c.watch(ctx, p, vm, s)
+	log.G(ctx).WithFields(log.Fields{"pid": vm.State().Pid, "shim": s.process.Pid}).Info("started sandbox")
+	return nil
+}
+
+// undoStart removes all that a failed Start and its Create made, and returns
+// why the Start failed together with what could not be undone.
+func (c *Controller) undoStart(ctx context.Context, p *pod, why error) error {
+	e := c.end(ctx, p, endReason{cause: "start failed: " + why.Error(), label: "start", status: exitKilled})
+	<-e.done
+	return errors.Join(why, e.err, c.remove(ctx, p))
+}

@@ -1,0 +1,153 @@
+// SPDX-License-Identifier: Apache-2.0
+// Copyright The containerd-cloudhv Authors
+
+package controller
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"strconv"
+	"strings"
+
+	"github.com/containerd/log"
+	"golang.org/x/sync/errgroup"
+)
+
+// sweep removes what no record claims: scratch disks and processes. Both
+// directories are locked, so nobody else's are in them.
+func (c *Controller) sweep(ctx context.Context) error {
+	claimed := map[string]bool{c.scratch.templatePath(): true}
+	c.mu.Lock()
+	for _, p := range c.pods {
+		claimed[p.snapshot().Scratch] = true
+	}
+	c.mu.Unlock()
+
+	c.killStrays(ctx, c.cfg.StateDir)
+	entries, err := os.ReadDir(c.scratch.dir)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	if err != nil {
+		return fmt.Errorf("read scratch directory: %w", err)
+	}
+	var errs []error
+	for _, e := range entries {
+		path := filepath.Join(c.scratch.dir, e.Name())
+		if claimed[path] {
+			continue
+		}
+		log.G(ctx).WithField("path", path).Info("removing a scratch disk that nobody claims")
+		errs = append(errs, removeScratch(path))
+	}
+	return errors.Join(errs...)
+}
+
+// killStrays kills the VMMs and shims whose command line names a path in dir
+// and that no sandbox claims.
+func (c *Controller) killStrays(ctx context.Context, dir string) {
+	claimed := c.claimedPids()
+	var g errgroup.Group
+	for _, pid := range c.findProcesses(dir) {
+		if claimed[pid] {
+			continue
+		}
+		id, err := identify(pid)
+		if err != nil {
+			continue // it has ended meanwhile
+		}
+		g.Go(func() error {
+			h, err := id.open()
+			if err != nil {
+				return nil
+			}
+			defer h.close()
+			log.G(ctx).WithField("pid", pid).Warn("killing a process of a sandbox that nobody claims")
+			if err := h.end(ctx, 0); err != nil {
+				log.G(ctx).WithError(err).WithField("pid", pid).Error("cannot kill a process")
+			}
+			return nil
+		})
+	}
+	_ = g.Wait()
+}
+
+func (c *Controller) claimedPids() map[int]bool {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	claimed := map[int]bool{}
+	for _, p := range c.pods {
+		rec := p.snapshot()
+		if rec.VM != nil {
+			claimed[rec.VM.Pid] = true
+		}
+		if rec.Shim != nil {
+			claimed[rec.Shim.Pid] = true
+		}
+	}
+	return claimed
+}
+
+// findProcesses lists the processes that run one of our programs in our mount
+// namespace and whose command line names a path in dir.
+func (c *Controller) findProcesses(dir string) []int {
+	entries, err := os.ReadDir("/proc")
+	if err != nil {
+		return nil
+	}
+	self, err := os.Readlink("/proc/self/ns/mnt")
+	if err != nil {
+		return nil
+	}
+	var pids []int
+	for _, e := range entries {
+		pid, err := strconv.Atoi(e.Name())
+		if err != nil || pid == os.Getpid() {
+			continue
+		}
+		proc := filepath.Join("/proc", e.Name())
+		cmdline, err := os.ReadFile(filepath.Join(proc, "cmdline"))
+		if err != nil || !namesPath(cmdline, dir) {
+			continue
+		}
+		exe, err := os.Readlink(filepath.Join(proc, "exe"))
+		if err != nil || !c.isOurs(exe) {
+			continue
+		}
+		if ns, err := os.Readlink(filepath.Join(proc, "ns", "mnt")); err != nil || ns != self {
+			continue
+		}
+		pids = append(pids, pid)
+	}
+	return pids
+}
+
+// isOurs is true for the programs that a sandbox's processes run.
+func (c *Controller) isOurs(exe string) bool {
+	name := filepath.Base(strings.TrimSuffix(exe, " (deleted)"))
+	return name == filepath.Base(c.cfg.Shim) || strings.HasPrefix(name, "qemu-") || name == "cloud-hypervisor" ||
+		c.cfg.QEMUBinary != "" && name == filepath.Base(c.cfg.QEMUBinary)
+}
+
+// namesPath is true if an argument of a command line contains a path in dir, or
+// dir itself, and not merely one that begins alike.
+func namesPath(cmdline []byte, dir string) bool {
+	for arg := range bytes.SplitSeq(cmdline, []byte{0}) {
+		for {
+			_, after, ok := bytes.Cut(arg, []byte(dir))
+			if !ok {
+				break
+			}
+			if len(after) == 0 || after[0] == '/' || after[0] == ',' {
+				return true
+			}
+			arg = after
+		}
+	}
+	return false
+}

@@ -1,0 +1,219 @@
+// SPDX-License-Identifier: Apache-2.0
+// Copyright The containerd-cloudhv Authors
+
+package task
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strconv"
+	"strings"
+
+	"github.com/containerd/errdefs"
+	specs "github.com/opencontainers/runtime-spec/specs-go"
+
+	"github.com/cloudhv/containerd-cloudhv/guest/agent/crun"
+	"github.com/cloudhv/containerd-cloudhv/guest/agent/stdio"
+	"github.com/cloudhv/containerd-cloudhv/guest/api"
+	guestv1 "github.com/cloudhv/containerd-cloudhv/guest/api/v1"
+)
+
+// Create implements the Task service. A failed create leaves nothing, and ends
+// the streams that it names.
+func (s *Service) Create(ctx context.Context, r *guestv1.CreateRequest) (_ *guestv1.CreateResponse, retErr error) {
+	io, err := s.openIO(r.GetStdio())
+	if err != nil {
+		return nil, err
+	}
+	defer func() {
+		if retErr != nil {
+			io.Close()
+		}
+	}()
+	if err := s.cfg.Ready(); err != nil {
+		return nil, err
+	}
+	spec, err := checkCreate(r)
+	if err != nil {
+		return nil, err
+	}
+	pidns, err := s.pidNamespace(ctx, r)
+	if err != nil {
+		return nil, err
+	}
+	c, err := s.reserve(r.GetId())
+	if err != nil {
+		return nil, err
+	}
+	c.sharesPids = pidns != ""
+	c.init.io = io
+	if err := c.create(ctx, r, spec, pidns); err != nil {
+		cctx, cancel := detached(ctx, cleanLimit)
+		defer cancel()
+		err = errors.Join(err, c.destroy(cctx))
+		s.forget(c)
+		return nil, err
+	}
+	return &guestv1.CreateResponse{Pid: uint32(c.init.snapshot().pid)}, nil
+}
+
+func (s *Service) openIO(r *guestv1.Stdio) (*stdio.IO, error) {
+	return stdio.Open(s.cfg.Streams, stdio.Config{
+		Stdin: r.GetStdin(), Stdout: r.GetStdout(), Stderr: r.GetStderr(), Terminal: r.GetTerminal(),
+	})
+}
+
+// checkCreate checks a request as far as that can be done by looking at it, and
+// decodes its spec.
+func checkCreate(r *guestv1.CreateRequest) (*specs.Spec, error) {
+	if err := checkID("container ID", r.GetId()); err != nil {
+		return nil, err
+	}
+	if err := checkFiles(r.GetFiles()); err != nil {
+		return nil, err
+	}
+	if len(r.GetSpec()) > api.MaxSpecBytes {
+		return nil, fmt.Errorf("spec of %d bytes: at most %d: %w", len(r.GetSpec()), api.MaxSpecBytes, errdefs.ErrInvalidArgument)
+	}
+	spec := &specs.Spec{}
+	if err := json.Unmarshal(r.GetSpec(), spec); err != nil {
+		return nil, fmt.Errorf("spec: %w: %w", errdefs.ErrInvalidArgument, err)
+	}
+	if err := checkSpec(spec); err != nil {
+		return nil, err
+	}
+	return spec, nil
+}
+
+// pidNamespace returns the path of the PID namespace to join, "" for an own one.
+func (s *Service) pidNamespace(ctx context.Context, r *guestv1.CreateRequest) (string, error) {
+	switch r.GetPidNamespace() {
+	case guestv1.PidNamespace_PID_CONTAINER:
+		return "", nil
+	case guestv1.PidNamespace_PID_POD:
+		return s.podPidNamespace(ctx)
+	case guestv1.PidNamespace_PID_TARGET:
+		pid := int(r.GetTargetPid())
+		if pid <= 1 || !s.owns(pid) {
+			return "", fmt.Errorf("target PID namespace: no container has a process %d: %w", pid, errdefs.ErrNotFound)
+		}
+		return pidNamespace(pid), nil
+	default:
+		return "", fmt.Errorf("PID namespace %d: %w", r.GetPidNamespace(), errdefs.ErrInvalidArgument)
+	}
+}
+
+// create makes the bundle and the container. Its caller destroys what a failure leaves.
+func (c *container) create(ctx context.Context, r *guestv1.CreateRequest, spec *specs.Spec, pidns string) error {
+	if err := os.MkdirAll(c.rootfs(), 0o711); err != nil {
+		return fmt.Errorf("make bundle: %w", err)
+	}
+	layer, err := c.s.cfg.RootFS.Mount(ctx, c.id, r.GetRootfs().GetImageSerial(), c.rootfs())
+	if err != nil {
+		return err
+	}
+	c.layer = layer
+	files, err := c.writeFiles(r.GetFiles())
+	if err != nil {
+		return err
+	}
+	adapt(spec, guest{
+		root:       c.rootfs(),
+		cgroup:     filepath.Join("/", c.s.cfg.CgroupParent, c.id),
+		pidns:      pidns,
+		terminal:   r.GetStdio().GetTerminal(),
+		files:      files,
+		pod:        c.s.cfg.Pod,
+		privateShm: r.GetPrivateShm(),
+	})
+	if err := writeJSON(filepath.Join(c.bundle, "config.json"), spec); err != nil {
+		return err
+	}
+	return c.launch(ctx, c.init, c.bundle, r.GetStdio().GetTerminal(), stateCreated, c.initExited, func(p crun.Process) (int, error) {
+		return c.s.cfg.Runtime.Create(ctx, c.id, c.bundle, p)
+	})
+}
+
+func writeJSON(path string, v any) error {
+	b, err := json.Marshal(v)
+	if err != nil {
+		return fmt.Errorf("encode %s: %w", filepath.Base(path), err)
+	}
+	if err := os.WriteFile(path, b, 0o600); err != nil {
+		return fmt.Errorf("write %s: %w", filepath.Base(path), err)
+	}
+	return nil
+}
+
+// maxFiles bounds the copied-in files of a container.
+const maxFiles = 256
+
+func checkFiles(files []*guestv1.File) error {
+	if len(files) > maxFiles {
+		return fmt.Errorf("%d files: at most %d: %w", len(files), maxFiles, errdefs.ErrInvalidArgument)
+	}
+	total := 0
+	for _, f := range files {
+		dst := f.GetDestination()
+		if !filepath.IsAbs(dst) || filepath.Clean(dst) != dst || dst == "/" || len(dst) > 4096 || strings.ContainsRune(dst, 0) {
+			return fmt.Errorf("file at %q: want a clean absolute path: %w", dst[:min(len(dst), 256)], errdefs.ErrInvalidArgument)
+		}
+		if len(f.GetData()) > api.MaxFileBytes {
+			return fmt.Errorf("file at %s: %d bytes: at most %d: %w", dst, len(f.GetData()), api.MaxFileBytes, errdefs.ErrInvalidArgument)
+		}
+		if f.GetMode()&^0o7777 != 0 {
+			return fmt.Errorf("file at %s: mode %o: %w", dst, f.GetMode(), errdefs.ErrInvalidArgument)
+		}
+		total += len(f.GetData())
+	}
+	if total > api.MaxFilesBytes {
+		return fmt.Errorf("%d bytes of files: at most %d: %w", total, api.MaxFilesBytes, errdefs.ErrInvalidArgument)
+	}
+	return nil
+}
+
+// writeFiles puts the files into the bundle and returns the mounts for them.
+func (c *container) writeFiles(files []*guestv1.File) ([]specs.Mount, error) {
+	if len(files) == 0 {
+		return nil, nil
+	}
+	dir := filepath.Join(c.bundle, "files")
+	if err := os.Mkdir(dir, 0o711); err != nil {
+		return nil, fmt.Errorf("make directory for files: %w", err)
+	}
+	mounts := make([]specs.Mount, 0, len(files))
+	for i, f := range files {
+		path := filepath.Join(dir, strconv.Itoa(i))
+		err := os.WriteFile(path, f.GetData(), 0o600)
+		if err == nil {
+			err = os.Chown(path, int(f.GetUid()), int(f.GetGid()))
+		}
+		if err == nil {
+			// After chown, which clears setuid bits.
+			err = os.Chmod(path, fileMode(f.GetMode()))
+		}
+		if err != nil {
+			return nil, fmt.Errorf("write file for %s: %w", f.GetDestination(), err)
+		}
+		mounts = append(mounts, bind(path, f.GetDestination(), f.GetReadonly()))
+	}
+	return mounts, nil
+}
+
+// fileMode turns the kernel's permission bits into Go's.
+func fileMode(m uint32) os.FileMode {
+	mode := os.FileMode(m & 0o777)
+	for _, b := range []struct {
+		kernel uint32
+		mode   os.FileMode
+	}{{0o4000, os.ModeSetuid}, {0o2000, os.ModeSetgid}, {0o1000, os.ModeSticky}} {
+		if m&b.kernel != 0 {
+			mode |= b.mode
+		}
+	}
+	return mode
+}

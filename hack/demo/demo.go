@@ -1,0 +1,348 @@
+// SPDX-License-Identifier: Apache-2.0
+// Copyright The containerd-cloudhv Authors
+
+package main
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"os"
+	"path/filepath"
+	"strings"
+	"time"
+
+	"github.com/cloudhv/containerd-cloudhv/e2e/testimage"
+	"github.com/cloudhv/containerd-cloudhv/e2e/testnode"
+)
+
+// serve is what the container runs: it logs a line, and a web server says where it is.
+const serve = `mkdir -p /tmp/www
+echo "Hello from $(hostname), on kernel $(uname -r)" > /tmp/www/index.html
+echo "serving on port 8080"
+exec httpd -f -p 8080 -h /tmp/www`
+
+// demo plays its steps in order; each leaves in it what the later ones need.
+type demo struct {
+	node *testnode.Node
+	out  *printer
+	// extra is the reference of another image to run; empty for none.
+	extra string
+
+	before testnode.Census
+	// podID and webID are the pod and its container; podIP its address by CNI.
+	podID, webID, podIP string
+	// info is what the plugin tells of the pod.
+	info podInfo
+}
+
+// versions shows who takes part.
+func (d *demo) versions(ctx context.Context) error {
+	bin := func(name string) string { return filepath.Join(d.node.Repo(), "build", "bin", name) }
+	guest := filepath.Join(d.node.Repo(), "build", "guest")
+	d.out.title("containerd-cloudhv: a pod in a virtual machine of its own")
+	d.out.section("Who takes part", "All of it is real: nothing is simulated but, where the host has no KVM, the processor.")
+	d.out.fact("host kernel", hostKernel())
+	d.out.fact("containerd", firstLine(ctx, bin("containerd"), "--version"))
+	d.out.fact("QEMU", firstLine(ctx, "qemu-system-x86_64", "--version"))
+	d.out.fact("guest kernel", fileLine(filepath.Join(guest, "kernel.version")))
+	d.out.fact("guest crun", fileLine(filepath.Join(guest, "crun.version")))
+	d.out.fact("crictl", firstLine(ctx, bin("crictl"), "--version"))
+	return nil
+}
+
+// start brings up the private containerd and tells which hypervisor it chose.
+func (d *demo) start(ctx context.Context) error {
+	d.out.section("A private containerd", "Its root, state, sockets and network are its own: a containerd or Docker on this host is not touched.")
+	if err := d.out.timed("containerd --config "+d.node.ConfigPath(), func() error { return d.node.Start(ctx) }); err != nil {
+		return err
+	}
+	resp, err := d.node.Containerd().IntrospectionService().Plugins(d.node.Context(ctx), "type==io.containerd.sandbox.controller.v1,id==cloudhv")
+	if err != nil {
+		return fmt.Errorf("asking for the plugin: %w", err)
+	}
+	if len(resp.GetPlugins()) != 1 {
+		return errors.New("containerd has no sandbox controller cloudhv")
+	}
+	exports := resp.GetPlugins()[0].GetExports()
+	d.out.fact("plugin", "io.containerd.sandbox.controller.v1.cloudhv")
+	for _, name := range []string{"hypervisor", "version", "accelerator", "reason", "unfit"} {
+		if v := exports[name]; v != "" {
+			d.out.fact(name, v)
+		}
+	}
+	return nil
+}
+
+// images brings in the demo's image, and the one that was asked for.
+func (d *demo) images(ctx context.Context) error {
+	d.out.section("An image", "Made here in process from Debian's static busybox, so that no registry is needed.")
+	err := d.out.timed("import "+testimage.BusyboxRef, func() error {
+		img, err := testimage.Busybox()
+		if err != nil {
+			return err
+		}
+		return d.node.Import(ctx, testimage.BusyboxRef, img)
+	})
+	if err != nil {
+		return err
+	}
+	if d.extra != "" {
+		if _, err := d.crictl(ctx, "pull", d.extra); err != nil {
+			return err
+		}
+	}
+	d.before, err = d.node.Census(ctx)
+	return err
+}
+
+// pod runs the pod and its container.
+func (d *demo) pod(ctx context.Context) error {
+	d.out.section("The pod", "CNI gives it a network, then a virtual machine boots for it alone; the container runs inside.")
+	pod := d.node.PodConfig("web")
+	container := testnode.ContainerConfig("httpd", testimage.BusyboxRef, "/bin/sh", "-c", serve)
+	if err := errors.Join(os.MkdirAll(pod.GetLogDirectory(), 0o755), d.writeConfig("pod.json", pod), d.writeConfig("httpd.json", container)); err != nil {
+		return err
+	}
+	id, err := d.crictl(ctx, "runp", "--runtime", testnode.CloudHV, d.node.Dir("pod.json"))
+	if err != nil {
+		return err
+	}
+	d.podID = id
+	if d.webID, err = d.crictl(ctx, "create", d.podID, d.node.Dir("httpd.json"), d.node.Dir("pod.json")); err != nil {
+		return err
+	}
+	if _, err := d.crictl(ctx, "start", d.webID); err != nil {
+		return err
+	}
+	out, err := d.crictl(ctx, "inspectp", "-o", "json", d.podID)
+	if err != nil {
+		return err
+	}
+	return d.readInspect(out)
+}
+
+// readInspect takes what later steps need from `crictl inspectp`.
+func (d *demo) readInspect(out string) error {
+	var inspect struct {
+		Status struct {
+			Network struct {
+				IP string `json:"ip"`
+			} `json:"network"`
+		} `json:"status"`
+		Info struct {
+			CloudHV podInfo `json:"cloudhv"`
+		} `json:"info"`
+	}
+	if err := json.Unmarshal([]byte(out), &inspect); err != nil {
+		return fmt.Errorf("reading inspectp: %w", err)
+	}
+	d.podIP, d.info = inspect.Status.Network.IP, inspect.Info.CloudHV
+	if d.podIP == "" {
+		return errors.New("the pod has no address")
+	}
+	return nil
+}
+
+// podInfo is the part that the demo shows of what the plugin tells of a pod.
+type podInfo struct {
+	Phases []struct {
+		Name     string `json:"name"`
+		AtUsec   int64  `json:"at_usec"`
+		TookUsec int64  `json:"took_usec"`
+	} `json:"phases"`
+}
+
+// phases shows where the time of the start went.
+func (d *demo) phases(context.Context) error {
+	if len(d.info.Phases) == 0 {
+		return nil
+	}
+	d.out.section("Where the time went", "The plugin's own part of RunPodSandbox, from `crictl inspectp`; parts may overlap.")
+	var whole time.Duration
+	for _, p := range d.info.Phases {
+		whole = max(whole, time.Duration(p.AtUsec+p.TookUsec)*time.Microsecond)
+	}
+	for _, p := range d.info.Phases {
+		at, took := time.Duration(p.AtUsec)*time.Microsecond, time.Duration(p.TookUsec)*time.Microsecond
+		d.out.fact(printable(p.Name, 18), fmt.Sprintf("|%s| %7.1f ms", strings.ReplaceAll(bar(at, took, whole, 40), " ", "."), float64(took.Microseconds())/1000))
+	}
+	return nil
+}
+
+// inside compares the pod with the host.
+func (d *demo) inside(ctx context.Context) error {
+	d.out.section("Inside", "Each line is a command that `crictl exec` runs in the container.")
+	for _, c := range []string{"uname -r", "hostname", "nproc", "head -n 1 /proc/meminfo", "ip -o -4 addr show eth0", "ps"} {
+		out, err := d.crictl(ctx, append([]string{"exec", d.webID}, strings.Fields(c)...)...)
+		if err != nil {
+			return err
+		}
+		d.out.output(out)
+		if c == "uname -r" {
+			d.out.note("and on the host `uname -r` says " + hostKernel() + ".")
+		}
+	}
+	return nil
+}
+
+// logs shows what the container wrote.
+func (d *demo) logs(ctx context.Context) error {
+	d.out.section("Logs", "What the container wrote, carried from the guest to the file that kubelet would read.")
+	out, err := d.crictl(ctx, "logs", d.webID)
+	if err == nil {
+		d.out.output(out)
+	}
+	return err
+}
+
+// http fetches a page from the pod over its CNI address.
+func (d *demo) http(ctx context.Context) error {
+	d.out.section("Network", "The host asks the web server in the pod, at the address that CNI gave it.")
+	url := "http://" + net.JoinHostPort(d.podIP, "8080") + "/"
+	var body []byte
+	err := d.out.timed("GET "+url, func() error {
+		ctx, cancel := context.WithTimeout(ctx, testnode.Scale(commandLimit))
+		defer cancel()
+		// The server may be a moment behind its container's start.
+		return testnode.Eventually(ctx, func(ctx context.Context) (err error) {
+			body, err = get(ctx, url)
+			return err
+		})
+	})
+	if err == nil {
+		d.out.output(string(body))
+	}
+	return err
+}
+
+// get fetches a page, of which the first part is enough.
+func get(ctx context.Context, url string) ([]byte, error) {
+	tr := &http.Transport{DisableKeepAlives: true}
+	defer tr.CloseIdleConnections()
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, url, nil)
+	if err != nil {
+		return nil, err
+	}
+	resp, err := (&http.Client{Transport: tr}).Do(req)
+	if err != nil {
+		return nil, err
+	}
+	defer resp.Body.Close()
+	if resp.StatusCode != http.StatusOK {
+		return nil, fmt.Errorf("%s: %s", url, resp.Status)
+	}
+	return io.ReadAll(io.LimitReader(resp.Body, 4096))
+}
+
+// extraContainer runs the image that was asked for in the same pod.
+func (d *demo) extraContainer(ctx context.Context) error {
+	if d.extra == "" {
+		return nil
+	}
+	d.out.section("Your image", "A second container in the same virtual machine, with the image's own command.")
+	if err := d.writeConfig("extra.json", testnode.ContainerConfig("extra", d.extra)); err != nil {
+		return err
+	}
+	id, err := d.crictl(ctx, "create", d.podID, d.node.Dir("extra.json"), d.node.Dir("pod.json"))
+	if err != nil {
+		return err
+	}
+	if _, err := d.crictl(ctx, "start", id); err != nil {
+		return err
+	}
+	// It is another's image: that it has no uname, or has ended already, is no failure.
+	if out, err := d.crictl(ctx, "exec", id, "uname", "-r"); err == nil {
+		d.out.output(out)
+	}
+	out, err := d.crictl(ctx, "logs", id)
+	if err == nil {
+		d.out.output(out)
+	}
+	return err
+}
+
+// memory shows what the pod costs the host.
+func (d *demo) memory(ctx context.Context) error {
+	d.out.section("What it costs", "Memory of the pod's processes on the host, from /proc/PID/smaps_rollup, while the server idles.")
+	if out, err := d.crictl(ctx, "pods"); err == nil {
+		d.out.output(out)
+	}
+	if out, err := d.crictl(ctx, "ps"); err == nil {
+		d.out.output(out)
+	}
+	procs, err := podProcesses(filepath.Join(d.node.StateDir(), d.podID))
+	if err != nil {
+		return err
+	}
+	fmt.Fprintln(d.out.w)
+	for _, p := range procs {
+		d.out.fact(printable(p.name, 18), fmt.Sprintf("pid %-8d %12s private %12s PSS", p.pid, mib(p.private), mib(p.pss)))
+	}
+	return nil
+}
+
+// cleanUp removes the pod, counts what is left, and removes the node.
+func (d *demo) cleanUp(ctx context.Context, closeNode func() error) error {
+	d.out.section("Clean-up", "The pod goes, then everything is counted and compared with before it: then containerd goes as well.")
+	for _, args := range [][]string{{"stopp", d.podID}, {"rmp", d.podID}} {
+		if _, err := d.crictl(ctx, args...); err != nil {
+			return err
+		}
+	}
+	wait, cancel := context.WithTimeout(ctx, testnode.Scale(commandLimit))
+	defer cancel()
+	if err := d.node.AwaitCensus(wait, d.before); err != nil {
+		return fmt.Errorf("the pod left something: %w", err)
+	}
+	for _, class := range []string{"process", "mount", "link", "cgroup", "loop", "record"} {
+		d.out.fact(class, fmt.Sprintf("%d, as before the pod", d.before.Count(class)))
+	}
+	dir := d.node.Dir()
+	if err := d.out.timed("end containerd, remove "+dir, closeNode); err != nil {
+		return err
+	}
+	if _, err := os.Lstat(dir); err == nil {
+		return fmt.Errorf("%s is still there", dir)
+	}
+	d.out.note("Nothing is left.")
+	fmt.Fprintln(d.out.w)
+	return nil
+}
+
+// crictl runs crictl, shows the call with its time, and returns what it printed.
+func (d *demo) crictl(ctx context.Context, args ...string) (string, error) {
+	shown := make([]string, 0, len(args))
+	for _, a := range args {
+		a = strings.TrimPrefix(a, d.node.Dir()+"/")
+		if len(a) == 64 && strings.Trim(a, "0123456789abcdef") == "" {
+			a = a[:13] // as crictl itself shows an ID
+		}
+		shown = append(shown, a)
+	}
+	var stdout, stderr string
+	err := d.out.timed("crictl "+strings.Join(shown, " "), func() (err error) {
+		stdout, stderr, err = d.node.Crictl(ctx, args...)
+		return err
+	})
+	if err != nil {
+		return "", fmt.Errorf("crictl %s: %w: %s", args[0], err, strings.TrimSpace(stderr))
+	}
+	if args[0] == "logs" {
+		stdout += stderr
+	}
+	return strings.TrimSpace(stdout), nil
+}
+
+// writeConfig writes a CRI configuration where crictl reads it.
+func (d *demo) writeConfig(name string, config any) error {
+	b, err := json.MarshalIndent(config, "", "  ")
+	if err != nil {
+		return err
+	}
+	return os.WriteFile(d.node.Dir(name), b, 0o600)
+}

@@ -1,0 +1,119 @@
+// SPDX-License-Identifier: Apache-2.0
+// Copyright The containerd-cloudhv Authors
+
+package main
+
+import (
+	"bufio"
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// commandLimit bounds each helper command.
+const commandLimit = 30 * time.Second
+
+// hostKernel is the host's `uname -r`.
+func hostKernel() string {
+	var u unix.Utsname
+	if err := unix.Uname(&u); err != nil {
+		return err.Error()
+	}
+	return unix.ByteSliceToString(u.Release[:])
+}
+
+// firstLine is the first line of what a command prints.
+func firstLine(ctx context.Context, name string, args ...string) string {
+	ctx, cancel := context.WithTimeout(ctx, commandLimit)
+	defer cancel()
+	out, err := exec.CommandContext(ctx, name, args...).Output()
+	if err != nil {
+		return fmt.Sprintf("%s: %v", name, err)
+	}
+	line, _, _ := strings.Cut(string(out), "\n")
+	return strings.TrimSpace(line)
+}
+
+// fileLine is the first line of a file, or a dash.
+func fileLine(path string) string {
+	b, err := os.ReadFile(path)
+	if err != nil {
+		return "-"
+	}
+	line, _, _ := strings.Cut(string(b), "\n")
+	return strings.TrimSpace(line)
+}
+
+// process is one of the host's that belongs to a pod, and what it costs. Bytes.
+type process struct {
+	pid          int
+	name         string
+	pss, private uint64
+}
+
+// podProcesses are the processes whose command line names the sandbox's directory.
+func podProcesses(dir string) ([]process, error) {
+	files, err := filepath.Glob("/proc/[0-9]*/cmdline")
+	if err != nil {
+		return nil, err
+	}
+	var list []process
+	for _, f := range files {
+		cmdline, err := os.ReadFile(f)
+		if err != nil || !strings.Contains(string(cmdline), dir) {
+			continue // it has ended, or it is another's
+		}
+		pid, err := strconv.Atoi(filepath.Base(filepath.Dir(f)))
+		if err != nil {
+			return nil, err
+		}
+		program, _, _ := strings.Cut(string(cmdline), "\x00")
+		p := process{pid: pid, name: filepath.Base(program)}
+		if err := p.measure(); err != nil {
+			return nil, err
+		}
+		list = append(list, p)
+	}
+	if len(list) == 0 {
+		return nil, errors.New("no process of the pod found")
+	}
+	return list, nil
+}
+
+// measure reads what the process has of memory: its proportional share of all,
+// and what nobody else has.
+func (p *process) measure() error {
+	f, err := os.Open(fmt.Sprintf("/proc/%d/smaps_rollup", p.pid))
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	s := bufio.NewScanner(f)
+	for s.Scan() {
+		words := strings.Fields(s.Text())
+		if len(words) != 3 || words[2] != "kB" {
+			continue
+		}
+		kb, err := strconv.ParseUint(words[1], 10, 64)
+		if err != nil {
+			return fmt.Errorf("%s: %w", f.Name(), err)
+		}
+		switch words[0] {
+		case "Pss:":
+			p.pss = kb << 10
+		case "Private_Clean:", "Private_Dirty:":
+			p.private += kb << 10
+		}
+	}
+	return s.Err()
+}
+
+func mib(n uint64) string { return fmt.Sprintf("%.1f MiB", float64(n)/(1<<20)) }

@@ -1,0 +1,51 @@
+// SPDX-License-Identifier: Apache-2.0
+// Copyright The containerd-cloudhv Authors
+
+package plugin
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+
+	"github.com/containerd/errdefs"
+	"golang.org/x/sys/unix"
+)
+
+// locks keeps the lock files open for as long as the process lives.
+var locks []*os.File
+
+// lockDirs makes the directories and locks them: recovery removes what it does
+// not know there, which must not be another containerd's.
+func lockDirs(dirs ...string) error {
+	var errs []error
+	for _, dir := range dirs {
+		if dir == "" {
+			errs = append(errs, fmt.Errorf("no directory: %w", errdefs.ErrFailedPrecondition))
+			continue
+		}
+		f, err := lockDir(dir)
+		if err != nil {
+			errs = append(errs, err)
+			continue
+		}
+		locks = append(locks, f)
+	}
+	return errors.Join(errs...)
+}
+
+func lockDir(dir string) (*os.File, error) {
+	if err := os.MkdirAll(dir, 0o711); err != nil {
+		return nil, fmt.Errorf("make directory: %w: %w", err, errdefs.ErrFailedPrecondition)
+	}
+	f, err := os.OpenFile(filepath.Join(dir, "lock"), os.O_CREATE|os.O_RDWR, 0o600)
+	if err != nil {
+		return nil, fmt.Errorf("lock directory: %w: %w", err, errdefs.ErrFailedPrecondition)
+	}
+	if err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
+		_ = f.Close()
+		return nil, fmt.Errorf("%s is in use by another containerd: %w: %w", dir, err, errdefs.ErrFailedPrecondition)
+	}
+	return f, nil
+}

@@ -1,0 +1,179 @@
+// SPDX-License-Identifier: Apache-2.0
+// Copyright The containerd-cloudhv Authors
+
+package plugin
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"maps"
+	"path/filepath"
+	"slices"
+	"time"
+
+	"github.com/containerd/containerd/v2/core/leases"
+	"github.com/containerd/containerd/v2/core/metadata"
+	"github.com/containerd/containerd/v2/core/snapshots"
+	"github.com/containerd/errdefs"
+	"github.com/containerd/log"
+	"github.com/containerd/plugin"
+	bolt "go.etcd.io/bbolt"
+
+	"github.com/cloudhv/containerd-cloudhv/controller"
+	"github.com/cloudhv/containerd-cloudhv/controller/config"
+	"github.com/cloudhv/containerd-cloudhv/controller/rootfs"
+	"github.com/cloudhv/containerd-cloudhv/vmpool/vmm"
+)
+
+// probeTimeout bounds finding out what the host can do.
+const probeTimeout = 15 * time.Second
+
+// build makes the controller, unfit if need be, and recovers what an
+// earlier containerd left.
+func build(ctx context.Context, ic *plugin.InitContext) (*controller.Controller, error) {
+	cfg, ok := ic.Config.(*config.Config)
+	if !ok {
+		return nil, fmt.Errorf("configuration is a %T: %w", ic.Config, errdefs.ErrInvalidArgument)
+	}
+	settings, unfit := cfg.Validate(config.ReadHostInfo())
+	if unfit != nil {
+		unfit = fmt.Errorf("wrong configuration: %w", unfit)
+	}
+	lockErr := lockDirs(settings.StateDir, settings.CacheDir)
+	stores, storeErr := containerdStores(ic)
+	opts := controller.Options{Settings: settings, TTRPCAddress: ic.Properties[propertyTTRPCAddress]}
+	if stores != nil {
+		opts.Sandboxes, opts.Containers = metadata.NewSandboxStore(stores.db), metadata.NewContainerStore(stores.db)
+	}
+	var images *rootfs.Store
+	var imageErr error
+	if lockErr == nil && stores != nil {
+		images, imageErr = newImages(settings, stores)
+		opts.Images = images
+	}
+	var driverErr error
+	opts.Drivers, opts.Driver, opts.Host, driverErr = chooseDriver(ctx, settings)
+	opts.Unfit = errors.Join(unfit, lockErr, storeErr, imageErr, driverErr)
+	for key, value := range map[string]string{
+		"hypervisor": opts.Host.Driver, "hypervisor_version": opts.Host.Version,
+		"accelerator": opts.Host.Accelerator, "accelerator_reason": opts.Host.Reason,
+	} {
+		ic.Meta.Exports[key] = value
+	}
+	c, err := controller.New(opts)
+	if err != nil || lockErr != nil || images == nil {
+		return c, err // without its directories there is nothing to recover
+	}
+	recoverAll(ctx, c, images, stores)
+	return c, nil
+}
+
+// recoverAll takes up sandboxes and cleans the image store. Failures cost what
+// they concern, and are in the log.
+func recoverAll(ctx context.Context, c *controller.Controller, images *rootfs.Store, s *stores) {
+	begin := time.Now()
+	namespaces, err := s.namespaces(ctx)
+	if err != nil {
+		log.G(ctx).WithError(err).Warn("cannot list namespaces")
+	}
+	if err := images.Clean(ctx, namespaces); err != nil {
+		log.G(ctx).WithError(err).Warn("cannot remove all that an earlier containerd left of images")
+	}
+	if err := c.Recover(ctx); err != nil {
+		log.G(ctx).WithError(err).Error("cannot recover all sandboxes")
+	}
+	log.G(ctx).WithField("duration", time.Since(begin)).Debug("recovered")
+	go func() {
+		if err := images.Forget(context.WithoutCancel(ctx), namespaces, s.snapshotters); err != nil {
+			log.G(ctx).WithError(err).Warn("cannot remove images that are not needed any more")
+		}
+	}()
+}
+
+// stores are what we use of containerd's.
+type stores struct {
+	db           *metadata.DB
+	leases       leases.Manager
+	snapshotters []string
+}
+
+func containerdStores(ic *plugin.InitContext) (*stores, error) {
+	m, err := ic.GetSingle(metadataPlugin)
+	if err != nil {
+		return nil, fmt.Errorf("containerd's metadata: %w", err)
+	}
+	db, ok := m.(*metadata.DB)
+	if !ok {
+		return nil, fmt.Errorf("containerd's metadata is a %T: %w", m, errdefs.ErrFailedPrecondition)
+	}
+	l, err := ic.GetSingle(leasePlugin)
+	if err != nil {
+		return nil, fmt.Errorf("containerd's leases: %w", err)
+	}
+	lm, ok := l.(leases.Manager)
+	if !ok {
+		return nil, fmt.Errorf("containerd's lease manager is a %T: %w", l, errdefs.ErrFailedPrecondition)
+	}
+	sn, err := ic.GetByType(snapshotPlugin)
+	if err != nil {
+		return nil, fmt.Errorf("containerd's snapshotters: %w", err)
+	}
+	return &stores{db: db, leases: lm, snapshotters: slices.Sorted(maps.Keys(sn))}, nil
+}
+
+func (s *stores) namespaces(ctx context.Context) (list []string, err error) {
+	err = s.db.View(func(tx *bolt.Tx) error {
+		list, err = metadata.NewNamespaceStore(tx).List(ctx)
+		return err
+	})
+	return list, err
+}
+
+// snapshotter gives the metadata's view of a snapshotter, which knows namespaces and leases.
+func (s *stores) snapshotter(name string) (snapshots.Snapshotter, error) {
+	if !slices.Contains(s.snapshotters, name) {
+		return nil, errdefs.ErrNotFound
+	}
+	return s.db.Snapshotter(name), nil
+}
+
+func newImages(s *config.Settings, st *stores) (*rootfs.Store, error) {
+	return rootfs.New(rootfs.Config{
+		Dir:         filepath.Join(s.CacheDir, "images"),
+		CacheLimit:  s.ImageCacheLimit,
+		Parallel:    s.BuilderParallel,
+		Timeout:     s.RootFSTimeout,
+		Builder:     rootfs.Builder{Binary: s.BuilderBinary, Memory: s.BuilderMemory, ImageSize: s.BuilderImageSize},
+		Snapshotter: st.snapshotter,
+		Leases:      st.leases,
+	})
+}
+
+// chooseDriver takes the configured hypervisor, if the host can run it. The
+// drivers are returned in any case: VMs of an earlier configuration may live.
+func chooseDriver(ctx context.Context, s *config.Settings) ([]vmm.Driver, vmm.Driver, vmm.Host, error) {
+	ctx, cancel := context.WithTimeout(ctx, probeTimeout)
+	defer cancel()
+	all := drivers(s)
+	name := s.VMM
+	why := "it is configured"
+	if name == config.VMMAuto {
+		name, why = config.VMMQEMU, "vmm is auto, and this build has no other"
+	}
+	for _, d := range all {
+		if d.Name() != name {
+			continue
+		}
+		host, err := d.Probe(ctx)
+		if err != nil {
+			return all, nil, vmm.Host{}, fmt.Errorf("hypervisor %s: %w", name, err)
+		}
+		log.G(ctx).WithFields(log.Fields{
+			"hypervisor": host.Driver, "why": why, "version": host.Version, "binary": host.Binary,
+			"accelerator": host.Accelerator, "reason": host.Reason,
+		}).Info("chose hypervisor")
+		return all, d, host, nil
+	}
+	return all, nil, vmm.Host{}, fmt.Errorf("hypervisor %q is not in this build: %w", name, errdefs.ErrFailedPrecondition)
+}
