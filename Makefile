@@ -77,7 +77,7 @@ fuzz: ## Each fuzz test for a short while (FUZZTIME=10s).
 .PHONY: e2e
 e2e: build ## Tests through the CRI on a private containerd (RUN=TestName for some of them).
 	@echo '==> End-to-end tests'
-	@$(GOTEST) -v -count=1 -timeout 60m ./e2e/...
+	@E2E_REQUIRE=1 $(GOTEST) -v -count=1 -timeout 60m ./e2e/...
 
 .PHONY: bench
 bench: build ## Compare with runc in one run; writes build/bench.json.
@@ -101,5 +101,5 @@ distclean: ## Remove build/ altogether.
 	@hack/clean.sh all
 
 .PHONY: clean-system
-clean-system: ## Undo what set-up did to this machine: its Debian packages and package source.
+clean-system: ## Undo what set-up did to this machine: remove the Debian packages it installed.
 	@hack/setup/packages.sh remove

@@ -23,6 +23,7 @@
 package controller
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -98,10 +99,14 @@ type Controller struct {
 
 var _ sandbox.Controller = (*Controller)(nil)
 
+// errNoSettings tells of a controller without a configuration.
+var errNoSettings = fmt.Errorf("no configuration: %w", errdefs.ErrFailedPrecondition)
+
 // New returns a Controller that knows no sandbox yet; call Recover next.
-func New(o Options) (*Controller, error) {
+func New(o Options) *Controller {
 	if o.Settings == nil {
-		return nil, fmt.Errorf("no settings: %w", errdefs.ErrInvalidArgument)
+		o.Settings = &config.Settings{}
+		o.Unfit = cmp.Or(o.Unfit, errNoSettings)
 	}
 	c := &Controller{
 		cfg:        o.Settings,
@@ -126,7 +131,7 @@ func New(o Options) (*Controller, error) {
 	if c.driver == nil && c.unfit == nil {
 		c.unfit = fmt.Errorf("no hypervisor: %w", errdefs.ErrFailedPrecondition)
 	}
-	return c, nil
+	return c
 }
 
 // Unfit is why this controller creates no sandboxes, or nil.

@@ -8,7 +8,6 @@ import (
 	"errors"
 	"fmt"
 	"os"
-	"path/filepath"
 	"time"
 
 	"github.com/containerd/errdefs"
@@ -87,7 +86,7 @@ func (c *Controller) endNow(ctx context.Context, p *pod, why endReason) error {
 	rec := p.snapshot()
 	errs = append(errs, c.network.Disconnect(ctx, rec.NetNS))
 	if gone {
-		errs = append(errs, removeScratch(rec.Scratch), removeCgroup(rec.Cgroup))
+		errs = append(errs, removeScratch(rec.Scratch), vmm.OpenCgroup(rec.Cgroup).Remove(ctx))
 	}
 	if err := errors.Join(errs...); err != nil || !gone {
 		if gone {
@@ -172,14 +171,14 @@ func (c *Controller) watch(ctx context.Context, p *pod, vm vmm.VM, s *shim) {
 			why = endReason{cause: vmCause(vm.Exit()), label: "vm", status: exitKilled}
 		case <-s.done():
 			why = endReason{
-				cause: fmt.Sprintf("the shim (pid %d) ended unexpectedly", s.process.Pid), label: "shim", status: exitKilled,
+				cause: fmt.Sprintf("the shim (pid %d) ended unexpectedly", s.id.Pid), label: "shim", status: exitKilled,
 			}
 		}
 		if p.isEnding() {
 			return
 		}
 		log.G(ctx).WithFields(log.Fields{
-			"pid": vm.State().Pid, "shim": s.process.Pid, "cause": why.cause,
+			"pid": vm.State().Pid, "shim": s.id.Pid, "cause": why.cause,
 		}).Error("sandbox ends unexpectedly")
 		e := c.end(ctx, p, why)
 		<-e.done
@@ -239,26 +238,4 @@ func (c *Controller) remove(ctx context.Context, p *pod) error {
 	}
 	c.drop(p)
 	return nil
-}
-
-// cgroupRoot is where cgroups are mounted.
-const cgroupRoot = "/sys/fs/cgroup"
-
-// removeCgroup removes a VMM's empty cgroup, if its driver has not. On a v1
-// host there is one in each hierarchy.
-func removeCgroup(path string) error {
-	if path == "" {
-		return nil
-	}
-	dirs, err := filepath.Glob(filepath.Join(cgroupRoot, "*", path))
-	if err != nil {
-		return fmt.Errorf("find cgroup: %w", err)
-	}
-	var errs []error
-	for _, dir := range append(dirs, filepath.Join(cgroupRoot, path)) {
-		if err := os.Remove(dir); err != nil && !errors.Is(err, os.ErrNotExist) {
-			errs = append(errs, fmt.Errorf("remove cgroup: %w", err))
-		}
-	}
-	return errors.Join(errs...)
 }

@@ -23,6 +23,9 @@ import (
 	"google.golang.org/protobuf/types/known/timestamppb"
 )
 
+// cgroupRoot is where cgroups are mounted.
+const cgroupRoot = "/sys/fs/cgroup"
+
 // Metrics tells what a sandbox's VMM uses, from the host's point of view: the
 // guest is not asked, as a silent one would hold up the statistics of the node.
 // A sandbox that is not ready has none, which is ErrUnavailable.

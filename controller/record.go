@@ -15,6 +15,7 @@ import (
 	"github.com/containerd/containerd/v2/pkg/atomicfile"
 	"github.com/containerd/errdefs"
 
+	"github.com/cloudhv/containerd-cloudhv/vmpool/process"
 	"github.com/cloudhv/containerd-cloudhv/vmpool/vmm"
 )
 
@@ -52,8 +53,8 @@ type record struct {
 
 	Hypervisor string `json:"hypervisor,omitempty"`
 	// VM is set once the VMM runs, Shim once the shim does.
-	VM   *vmm.State `json:"vm,omitempty"`
-	Shim *process   `json:"shim,omitempty"`
+	VM   *vmm.State        `json:"vm,omitempty"`
+	Shim *process.Identity `json:"shim,omitempty"`
 	// Images are the disks of the VM by image key: false while one is being plugged.
 	Images map[string]bool `json:"images,omitempty"`
 

@@ -16,6 +16,7 @@ import (
 	"github.com/containerd/log"
 	"golang.org/x/sync/errgroup"
 
+	"github.com/cloudhv/containerd-cloudhv/vmpool/process"
 	"github.com/cloudhv/containerd-cloudhv/vmpool/vmm"
 )
 
@@ -124,15 +125,15 @@ func (c *Controller) adopt(ctx context.Context, p *pod) error {
 
 // killVMM kills a VMM by its identity alone.
 func killVMM(ctx context.Context, vm *vmm.State) error {
-	h, err := process{Pid: vm.Pid, StartTime: vm.StartTime, BootID: vm.BootID}.open()
+	h, err := process.Identity{Pid: vm.Pid, StartTime: vm.StartTime, BootID: vm.BootID}.Open()
 	if errdefs.IsNotFound(err) {
 		return nil
 	}
 	if err != nil {
 		return err
 	}
-	defer h.close()
-	return h.end(ctx, 0)
+	defer h.Close()
+	return h.Kill(ctx)
 }
 
 // isOrphan is true if containerd does not know the sandbox: whoever made it
@@ -176,7 +177,7 @@ func (c *Controller) resume(ctx context.Context, p *pod) (string, error) {
 	case StateCreated:
 		return "ended", c.endAndWait(ctx, p, "containerd ended before the sandbox was started")
 	case StateStarting:
-		c.killStrays(ctx, p.dir)
+		c.killStrays(ctx, p.dir, rec.Scratch)
 		return "ended", c.endAndWait(ctx, p, "containerd ended while the sandbox was started")
 	case StateStopping:
 		return "ended", c.endAndWait(ctx, p, "stopped")
@@ -189,7 +190,7 @@ func (c *Controller) resume(ctx context.Context, p *pod) (string, error) {
 	}
 	sandboxesGauge.Inc()
 	c.watch(ctx, p, p.vm, p.shim)
-	log.G(ctx).WithFields(log.Fields{"pid": p.vm.State().Pid, "shim": p.shim.process.Pid}).Info("took up sandbox")
+	log.G(ctx).WithFields(log.Fields{"pid": p.vm.State().Pid, "shim": p.shim.id.Pid}).Info("took up sandbox")
 	return "ready", nil
 }
 
@@ -199,7 +200,7 @@ func (c *Controller) setAside(ctx context.Context, dir string, damage error) err
 	keep := filepath.Join(c.cfg.StateDir, damagedDir)
 	to := filepath.Join(keep, filepath.Base(dir)+".json")
 	log.G(ctx).WithError(damage).WithField("kept", to).Error("a sandbox's record is damaged; its pod is ended")
-	c.killStrays(ctx, dir)
+	c.killStrays(ctx, dir, c.scratch.path(filepath.Base(dir)))
 	if err := os.MkdirAll(keep, 0o700); err != nil {
 		return fmt.Errorf("set damaged record aside: %w", err)
 	}

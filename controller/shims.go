@@ -21,6 +21,7 @@ import (
 	"github.com/containerd/log"
 
 	shimapi "github.com/cloudhv/containerd-cloudhv/controller/shim"
+	"github.com/cloudhv/containerd-cloudhv/vmpool/process"
 )
 
 const (
@@ -32,13 +33,13 @@ const (
 
 // shim is a running shim process.
 type shim struct {
-	process process
-	pidfd   *pidfd
+	id     process.Identity
+	handle *process.Handle
 }
 
 // done is closed when the process has ended.
 func (s *shim) done() <-chan struct{} {
-	return s.pidfd.done
+	return s.handle.Done()
 }
 
 // shimBinary finds the shim's program: as configured, or beside this
@@ -101,16 +102,16 @@ func startShim(ctx context.Context, p *pod, program string, cfg shimapi.Config) 
 // holdShim takes hold of a child that was started. As long as it is not waited
 // for, its pid stays its own.
 func holdShim(cmd *exec.Cmd) (*shim, error) {
-	id, err := identify(cmd.Process.Pid)
+	id, err := process.Identify(cmd.Process.Pid)
 	if err != nil {
 		return nil, errors.Join(fmt.Errorf("shim ended at once: %w", err), cmd.Process.Kill(), reap(cmd))
 	}
-	h, err := id.open()
+	h, err := id.Open()
 	if err != nil {
 		return nil, errors.Join(err, cmd.Process.Kill(), reap(cmd))
 	}
 	go func() { _ = cmd.Wait() }()
-	return &shim{process: id, pidfd: h}, nil
+	return &shim{id: id, handle: h}, nil
 }
 
 // reap waits for a killed child; how it ended is no news.
@@ -125,20 +126,20 @@ func reap(cmd *exec.Cmd) error {
 
 // adoptShim takes hold of a shim that an earlier containerd started, or
 // returns ErrNotFound if it has ended.
-func adoptShim(id process) (*shim, error) {
-	h, err := id.open()
+func adoptShim(id process.Identity) (*shim, error) {
+	h, err := id.Open()
 	if err != nil {
 		return nil, err
 	}
-	return &shim{process: id, pidfd: h}, nil
+	return &shim{id: id, handle: h}, nil
 }
 
 // end ends the process and waits for it.
 func (s *shim) end(ctx context.Context) error {
-	if err := s.pidfd.end(ctx, shimGrace); err != nil {
-		return fmt.Errorf("shim %d: %w", s.process.Pid, err)
+	if err := s.handle.End(ctx, shimGrace); err != nil {
+		return fmt.Errorf("shim %d: %w", s.id.Pid, err)
 	}
-	s.pidfd.close()
+	s.handle.Close()
 	return nil
 }
 

@@ -230,7 +230,7 @@ func (c *Controller) launchShim(ctx context.Context, p *pod, vm vmm.VM) error {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	p.shim = s
-	return p.updateLocked(func(r *record) { r.Shim = &s.process })
+	return p.updateLocked(func(r *record) { r.Shim = &s.id })
 }
 
 // plugIn waits for the guest and plugs in what makes its VM as large as the
@@ -296,7 +296,7 @@ func (c *Controller) becomeReady(ctx context.Context, p *pod, watch *stopwatch) 
 	startTimer.UpdateSince(watch.start)
 	sandboxesGauge.Inc()
 	c.watch(ctx, p, vm, s)
-	log.G(ctx).WithFields(log.Fields{"pid": vm.State().Pid, "shim": s.process.Pid}).Info("started sandbox")
+	log.G(ctx).WithFields(log.Fields{"pid": vm.State().Pid, "shim": s.id.Pid}).Info("started sandbox")
 	return nil
 }
 

@@ -11,11 +11,14 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 
 	"github.com/containerd/log"
 	"golang.org/x/sync/errgroup"
+
+	"github.com/cloudhv/containerd-cloudhv/vmpool/process"
 )
 
 // sweep removes what no record claims: scratch disks and processes. Both
@@ -28,7 +31,7 @@ func (c *Controller) sweep(ctx context.Context) error {
 	}
 	c.mu.Unlock()
 
-	c.killStrays(ctx, c.cfg.StateDir)
+	c.killStrays(ctx, c.cfg.StateDir, c.scratch.dir)
 	entries, err := os.ReadDir(c.scratch.dir)
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil
@@ -48,27 +51,27 @@ func (c *Controller) sweep(ctx context.Context) error {
 	return errors.Join(errs...)
 }
 
-// killStrays kills the VMMs and shims whose command line names a path in dir
-// and that no sandbox claims.
-func (c *Controller) killStrays(ctx context.Context, dir string) {
+// killStrays kills the VMMs and shims whose command line names one of paths, or
+// something in it, and that no sandbox claims.
+func (c *Controller) killStrays(ctx context.Context, paths ...string) {
 	claimed := c.claimedPids()
 	var g errgroup.Group
-	for _, pid := range c.findProcesses(dir) {
+	for _, pid := range c.findProcesses(paths) {
 		if claimed[pid] {
 			continue
 		}
-		id, err := identify(pid)
+		id, err := process.Identify(pid)
 		if err != nil {
 			continue // it has ended meanwhile
 		}
 		g.Go(func() error {
-			h, err := id.open()
+			h, err := id.Open()
 			if err != nil {
 				return nil
 			}
-			defer h.close()
+			defer h.Close()
 			log.G(ctx).WithField("pid", pid).Warn("killing a process of a sandbox that nobody claims")
-			if err := h.end(ctx, 0); err != nil {
+			if err := h.Kill(ctx); err != nil {
 				log.G(ctx).WithError(err).WithField("pid", pid).Error("cannot kill a process")
 			}
 			return nil
@@ -94,8 +97,8 @@ func (c *Controller) claimedPids() map[int]bool {
 }
 
 // findProcesses lists the processes that run one of our programs in our mount
-// namespace and whose command line names a path in dir.
-func (c *Controller) findProcesses(dir string) []int {
+// namespace and whose command line names one of paths.
+func (c *Controller) findProcesses(paths []string) []int {
 	entries, err := os.ReadDir("/proc")
 	if err != nil {
 		return nil
@@ -112,7 +115,7 @@ func (c *Controller) findProcesses(dir string) []int {
 		}
 		proc := filepath.Join("/proc", e.Name())
 		cmdline, err := os.ReadFile(filepath.Join(proc, "cmdline"))
-		if err != nil || !namesPath(cmdline, dir) {
+		if err != nil || !slices.ContainsFunc(paths, func(p string) bool { return namesPath(cmdline, p) }) {
 			continue
 		}
 		exe, err := os.Readlink(filepath.Join(proc, "exe"))
@@ -134,12 +137,12 @@ func (c *Controller) isOurs(exe string) bool {
 		c.cfg.QEMUBinary != "" && name == filepath.Base(c.cfg.QEMUBinary)
 }
 
-// namesPath is true if an argument of a command line contains a path in dir, or
-// dir itself, and not merely one that begins alike.
-func namesPath(cmdline []byte, dir string) bool {
+// namesPath is true if an argument of a command line contains the path, or one
+// below it, and not merely one that begins alike.
+func namesPath(cmdline []byte, path string) bool {
 	for arg := range bytes.SplitSeq(cmdline, []byte{0}) {
 		for {
-			_, after, ok := bytes.Cut(arg, []byte(dir))
+			_, after, ok := bytes.Cut(arg, []byte(path))
 			if !ok {
 				break
 			}

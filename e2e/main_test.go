@@ -7,7 +7,7 @@
 //
 // Environment: E2E_REQUIRE=1 makes a missing prerequisite a failure instead of
 // a skip; E2E_TIME_FACTOR stretches all time limits; E2E_HANDLERS chooses
-// handlers ("runc,cloudhv"); E2E_BIN is used instead of build/bin; E2E_KEEP=1
+// handlers ("runc,cloudhv"); E2E_BIN and E2E_GUEST are used instead of build/bin and build/guest; E2E_KEEP=1
 // leaves the node's directory behind after a failure.
 package e2e
 
@@ -75,7 +75,7 @@ func runSuite(m *testing.M) int {
 }
 
 func nodeOptions(name string) testnode.Options {
-	return testnode.Options{Name: name, BinDir: os.Getenv("E2E_BIN"), Debug: os.Getenv("E2E_DEBUG") == "1"}
+	return testnode.Options{Name: name, BinDir: os.Getenv("E2E_BIN"), GuestDir: os.Getenv("E2E_GUEST"), Debug: os.Getenv("E2E_DEBUG") == "1"}
 }
 
 // unfit says why the tests cannot run here, or nothing.

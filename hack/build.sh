@@ -15,7 +15,7 @@ cd "$repo"
 bin=$repo/build/bin
 upstream=github.com/containerd/containerd/v2
 
-version=${VERSION:-$(git describe --tags --always --dirty --match 'v[0-9]*' 2>/dev/null || echo unknown)}
+version=$("$repo/hack/version.sh")
 revision=$(git rev-parse HEAD 2>/dev/null || echo unknown)
 base=$(go list -m -f '{{.Version}}' "$upstream")
 
@@ -23,6 +23,7 @@ flags="-s -w -extldflags=-static"
 flags+=" -X $upstream/version.Version=$base+cloudhv.$version"
 flags+=" -X $upstream/version.Revision=$revision"
 flags+=" -X $upstream/version.Package=github.com/cloudhv/containerd-cloudhv"
+flags+=" -X main.version=$version -X main.revision=$revision"
 
 # build NAME PACKAGE
 build() {

@@ -5,10 +5,11 @@ package plugin
 
 import (
 	"github.com/cloudhv/containerd-cloudhv/controller/config"
+	"github.com/cloudhv/containerd-cloudhv/vmpool/qemu"
 	"github.com/cloudhv/containerd-cloudhv/vmpool/vmm"
 )
 
 // drivers are the hypervisors of this build.
-func drivers(_ *config.Settings) []vmm.Driver {
-	return nil
+func drivers(s *config.Settings) []vmm.Driver {
+	return []vmm.Driver{qemu.New(s.QEMUBinary)}
 }

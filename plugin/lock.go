@@ -21,10 +21,6 @@ var locks []*os.File
 func lockDirs(dirs ...string) error {
 	var errs []error
 	for _, dir := range dirs {
-		if dir == "" {
-			errs = append(errs, fmt.Errorf("no directory: %w", errdefs.ErrFailedPrecondition))
-			continue
-		}
 		f, err := lockDir(dir)
 		if err != nil {
 			errs = append(errs, err)

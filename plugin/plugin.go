@@ -53,11 +53,7 @@ func init() {
 // of every Create.
 func initController(ic *plugin.InitContext) (any, error) {
 	ctx := log.WithLogger(ic.Context, log.G(ic.Context).WithField("plugin", ID))
-	c, err := build(ctx, ic)
-	if err != nil {
-		// Nothing but a bug in this package gets here.
-		return nil, fmt.Errorf("make controller: %w", err)
-	}
+	c := build(ctx, ic)
 	ic.Meta.Exports["ready"] = "true"
 	if err := c.Unfit(); err != nil {
 		ic.Meta.Exports["ready"] = "false"

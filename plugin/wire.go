@@ -5,7 +5,6 @@ package plugin
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"maps"
 	"path/filepath"
@@ -31,16 +30,22 @@ const probeTimeout = 15 * time.Second
 
 // build makes the controller, unfit if need be, and recovers what an
 // earlier containerd left.
-func build(ctx context.Context, ic *plugin.InitContext) (*controller.Controller, error) {
+func build(ctx context.Context, ic *plugin.InitContext) *controller.Controller {
 	cfg, ok := ic.Config.(*config.Config)
 	if !ok {
-		return nil, fmt.Errorf("configuration is a %T: %w", ic.Config, errdefs.ErrInvalidArgument)
+		return controller.New(controller.Options{
+			Unfit: fmt.Errorf("configuration is a %T: %w", ic.Config, errdefs.ErrInvalidArgument),
+		})
 	}
 	settings, unfit := cfg.Validate(config.ReadHostInfo())
 	if unfit != nil {
 		unfit = fmt.Errorf("wrong configuration: %w", unfit)
 	}
-	lockErr := lockDirs(settings.StateDir, settings.CacheDir)
+	usable := settings.StateDir != "" && settings.CacheDir != ""
+	var lockErr error
+	if usable {
+		lockErr = lockDirs(settings.StateDir, settings.CacheDir)
+	}
 	stores, storeErr := containerdStores(ic)
 	opts := controller.Options{Settings: settings, TTRPCAddress: ic.Properties[propertyTTRPCAddress]}
 	if stores != nil {
@@ -48,25 +53,34 @@ func build(ctx context.Context, ic *plugin.InitContext) (*controller.Controller,
 	}
 	var images *rootfs.Store
 	var imageErr error
-	if lockErr == nil && stores != nil {
-		images, imageErr = newImages(settings, stores)
-		opts.Images = images
+	if usable && lockErr == nil && stores != nil {
+		if images, imageErr = newImages(settings, stores); imageErr == nil {
+			opts.Images = images
+		}
 	}
 	var driverErr error
 	opts.Drivers, opts.Driver, opts.Host, driverErr = chooseDriver(ctx, settings)
-	opts.Unfit = errors.Join(unfit, lockErr, storeErr, imageErr, driverErr)
+	opts.Unfit = allOf(unfit, lockErr, storeErr, imageErr, driverErr)
 	for key, value := range map[string]string{
 		"hypervisor": opts.Host.Driver, "hypervisor_version": opts.Host.Version,
 		"accelerator": opts.Host.Accelerator, "accelerator_reason": opts.Host.Reason,
 	} {
 		ic.Meta.Exports[key] = value
 	}
-	c, err := controller.New(opts)
-	if err != nil || lockErr != nil || images == nil {
-		return c, err // without its directories there is nothing to recover
+	c := controller.New(opts)
+	if opts.Images != nil { // without its directories there is nothing to recover
+		recoverAll(ctx, c, images, stores)
 	}
-	recoverAll(ctx, c, images, stores)
-	return c, nil
+	return c
+}
+
+// allOf is one error of several, on one line, or nil.
+func allOf(errs ...error) error {
+	errs = slices.DeleteFunc(errs, func(err error) bool { return err == nil })
+	if len(errs) == 0 {
+		return nil
+	}
+	return &config.Error{Problems: errs}
 }
 
 // recoverAll takes up sandboxes and cleans the image store. Failures cost what
@@ -160,6 +174,9 @@ func chooseDriver(ctx context.Context, s *config.Settings) ([]vmm.Driver, vmm.Dr
 	why := "it is configured"
 	if name == config.VMMAuto {
 		name, why = config.VMMQEMU, "vmm is auto, and this build has no other"
+	}
+	if name != config.VMMQEMU {
+		return all, nil, vmm.Host{}, nil // Validate has said what is wrong
 	}
 	for _, d := range all {
 		if d.Name() != name {

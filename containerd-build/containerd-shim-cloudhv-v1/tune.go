@@ -4,6 +4,6 @@
 package main
 
 const (
-	maxProcs  = 1
-	gcPercent = 10
+	maxProcs  = 2
+	gcPercent = 25
 )

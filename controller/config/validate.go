@@ -4,13 +4,13 @@
 package config
 
 import (
-	"errors"
 	"fmt"
 	"math"
 	"os"
 	"path/filepath"
 	"regexp"
 	"runtime"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -111,9 +111,28 @@ func (c *Config) Validate(host HostInfo) (*Settings, error) {
 	v.timeouts(c, s)
 	s.Annotations = v.annotations(c.Annotations)
 	if len(v.errs) > 0 {
-		return s, fmt.Errorf("%w: %w", errors.Join(v.errs...), errdefs.ErrInvalidArgument)
+		return s, &Error{Problems: v.errs}
 	}
 	return s, nil
+}
+
+// Error holds all that is wrong with a configuration. It is an
+// ErrInvalidArgument.
+type Error struct {
+	Problems []error
+}
+
+func (e *Error) Error() string {
+	texts := make([]string, 0, len(e.Problems))
+	for _, p := range e.Problems {
+		texts = append(texts, p.Error())
+	}
+	return strings.Join(texts, "; ")
+}
+
+// Unwrap gives the problems and the class of them all.
+func (e *Error) Unwrap() []error {
+	return append(slices.Clone(e.Problems), errdefs.ErrInvalidArgument)
 }
 
 type validator struct {

@@ -101,6 +101,9 @@ func Connect(ctx context.Context, path string) (_ *Network, retErr error) {
 			return nil, fmt.Errorf("read interface %s: %w", link.Attrs().Name, err)
 		}
 	}
+	if err := n.readRoutes(h, links); err != nil {
+		return nil, err
+	}
 	sortRoutes(n.Routes)
 	return n, nil
 }

@@ -15,7 +15,7 @@ import (
 	guestv1 "github.com/cloudhv/containerd-cloudhv/guest/api/v1"
 )
 
-// read adds link with its addresses, permanent neighbours and routes.
+// read adds link with its addresses and permanent neighbours.
 func (n *Network) read(h *netlink.Handle, link netlink.Link) error {
 	a := link.Attrs()
 	iface := &guestv1.Interface{Name: a.Name, Mac: a.HardwareAddr.String(), Mtu: uint32(a.MTU)}
@@ -48,14 +48,19 @@ func (n *Network) read(h *netlink.Handle, link netlink.Link) error {
 		})
 	}
 	n.Interfaces = append(n.Interfaces, iface)
-	return n.readRoutes(h, link)
+	return nil
 }
 
-func (n *Network) readRoutes(h *netlink.Handle, link netlink.Link) error {
-	filter := &netlink.Route{LinkIndex: link.Attrs().Index, Table: unix.RT_TABLE_MAIN}
+// readRoutes adds the routes over links, from the main table.
+func (n *Network) readRoutes(h *netlink.Handle, links []netlink.Link) error {
+	names := map[int]string{}
+	for _, link := range links {
+		names[link.Attrs().Index] = link.Attrs().Name
+	}
+	filter := &netlink.Route{Table: unix.RT_TABLE_MAIN}
 	for _, family := range []int{netlink.FAMILY_V4, netlink.FAMILY_V6} {
 		routes, err := retry(func() ([]netlink.Route, error) {
-			return h.RouteListFiltered(family, filter, netlink.RT_FILTER_OIF|netlink.RT_FILTER_TABLE)
+			return h.RouteListFiltered(family, filter, netlink.RT_FILTER_TABLE)
 		})
 		if err != nil {
 			return fmt.Errorf("list routes: %w", err)
@@ -66,10 +71,12 @@ func (n *Network) readRoutes(h *netlink.Handle, link netlink.Link) error {
 			if r.Protocol == unix.RTPROT_KERNEL || r.Protocol == unix.RTPROT_RA {
 				continue
 			}
-			if len(r.MultiPath) > 0 || r.Encap != nil || r.Via != nil {
-				return fmt.Errorf("route %s has several next hops or an encapsulation: %w", r, errdefs.ErrNotImplemented)
+			if len(r.MultiPath) > 0 || r.Encap != nil || r.Via != nil || r.Type != unix.RTN_UNICAST {
+				return fmt.Errorf("route %s has several next hops, an encapsulation or a special type: %w", r, errdefs.ErrNotImplemented)
 			}
-			n.Routes = append(n.Routes, guestRoute(r, family, link.Attrs().Name))
+			if name, ok := names[r.LinkIndex]; ok {
+				n.Routes = append(n.Routes, guestRoute(r, family, name))
+			}
 		}
 	}
 	return nil

@@ -4,6 +4,7 @@
 package rootfs
 
 import (
+	"cmp"
 	"context"
 	"crypto/rand"
 	"errors"
@@ -68,9 +69,18 @@ func (s *Store) build(ctx context.Context, c chain, tmp *os.File) (retErr error)
 // write runs mkfs.erofs and looks meanwhile for names that it leaves out.
 func (s *Store) write(ctx context.Context, dir string, tmp *os.File, key string) error {
 	g, gctx := errgroup.WithContext(ctx)
-	g.Go(func() error { return s.cfg.Builder.Run(gctx, dir, tmp.Name(), key) })
-	g.Go(func() error { return findSkipped(gctx, dir) })
-	return g.Wait()
+	var buildErr, findErr error
+	g.Go(func() error {
+		// Its error does not end the search, which may know the reason.
+		buildErr = s.cfg.Builder.Run(gctx, dir, tmp.Name(), key)
+		return nil
+	})
+	g.Go(func() error {
+		findErr = findSkipped(gctx, dir)
+		return findErr
+	})
+	_ = g.Wait()
+	return cmp.Or(findErr, buildErr)
 }
 
 // commit makes a written file durable under its name.
@@ -155,11 +165,16 @@ func unmount(dir string) error {
 	return nil
 }
 
-// skippedName begins the names that mkfs.erofs leaves out, at every level.
-const skippedName = "lost+found"
+const (
+	// skippedName begins the names that mkfs.erofs leaves out, at every level.
+	skippedName = "lost+found"
+	// maxName is the longest name that mkfs.erofs 1.5 can write, one byte less
+	// than the kernel takes.
+	maxName = 254
+)
 
 // findSkipped returns ErrNotImplemented if the tree has a file that mkfs.erofs
-// would leave out. An empty directory of that name, which is what a tree copied
+// would leave out or cannot write. An empty directory of that name, which is what a tree copied
 // from an ext4 disk has, is let go with a warning.
 func findSkipped(ctx context.Context, root string) error {
 	return filepath.WalkDir(root, func(path string, d fs.DirEntry, err error) error {
@@ -169,10 +184,13 @@ func findSkipped(ctx context.Context, root string) error {
 		if d.IsDir() && ctx.Err() != nil {
 			return fmt.Errorf("read image: %w", context.Cause(ctx))
 		}
-		if !strings.HasPrefix(d.Name(), skippedName) || path == root {
+		if path == root || !strings.HasPrefix(d.Name(), skippedName) && len(d.Name()) <= maxName {
 			return nil
 		}
 		rel := "/" + strings.TrimPrefix(strings.TrimPrefix(path, root), "/")
+		if len(d.Name()) > maxName {
+			return fmt.Errorf("mkfs.erofs cannot write %s, as its name is longer than %d bytes: %w", rel, maxName, errdefs.ErrNotImplemented)
+		}
 		if d.IsDir() && d.Name() == skippedName {
 			entries, err := os.ReadDir(path)
 			if err != nil {

@@ -179,7 +179,7 @@ func (s *Store) images() ([]imageFile, error) {
 	var images []imageFile
 	for _, e := range entries {
 		key, ok := strings.CutSuffix(e.Name(), imageSuffix)
-		if !ok || s.pins[key] > 0 || len(key) != keyLen && key != emptyKey {
+		if !ok || s.pins[key] > 0 || len(key) != keyLen {
 			continue
 		}
 		info, err := e.Info()

@@ -44,7 +44,7 @@ const (
 	// serialLen is what virtio-blk has room for.
 	serialLen = 20
 	// emptyKey stands for the chain of an image without layers.
-	emptyKey = "empty"
+	emptyKey = "0000000000000000000000000000000000000000000000000000000000000000"
 )
 
 // Config is what a Store needs.

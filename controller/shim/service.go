@@ -231,6 +231,7 @@ func method[Req, Resp any](verb func(context.Context, *Req) (*Resp, error)) ttrp
 // intercept sees every request: it shows that containerd is there.
 func (s *service) intercept(ctx context.Context, unmarshal ttrpc.Unmarshaler, info *ttrpc.UnaryServerInfo, call ttrpc.Method) (any, error) {
 	s.daemon.poke()
+	s.quiet()
 	ctx = log.WithLogger(ctx, log.G(s.ctx))
 	began := time.Now()
 	resp, err := call(ctx, unmarshal)

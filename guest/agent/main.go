@@ -64,29 +64,36 @@ func run(ctx context.Context, start time.Duration) error {
 	// The kernel sends some on keys and buttons; the default would be a panic.
 	// They must not be ignored, as children would inherit that.
 	signal.Notify(make(chan os.Signal, 1), unix.SIGHUP, unix.SIGINT, unix.SIGTERM, unix.SIGPWR)
+	boot.TT("main")
 	if err := boot.Machine(ctx); err != nil {
 		return err
 	}
+	boot.TT("machine")
 	memory, err := machine.NewMemory()
 	if err != nil {
 		return err
 	}
+	boot.TT("memory")
 	reaper, err := reap.Start(ctx)
 	if err != nil {
 		return err
 	}
+	boot.TT("reaper")
 	quota, err := boot.ScratchDisk(ctx, boot.Scratch)
 	if err != nil {
 		return err
 	}
+	boot.TT("scratch")
 	layerManager, err := rootfs.NewManager(rootfs.Config{Images: images, Layers: layers, Disks: disk.Finder{}, Quota: quota})
 	if err != nil {
 		return err
 	}
+	boot.TT("layers")
 	ports, err := listen(ctx)
 	if err != nil {
 		return err
 	}
+	boot.TT("listen")
 	ready := boot.Uptime()
 	vm := machine.New(machine.Config{
 		Version: version, AgentStart: start, Ready: ready,

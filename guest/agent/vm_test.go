@@ -128,7 +128,7 @@ func bootVM(t *testing.T) *vm {
 		"-nodefaults", "-no-user-config", "-display", "none", "-no-reboot",
 		"-serial", "file:" + filepath.Join(dir, "console"),
 		"-kernel", kernel,
-		"-append", "GODEBUG=inittrace=1 console=ttyS0 quiet panic=-1 mitigations=off tsc=reliable memhp_default_state=online maxcpus=1 root=/dev/vda rootfstype=erofs ro init=/init",
+		"-append", "console=ttyS0 quiet panic=-1 mitigations=off tsc=reliable memhp_default_state=online maxcpus=1 noreplace-smp lpj=5000000 root=/dev/vda rootfstype=erofs ro init=/init",
 		"-device", "virtio-serial-pci",
 	}
 	for _, d := range []struct{ file, serial, opts string }{
@@ -287,63 +287,4 @@ func (v *vm) run(id, script string, change ...func(*guestv1.CreateRequest)) (str
 	_, err = v.tasks.Delete(v.ctx(), &guestv1.DeleteRequest{Id: id})
 	require.NoError(v.t, err)
 	return string(out), w.GetExitStatus()
-}
-
-func TestVM(t *testing.T) {
-	v := bootVM(t)
-	v.configure()
-	t.Run("timing", v.timing)
-	t.Run("container", v.container)
-	t.Run("power off", func(t *testing.T) {
-		_, _ = v.machine.PowerOff(v.ctx(), &guestv1.PowerOffRequest{})
-		select {
-		case <-v.dead:
-		case <-time.After(time.Minute):
-			t.Fatal("the VM did not end")
-		}
-	})
-}
-
-func (v *vm) container(t *testing.T) {
-	v.t = t
-	out, status := v.run("facts", "id; hostname; cat /etc/hosts /etc/hostname /etc/resolv.conf; cat /proc/mounts; nproc; date; ls -la / /dev; cat /proc/self/cgroup /proc/self/limits /proc/self/oom_score_adj; exit 7")
-	require.EqualValues(t, 7, status)
-	t.Log(out)
-	require.Contains(t, out, "nameserver 10.0.0.10")
-}
-
-func (v *vm) timing(t *testing.T) {
-	v.t = t
-	for i := range 5 {
-		id := fmt.Sprintf("time-%d", i)
-		var line bytes.Buffer
-		step := func(name string, fn func() error) {
-			began := time.Now()
-			require.NoError(t, fn())
-			fmt.Fprintf(&line, "%s %.1fms ", name, float64(time.Since(began).Microseconds())/1000)
-		}
-		step("info", func() error { _, err := v.machine.Info(v.ctx(), &guestv1.InfoRequest{}); return err })
-		step("create+stream", func() error { v.create(id, "sleep 1000"); return nil })
-		step("start", func() error { _, err := v.tasks.Start(v.ctx(), &guestv1.StartRequest{Id: id}); return err })
-		step("exec", func() error {
-			_, err := v.tasks.Exec(v.ctx(), &guestv1.ExecRequest{Id: id, ExecId: "e", Process: []byte(testProcess("false", "true")), Stdio: &guestv1.Stdio{}})
-			return err
-		})
-		step("start exec", func() error {
-			_, err := v.tasks.Start(v.ctx(), &guestv1.StartRequest{Id: id, ExecId: "e"})
-			return err
-		})
-		step("wait exec", func() error {
-			_, err := v.tasks.Wait(v.ctx(), &guestv1.WaitRequest{Id: id, ExecId: "e"})
-			return err
-		})
-		step("stats", func() error { _, err := v.tasks.Stats(v.ctx(), &guestv1.StatsRequest{Id: id}); return err })
-		step("kill", func() error {
-			_, err := v.tasks.Kill(v.ctx(), &guestv1.KillRequest{Id: id, Signal: 9})
-			return err
-		})
-		step("wait", func() error { _, err := v.tasks.Wait(v.ctx(), &guestv1.WaitRequest{Id: id}); return err })
-		step("delete", func() error { _, err := v.tasks.Delete(v.ctx(), &guestv1.DeleteRequest{Id: id}); return err })
-		t.Log(line.String())
-	}
 }

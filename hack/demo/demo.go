@@ -70,11 +70,10 @@ func (d *demo) start(ctx context.Context) error {
 	}
 	exports := resp.GetPlugins()[0].GetExports()
 	d.out.fact("plugin", "io.containerd.sandbox.controller.v1.cloudhv")
-	for _, name := range []string{"hypervisor", "version", "accelerator", "reason", "unfit"} {
-		if v := exports[name]; v != "" {
-			d.out.fact(name, v)
-		}
+	if exports["ready"] != "true" {
+		return fmt.Errorf("the plugin cannot serve here: %s", exports["reason"])
 	}
+	d.out.fact("ready", exports["ready"])
 	return nil
 }
 
@@ -123,7 +122,15 @@ func (d *demo) pod(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	return d.readInspect(out)
+	if err := d.readInspect(out); err != nil {
+		return err
+	}
+	fmt.Fprintln(d.out.w)
+	d.out.fact("hypervisor", d.info.Hypervisor+" "+d.info.HypervisorVersion)
+	d.out.fact("accelerator", d.info.Accelerator+": "+d.info.AcceleratorReason)
+	d.out.fact("virtual machine", fmt.Sprintf("%d vCPU, %s, kernel %s", d.info.VCPUs, mib(d.info.MemoryBytes), printable(d.info.GuestKernel, 60)))
+	d.out.fact("address", d.podIP)
+	return nil
 }
 
 // readInspect takes what later steps need from `crictl inspectp`.
@@ -150,7 +157,16 @@ func (d *demo) readInspect(out string) error {
 
 // podInfo is the part that the demo shows of what the plugin tells of a pod.
 type podInfo struct {
-	Phases []struct {
+	Hypervisor        string `json:"hypervisor"`
+	HypervisorVersion string `json:"hypervisor_version"`
+	Accelerator       string `json:"accelerator"`
+	AcceleratorReason string `json:"accelerator_reason"`
+	GuestKernel       string `json:"guest_kernel"`
+	VCPUs             int    `json:"vcpus"`
+	MemoryBytes       uint64 `json:"memory_bytes"`
+	VMMPid            int    `json:"vmm_pid"`
+	ShimPid           int    `json:"shim_pid"`
+	Phases            []struct {
 		Name     string `json:"name"`
 		AtUsec   int64  `json:"at_usec"`
 		TookUsec int64  `json:"took_usec"`
@@ -275,14 +291,17 @@ func (d *demo) memory(ctx context.Context) error {
 	if out, err := d.crictl(ctx, "ps"); err == nil {
 		d.out.output(out)
 	}
-	procs, err := podProcesses(filepath.Join(d.node.StateDir(), d.podID))
-	if err != nil {
-		return err
-	}
 	fmt.Fprintln(d.out.w)
-	for _, p := range procs {
-		d.out.fact(printable(p.name, 18), fmt.Sprintf("pid %-8d %12s private %12s PSS", p.pid, mib(p.private), mib(p.pss)))
+	var sum process
+	for _, pid := range []int{d.info.VMMPid, d.info.ShimPid} {
+		p, err := measure(pid)
+		if err != nil {
+			return err
+		}
+		sum.private, sum.pss = sum.private+p.private, sum.pss+p.pss
+		d.out.fact(p.name, fmt.Sprintf("%12s private %12s PSS   pid %d", mib(p.private), mib(p.pss), pid))
 	}
+	d.out.fact("together", fmt.Sprintf("%12s private %12s PSS   the guest was given %s", mib(sum.private), mib(sum.pss), mib(d.info.MemoryBytes)))
 	return nil
 }
 

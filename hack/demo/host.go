@@ -6,11 +6,9 @@ package main
 import (
 	"bufio"
 	"context"
-	"errors"
 	"fmt"
 	"os"
 	"os/exec"
-	"path/filepath"
 	"strconv"
 	"strings"
 	"time"
@@ -52,48 +50,19 @@ func fileLine(path string) string {
 	return strings.TrimSpace(line)
 }
 
-// process is one of the host's that belongs to a pod, and what it costs. Bytes.
+// process is what one of the host's costs, in bytes.
 type process struct {
-	pid          int
 	name         string
 	pss, private uint64
 }
 
-// podProcesses are the processes whose command line names the sandbox's directory.
-func podProcesses(dir string) ([]process, error) {
-	files, err := filepath.Glob("/proc/[0-9]*/cmdline")
+// measure reads what a process has of memory: its proportional share of all, and
+// what nobody else has.
+func measure(pid int) (process, error) {
+	p := process{name: fileLine(fmt.Sprintf("/proc/%d/comm", pid))}
+	f, err := os.Open(fmt.Sprintf("/proc/%d/smaps_rollup", pid))
 	if err != nil {
-		return nil, err
-	}
-	var list []process
-	for _, f := range files {
-		cmdline, err := os.ReadFile(f)
-		if err != nil || !strings.Contains(string(cmdline), dir) {
-			continue // it has ended, or it is another's
-		}
-		pid, err := strconv.Atoi(filepath.Base(filepath.Dir(f)))
-		if err != nil {
-			return nil, err
-		}
-		program, _, _ := strings.Cut(string(cmdline), "\x00")
-		p := process{pid: pid, name: filepath.Base(program)}
-		if err := p.measure(); err != nil {
-			return nil, err
-		}
-		list = append(list, p)
-	}
-	if len(list) == 0 {
-		return nil, errors.New("no process of the pod found")
-	}
-	return list, nil
-}
-
-// measure reads what the process has of memory: its proportional share of all,
-// and what nobody else has.
-func (p *process) measure() error {
-	f, err := os.Open(fmt.Sprintf("/proc/%d/smaps_rollup", p.pid))
-	if err != nil {
-		return err
+		return p, err
 	}
 	defer f.Close()
 	s := bufio.NewScanner(f)
@@ -104,7 +73,7 @@ func (p *process) measure() error {
 		}
 		kb, err := strconv.ParseUint(words[1], 10, 64)
 		if err != nil {
-			return fmt.Errorf("%s: %w", f.Name(), err)
+			return p, fmt.Errorf("%s: %w", f.Name(), err)
 		}
 		switch words[0] {
 		case "Pss:":
@@ -113,7 +82,7 @@ func (p *process) measure() error {
 			p.private += kb << 10
 		}
 	}
-	return s.Err()
+	return p, s.Err()
 }
 
 func mib(n uint64) string { return fmt.Sprintf("%.1f MiB", float64(n)/(1<<20)) }

@@ -17,11 +17,11 @@ cd "$repo"
 export OUT=${OUT:-$repo/build/guest}
 
 foreign() {
-	local unpacked=$repo/build/host/root/usr/src/linux-source-6.12.tar.xz
-	if [[ -e $unpacked ]]; then
-		export LINUX_SOURCE=${LINUX_SOURCE:-$unpacked}
-	fi
 	step "Guest kernel"
+	if [[ -z ${LINUX_SOURCE:-} ]]; then
+		hack/setup/guest-kernel-source.sh | sed -u 's/^guest kernel source: /    source: /'
+		export LINUX_SOURCE=$repo/build/cache/linux-source-6.12.tar.xz
+	fi
 	guest/kernel/build.sh | sed -u 's/^guest kernel: /    /'
 	step "Guest crun"
 	guest/rootfs/crun/build.sh | sed -u 's/^guest crun: /    /'
@@ -31,7 +31,7 @@ image() {
 	local hash stamp=$OUT/.rootfs.stamp
 	step "Guest agent and image"
 	mkdir -p "$OUT" build/bin
-	go build -ldflags '-s -w' -o "$OUT/agent" ./guest/agent
+	go build -ldflags "-s -w -X main.version=$("$repo/hack/version.sh")" -o "$OUT/agent" ./guest/agent
 	go build -o build/bin/mkimage ./guest/rootfs/mkimage
 	hash=$(hash_files "$OUT/agent" "$OUT/crun" build/bin/mkimage)
 	if [[ -f $OUT/rootfs.erofs ]] && stamp_matches "$stamp" "$hash"; then

@@ -5,10 +5,12 @@
 # The Debian packages that set-up needs (packages.list says which and what for).
 #
 #   packages.sh install GROUP...   install what is missing of these groups
-#   packages.sh remove             undo it: the packages that it installed, and its package source
+#   packages.sh remove             undo it: remove the packages that it installed
 #
 # Nothing is ever removed, upgraded on purpose or restarted to install something: what would
-# conflict is unpacked into build/host. With nothing missing, apt is not called at all.
+# conflict is unpacked into build/host. With nothing missing, apt is not called at all. The
+# machine's package sources stay as they are: what comes from backports or as a source package
+# is fetched by an apt of our own (guest-apt.sh) and not installed.
 #
 # Environment:
 #   SKIP_SYSTEM=1   install nothing, only say what is missing
@@ -22,10 +24,9 @@ repo=$(cd "$here/../.." && pwd)
 source "$repo/hack/lib.sh"
 
 HOST_DIR=${HOST_DIR:-$repo/build/host}
-# These two outlive this checkout: another one can undo what this one did.
+# Outlives this checkout: another one can undo what this one did.
 record_dir=/var/lib/containerd-cloudhv-setup
 record=$record_dir/packages
-backports=/etc/apt/sources.list.d/containerd-cloudhv-backports.sources
 
 # Root's PATH, as most of what is looked for lives in sbin.
 PATH=$HOST_DIR/bin:$PATH:/usr/local/sbin:/usr/sbin:/sbin
@@ -89,29 +90,6 @@ candidate() { [[ $(apt-cache policy "$1" 2>/dev/null) == *"Candidate: "[!\(]* ]]
 update() {
 	announce "apt-get update"
 	apt_get -q update 2>&1 | grep -E '^(E|W|Err)' | indent || true
-}
-
-# add_backports: Debian 12 has the guest's kernel source in backports (or, late in its life, in
-# security, which a machine usually has already).
-add_backports() {
-	local codename mirror keyring=/usr/share/keyrings/debian-archive-keyring.gpg signed=''
-	# shellcheck source=/dev/null
-	codename=$(source /etc/os-release && echo "${VERSION_CODENAME:-}")
-	# shellcheck disable=SC2016 # apt fills these in
-	mirror=$(apt-get indextargets --format '$(ORIGIN)|$(RELEASE)|$(COMPONENT)|$(REPO_URI)' 'Created-By: Packages' |
-		awk -F'|' -v release="$codename" '$1 == "Debian" && $2 == release && $3 == "main" { print $4; exit }')
-	[[ -n $mirror ]] || die "found no Debian mirror for $codename in this machine's package sources"
-	[[ ! -r $keyring ]] || signed="Signed-By: $keyring"
-	announce "add $codename-backports of $mirror as $backports (undone by: make clean-system)"
-	as_root tee "$backports" >/dev/null <<-EOF
-		# Added by the set-up of containerd-cloudhv for linux-source-6.12. Undo with: make clean-system
-		Types: deb
-		URIs: $mirror
-		Suites: $codename-backports
-		Components: main
-		$signed
-	EOF
-	update
 }
 
 # sort_out PACKAGE...: fills the arrays to_install and to_unpack. One simulation tells that all is
@@ -211,9 +189,6 @@ install_groups() {
 	supported "${wanted[@]}"
 	say "missing: ${wanted[*]}"
 	update
-	for package in "${wanted[@]}"; do
-		[[ $package != linux-source-* ]] || candidate "$package" || add_backports
-	done
 	sort_out "${wanted[@]}"
 	[[ ${#to_install[@]} -eq 0 ]] || install_with_apt "${to_install[@]}"
 	for package in "${to_unpack[@]}"; do
@@ -252,16 +227,11 @@ remove_packages() {
 }
 
 remove() {
-	if [[ ! -e $record_dir && ! -e $backports ]]; then
+	if [[ ! -e $record_dir ]]; then
 		say "set-up has installed nothing on this machine"
 		return
 	fi
 	[[ ! -e $record ]] || remove_packages
-	if [[ -e $backports ]]; then
-		announce "rm $backports; apt-get update"
-		as_root rm -f "$backports"
-		update
-	fi
 	announce "rm -r $record_dir"
 	as_root rm -rf "$record_dir"
 }
@@ -276,5 +246,5 @@ remove)
 	step "What set-up added to this machine"
 	remove
 	;;
-*) sed -n '5,17s/^# \{0,1\}//p' "${BASH_SOURCE[0]}" ;;
+*) sed -n '5,19s/^# \{0,1\}//p' "${BASH_SOURCE[0]}" ;;
 esac

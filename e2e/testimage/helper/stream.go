@@ -4,16 +4,13 @@
 package main
 
 import (
-	"bufio"
 	"crypto/sha256"
 	"errors"
 	"fmt"
-	"hash"
 	"io"
 	"net"
 	"os"
 	"strconv"
-	"strings"
 	"time"
 
 	"github.com/cloudhv/containerd-cloudhv/e2e/testimage/pattern"
@@ -44,7 +41,7 @@ func gen(args []string) (int, error) {
 }
 
 func sink([]string) (int, error) {
-	sum, err := digest(os.Stdin)
+	sum, err := pattern.Digest(os.Stdin)
 	if err != nil {
 		return 0, err
 	}
@@ -52,75 +49,21 @@ func sink([]string) (int, error) {
 	return 0, nil
 }
 
-// digest returns "COUNT SHA256" of all that r gives.
-func digest(r io.Reader) (string, error) {
-	h := sha256.New()
-	n, err := io.Copy(h, r)
-	if err != nil {
-		return "", err
-	}
-	return sumLine(n, h), nil
-}
-
-func sumLine(n int64, h hash.Hash) string { return fmt.Sprintf("%d %x", n, h.Sum(nil)) }
-
-// serve answers a line on each connection: "GEN bytes seed" with bytes, "SINK"
-// with the digest of what follows, and HTTP's GET with a page.
+// serve answers on a TCP port; see pattern.Answer.
 func serve(args []string) (int, error) {
 	if len(args) != 1 {
 		return 0, errors.New("a port is needed")
+	}
+	host, err := os.Hostname()
+	if err != nil {
+		return 0, err
 	}
 	l, err := net.Listen("tcp", ":"+args[0])
 	if err != nil {
 		return 0, err
 	}
 	fmt.Println("listening")
-	for {
-		c, err := l.Accept()
-		if err != nil {
-			return 0, err
-		}
-		go func() {
-			defer c.Close()
-			if err := answer(c); err != nil {
-				fmt.Fprintln(os.Stderr, err)
-			}
-		}()
-	}
-}
-
-func answer(c net.Conn) error {
-	r := bufio.NewReader(c)
-	line, err := r.ReadString('\n')
-	if err != nil {
-		return err
-	}
-	words := strings.Fields(line)
-	switch {
-	case len(words) == 3 && words[0] == "GEN":
-		n, seed, err := twoNumbers(words[1:])
-		if err != nil {
-			return err
-		}
-		_, err = io.Copy(c, pattern.New(seed, n))
-		return err
-	case len(words) == 1 && words[0] == "SINK":
-		sum, err := digest(r)
-		if err != nil {
-			return err
-		}
-		_, err = fmt.Fprintln(c, sum)
-		return err
-	case len(words) == 3 && words[0] == "GET":
-		host, err := os.Hostname()
-		if err != nil {
-			return err
-		}
-		body := "hello from " + host + "\n"
-		_, err = fmt.Fprintf(c, "HTTP/1.0 200 OK\r\nContent-Length: %d\r\nConnection: close\r\n\r\n%s", len(body), body)
-		return err
-	}
-	return fmt.Errorf("not understood: %q", line)
+	return 0, pattern.Serve(l, "hello from "+host+"\n", func(err error) { fmt.Fprintln(os.Stderr, err) })
 }
 
 func recv(args []string) (int, error) {

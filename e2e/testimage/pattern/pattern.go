@@ -3,6 +3,7 @@
 
 // Package pattern makes bytes that both ends of a test can make and check:
 // lines of text, so that they also pass through logs, which differ all along.
+// It is cheap, as software emulation runs it too.
 package pattern
 
 import (
@@ -17,19 +18,41 @@ import (
 	"time"
 )
 
+// LineBytes is the length of a line, with its end. The last may be shorter.
+const LineBytes = 1024
+
+// blockBytes is the length of what is repeated, but for the number of its first
+// digits.
+const blockBytes = 64 << 10
+
 // dialLimit bounds connecting to a server.
 const dialLimit = 30 * time.Second
 
-// reader makes lines of 64 bytes, of which the last may be cut short.
+// reader repeats a block whose first line begins with its number.
 type reader struct {
-	state uint64
-	left  int64
-	line  []byte
+	block  []byte
+	number int
+	offset int
+	left   int64
 }
 
 // New returns n bytes of the given seed's pattern.
 func New(seed uint64, n int64) io.Reader {
-	return &reader{state: seed*0x9e3779b97f4a7c15 + 1, left: n}
+	const digits = "0123456789abcdef"
+	block := make([]byte, blockBytes)
+	state := seed*0x9e3779b97f4a7c15 + 1
+	for i := range block {
+		state ^= state << 13
+		state ^= state >> 7
+		state ^= state << 17
+		block[i] = digits[state>>60]
+		if i%LineBytes == LineBytes-1 {
+			block[i] = '\n'
+		}
+	}
+	r := &reader{block: block, left: n}
+	copy(block, fmt.Sprintf("%08x", 0))
+	return r
 }
 
 // Read implements io.Reader.
@@ -37,37 +60,15 @@ func (r *reader) Read(p []byte) (int, error) {
 	if r.left == 0 {
 		return 0, io.EOF
 	}
-	if int64(len(p)) > r.left {
-		p = p[:r.left]
+	if r.offset == len(r.block) {
+		r.number++
+		r.offset = 0
+		copy(r.block, fmt.Sprintf("%08x", r.number))
 	}
-	n := 0
-	for n < len(p) {
-		if len(r.line) == 0 {
-			r.line = r.next()
-		}
-		c := copy(p[n:], r.line)
-		n, r.line = n+c, r.line[c:]
-	}
+	n := copy(p[:min(int64(len(p)), r.left)], r.block[r.offset:])
+	r.offset += n
 	r.left -= int64(n)
 	return n, nil
-}
-
-// next makes a line: 63 hexadecimal digits of a xorshift generator.
-func (r *reader) next() []byte {
-	const digits = "0123456789abcdef"
-	b := make([]byte, 64)
-	for i := 0; i < 64; i += 16 {
-		r.state ^= r.state << 13
-		r.state ^= r.state >> 7
-		r.state ^= r.state << 17
-		v := r.state
-		for j := range 16 {
-			b[i+j] = digits[v&15]
-			v >>= 4
-		}
-	}
-	b[63] = '\n'
-	return b
 }
 
 // Sum returns the SHA-256 of New(seed, n), in hexadecimal digits.
@@ -77,6 +78,9 @@ func Sum(seed uint64, n int64) string {
 	_, _ = io.Copy(h, New(seed, n))
 	return hex.EncodeToString(h.Sum(nil))
 }
+
+// Line is what Digest returns for New(seed, n).
+func Line(seed uint64, n int64) string { return fmt.Sprintf("%d %s", n, Sum(seed, n)) }
 
 // Recv asks the server at addr for n bytes and checks them.
 func Recv(addr string, n int64, seed uint64) error {
@@ -88,13 +92,12 @@ func Recv(addr string, n int64, seed uint64) error {
 	if _, err := fmt.Fprintf(c, "GEN %d %d\n", n, seed); err != nil {
 		return err
 	}
-	h := sha256.New()
-	got, err := io.Copy(h, c)
+	got, err := Digest(c)
 	if err != nil {
-		return fmt.Errorf("after %d bytes: %w", got, err)
+		return err
 	}
-	if sum := hex.EncodeToString(h.Sum(nil)); got != n || sum != Sum(seed, n) {
-		return fmt.Errorf("got %d bytes (%s), want %d", got, sum, n)
+	if want := Line(seed, n); got != want {
+		return fmt.Errorf("got %q, want %q", got, want)
 	}
 	return nil
 }
@@ -123,8 +126,64 @@ func Send(addr string, n int64, seed uint64) error {
 	if err != nil {
 		return err
 	}
-	if want := fmt.Sprintf("%d %s", n, Sum(seed, n)); strings.TrimSpace(answer) != want {
+	if want := Line(seed, n); strings.TrimSpace(answer) != want {
 		return fmt.Errorf("the server got %q, want %q", strings.TrimSpace(answer), want)
 	}
 	return nil
+}
+
+// Digest returns "COUNT SHA256" of all that r gives.
+func Digest(r io.Reader) (string, error) {
+	h := sha256.New()
+	n, err := io.Copy(h, r)
+	if err != nil {
+		return "", fmt.Errorf("after %d bytes: %w", n, err)
+	}
+	return fmt.Sprintf("%d %x", n, h.Sum(nil)), nil
+}
+
+// Answer reads a line from a connection and answers it: "GEN bytes seed" with
+// bytes, "SINK" with the digest of what follows, HTTP's GET with page.
+func Answer(c net.Conn, page string) error {
+	r := bufio.NewReader(c)
+	line, err := r.ReadString('\n')
+	if err != nil {
+		return err
+	}
+	var n int64
+	var seed uint64
+	switch {
+	case strings.HasPrefix(line, "GET "):
+		_, err = fmt.Fprintf(c, "HTTP/1.0 200 OK\r\nContent-Length: %d\r\nConnection: close\r\n\r\n%s", len(page), page)
+		return err
+	case line == "SINK\n":
+		sum, err := Digest(r)
+		if err != nil {
+			return err
+		}
+		_, err = fmt.Fprintln(c, sum)
+		return err
+	}
+	if _, err := fmt.Sscanf(line, "GEN %d %d\n", &n, &seed); err != nil {
+		return fmt.Errorf("not understood: %q: %w", line, err)
+	}
+	_, err = io.Copy(c, New(seed, n))
+	return err
+}
+
+// Serve answers every connection until the listener is closed. What goes wrong
+// with one is given to report.
+func Serve(l net.Listener, page string, report func(error)) error {
+	for {
+		c, err := l.Accept()
+		if err != nil {
+			return err
+		}
+		go func() {
+			defer c.Close()
+			if err := Answer(c, page); err != nil {
+				report(err)
+			}
+		}()
+	}
 }

@@ -70,6 +70,7 @@ func Machine(ctx context.Context) error {
 	if err := mountAll(mounts); err != nil {
 		return err
 	}
+	TT("mounts")
 	// Another /dev/ptmx belongs to no instance of devpts.
 	_ = os.Remove("/dev/ptmx")
 	for _, l := range links {
@@ -77,9 +78,11 @@ func Machine(ctx context.Context) error {
 			log.G(ctx).WithError(err).Warn("cannot make a link in /dev")
 		}
 	}
+	TT("links")
 	if err := cgroup.Group(cgroup.Mountpoint).EnableControllers(); err != nil {
 		return fmt.Errorf("enable cgroup controllers: %w", err)
 	}
+	TT("controllers")
 	// What follows is wanted, but a VM without it still runs pods.
 	err := errors.Join(limits(), loopbackUp(), unix.Sethostname([]byte("localhost")))
 	if err != nil {
@@ -90,6 +93,7 @@ func Machine(ctx context.Context) error {
 
 func mountAll(all []mount) error {
 	for _, m := range all {
+		TT("before "+m.target)
 		err := mountOne(m)
 		if err != nil && !m.optional {
 			return err
@@ -164,6 +168,7 @@ func ScratchDisk(ctx context.Context, target string) (quota bool, _ error) {
 	if err != nil {
 		return false, fmt.Errorf("scratch disk: %w", err)
 	}
+	TT("disk found")
 	if err := os.MkdirAll(target, 0o711); err != nil {
 		return false, fmt.Errorf("scratch disk: %w", err)
 	}
@@ -208,3 +213,7 @@ func ScaleLimits(memoryBytes uint64) error {
 	}
 	return errors.Join(errs...)
 }
+
+var tt = map[string]time.Duration{}
+var last time.Duration
+func TT(n string) { now := Uptime(); fmt.Fprintln(os.Stderr, "TT", n, now-last); last = Uptime() }

@@ -46,11 +46,13 @@ func intercept(ctx context.Context, unmarshal ttrpc.Unmarshaler, info *ttrpc.Una
 		}
 	}()
 	resp, err := method(ctx, unmarshal)
-	if d := time.Since(began); name != "Wait" && (err != nil || d > slow) {
-		log.G(ctx).WithField("ms", d.Milliseconds()).WithError(err).Info("request")
-	}
+	d := time.Since(began)
 	if err != nil {
+		log.G(ctx).WithField("ms", d.Milliseconds()).WithError(err).Info("request failed")
 		return nil, toStatus(err)
+	}
+	if d > slow && name != "Wait" {
+		log.G(ctx).WithField("ms", d.Milliseconds()).Info("slow request")
 	}
 	return resp, nil
 }

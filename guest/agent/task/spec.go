@@ -69,12 +69,14 @@ func adapt(s *specs.Spec, g guest) {
 }
 
 // namespaces leaves out those that the pod's containers share, which are the
-// VM's own, and sets the PID namespace.
+// VM's own, and sets the PID namespace. Each container has a cgroup namespace,
+// asked for or not: a mount of cgroup2 outside of one, which crun makes for the
+// container's /sys/fs/cgroup, changes the options of the whole hierarchy.
 func namespaces(in []specs.LinuxNamespace, pidns string) []specs.LinuxNamespace {
-	out := []specs.LinuxNamespace{{Type: specs.PIDNamespace, Path: pidns}, {Type: specs.MountNamespace}}
+	out := []specs.LinuxNamespace{{Type: specs.PIDNamespace, Path: pidns}, {Type: specs.MountNamespace}, {Type: specs.CgroupNamespace}}
 	for _, n := range in {
 		switch n.Type {
-		case specs.NetworkNamespace, specs.IPCNamespace, specs.UTSNamespace, specs.PIDNamespace, specs.MountNamespace:
+		case specs.NetworkNamespace, specs.IPCNamespace, specs.UTSNamespace, specs.PIDNamespace, specs.MountNamespace, specs.CgroupNamespace:
 		default:
 			out = append(out, specs.LinuxNamespace{Type: n.Type})
 		}
@@ -98,7 +100,7 @@ func mounts(in []specs.Mount, g guest, readonly bool) []specs.Mount {
 		bind(g.pod.Hostname(), "/etc/hostname", readonly),
 		bind(g.pod.Hosts(), "/etc/hosts", readonly),
 		bind(g.pod.ResolvConf(), "/etc/resolv.conf", readonly),
-		bind(g.pod.Shm(), "/dev/shm", false),
+		{Destination: "/dev/shm", Type: "bind", Source: g.pod.Shm(), Options: []string{"rbind", "rprivate", "nosuid", "nodev", "noexec", "rw"}},
 	}
 	for _, m := range shared {
 		if !slices.ContainsFunc(out, func(o specs.Mount) bool { return path.Clean(o.Destination) == m.Destination }) {

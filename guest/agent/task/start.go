@@ -10,6 +10,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"strconv"
 
 	"github.com/containerd/errdefs"
 	specs "github.com/opencontainers/runtime-spec/specs-go"
@@ -139,8 +140,18 @@ func (c *container) startExec(ctx context.Context, p *process) (retErr error) {
 	spec := p.spec
 	p.spec = specs.Process{}
 	return c.launch(ctx, p, dir, spec.Terminal, stateRunning, c.execExited(p), func(req crun.Process) (int, error) {
-		return c.s.cfg.Runtime.Exec(ctx, c.id, dir, spec, req)
+		pid, err := c.s.cfg.Runtime.Exec(ctx, c.id, dir, spec, req)
+		if err == nil && spec.OOMScoreAdj != nil {
+			setOOMScore(pid, *spec.OOMScoreAdj)
+		}
+		return pid, err
 	})
+}
+
+// setOOMScore does what crun does for the first process only, and runc for all.
+// The process may be gone already.
+func setOOMScore(pid, score int) {
+	_ = os.WriteFile(fmt.Sprintf("/proc/%d/oom_score_adj", pid), []byte(strconv.Itoa(score)), 0)
 }
 
 func (c *container) execExited(p *process) func(reap.Exit) {

@@ -152,7 +152,7 @@ func (c *Client) dial(ctx context.Context, sess *session, port uint32) (*Conn, e
 		}
 	})
 	if !spawned {
-		return nil, net.ErrClosed
+		return nil, errLost
 	}
 	select {
 	case r := <-done:

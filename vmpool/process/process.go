@@ -1,7 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 // Copyright The containerd-cloudhv Authors
 
-package controller
+// Package process takes hold of processes of ours, also those that an earlier
+// containerd started, without ever mistaking another process for them.
+package process
 
 import (
 	"bytes"
@@ -19,17 +21,17 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// process identifies a process beyond the life of ours: a pid may be another's
+// Identity identifies a process beyond the life of ours: a pid may be another's
 // by now, but not with the same start time in the same boot.
-type process struct {
+type Identity struct {
 	Pid int `json:"pid"`
 	// StartTime is in clock ticks since boot (field 22 of /proc/pid/stat).
 	StartTime uint64 `json:"start_time"`
 	BootID    string `json:"boot_id"`
 }
 
-// bootID tells one boot of the host from another.
-var bootID = sync.OnceValues(func() (string, error) {
+// BootID tells one boot of the host from another.
+var BootID = sync.OnceValues(func() (string, error) {
 	data, err := os.ReadFile("/proc/sys/kernel/random/boot_id")
 	if err != nil {
 		return "", fmt.Errorf("read the host's boot ID: %w", err)
@@ -37,17 +39,17 @@ var bootID = sync.OnceValues(func() (string, error) {
 	return strings.TrimSpace(string(data)), nil
 })
 
-// identify describes the running process pid.
-func identify(pid int) (process, error) {
-	boot, err := bootID()
+// Identify describes the running process pid. ErrNotFound means that it has ended.
+func Identify(pid int) (Identity, error) {
+	boot, err := BootID()
 	if err != nil {
-		return process{}, err
+		return Identity{}, err
 	}
 	start, err := startTime(pid)
 	if err != nil {
-		return process{}, err
+		return Identity{}, err
 	}
-	return process{Pid: pid, StartTime: start, BootID: boot}, nil
+	return Identity{Pid: pid, StartTime: start, BootID: boot}, nil
 }
 
 // startTime reads field 22 of /proc/pid/stat. It returns ErrNotFound if there
@@ -72,34 +74,33 @@ func startTime(pid int) (uint64, error) {
 	return start, nil
 }
 
-// pidfd is a process that cannot turn into another: signals reach it or nobody.
-type pidfd struct {
+// Handle is a process that cannot turn into another: signals reach it or nobody.
+type Handle struct {
 	file *os.File
-	// done is closed when the process has ended or Close was called.
 	done chan struct{}
 }
 
-// open takes hold of the process, or returns ErrNotFound if it has ended.
-func (p process) open() (*pidfd, error) {
-	fd, err := unix.PidfdOpen(p.Pid, unix.PIDFD_NONBLOCK)
+// Open takes hold of the process by a pidfd, or returns ErrNotFound if it has ended.
+func (id Identity) Open() (*Handle, error) {
+	fd, err := unix.PidfdOpen(id.Pid, unix.PIDFD_NONBLOCK)
 	if errors.Is(err, unix.ESRCH) {
-		return nil, fmt.Errorf("process %d: %w", p.Pid, errdefs.ErrNotFound)
+		return nil, fmt.Errorf("process %d: %w", id.Pid, errdefs.ErrNotFound)
 	}
 	if err != nil {
-		return nil, fmt.Errorf("watch process %d: %w", p.Pid, err)
+		return nil, fmt.Errorf("watch process %d: %w", id.Pid, err)
 	}
 	file := os.NewFile(uintptr(fd), "pidfd")
 	// The identity is checked with the pidfd in hand, so that it cannot change after.
-	if now, err := identify(p.Pid); err != nil || now != p {
+	if now, err := Identify(id.Pid); err != nil || now != id {
 		_ = file.Close()
-		return nil, fmt.Errorf("process %d is another one by now: %w", p.Pid, errdefs.ErrNotFound)
+		return nil, fmt.Errorf("process %d is another one by now: %w", id.Pid, errdefs.ErrNotFound)
 	}
-	h := &pidfd{file: file, done: make(chan struct{})}
 	raw, err := file.SyscallConn()
 	if err != nil {
 		_ = file.Close()
-		return nil, fmt.Errorf("watch process %d: %w", p.Pid, err)
+		return nil, fmt.Errorf("watch process %d: %w", id.Pid, err)
 	}
+	h := &Handle{file: file, done: make(chan struct{})}
 	go func() {
 		defer close(h.done)
 		// The netpoller tells when the pidfd is readable: the process has ended.
@@ -112,8 +113,11 @@ func (p process) open() (*pidfd, error) {
 	return h, nil
 }
 
-// signal sends sig; a process that has ended is no error.
-func (h *pidfd) signal(sig unix.Signal) error {
+// Done is closed when the process has ended, or Close was called.
+func (h *Handle) Done() <-chan struct{} { return h.done }
+
+// Signal sends sig; a process that has ended is no error.
+func (h *Handle) Signal(sig unix.Signal) error {
 	raw, err := h.file.SyscallConn()
 	if err != nil {
 		return nil // closed after the end
@@ -126,9 +130,9 @@ func (h *pidfd) signal(sig unix.Signal) error {
 	return sendErr
 }
 
-// end sends SIGTERM, after grace SIGKILL, and waits until the process has ended.
-func (h *pidfd) end(ctx context.Context, grace time.Duration) error {
-	if err := h.signal(unix.SIGTERM); err != nil {
+// End sends SIGTERM, after grace SIGKILL, and waits until the process has ended.
+func (h *Handle) End(ctx context.Context, grace time.Duration) error {
+	if err := h.Signal(unix.SIGTERM); err != nil {
 		return fmt.Errorf("end process: %w", err)
 	}
 	timer := time.NewTimer(grace)
@@ -139,7 +143,12 @@ func (h *pidfd) end(ctx context.Context, grace time.Duration) error {
 	case <-timer.C:
 	case <-ctx.Done():
 	}
-	if err := h.signal(unix.SIGKILL); err != nil {
+	return h.Kill(ctx)
+}
+
+// Kill sends SIGKILL and waits until the process has ended.
+func (h *Handle) Kill(ctx context.Context) error {
+	if err := h.Signal(unix.SIGKILL); err != nil {
 		return fmt.Errorf("kill process: %w", err)
 	}
 	select {
@@ -150,8 +159,8 @@ func (h *pidfd) end(ctx context.Context, grace time.Duration) error {
 	}
 }
 
-// close lets go of the process without ending it.
-func (h *pidfd) close() {
+// Close lets go of the process without ending it.
+func (h *Handle) Close() {
 	_ = h.file.Close()
 	<-h.done
 }

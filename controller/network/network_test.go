@@ -1,0 +1,407 @@
+// SPDX-License-Identifier: Apache-2.0
+// Copyright The containerd-cloudhv Authors
+
+package network
+
+import (
+	"bytes"
+	"context"
+	"encoding/binary"
+	"fmt"
+	"net"
+	"os"
+	"path/filepath"
+	"runtime"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/containerd/errdefs"
+	"github.com/stretchr/testify/require"
+	"github.com/vishvananda/netlink"
+	"github.com/vishvananda/netns"
+	"go.uber.org/goleak"
+	"golang.org/x/sys/unix"
+
+	guestv1 "github.com/cloudhv/containerd-cloudhv/guest/api/v1"
+)
+
+func TestMain(m *testing.M) {
+	goleak.VerifyTestMain(m)
+}
+
+// netNS is a network namespace of a test's own, which goes with its handle.
+type netNS struct {
+	netns.NsHandle
+	*netlink.Handle
+	path string
+}
+
+func newNetNS(t *testing.T) *netNS {
+	t.Helper()
+	if os.Geteuid() != 0 {
+		t.Skip("needs root, to make network namespaces")
+	}
+	made := make(chan netns.NsHandle)
+	go func() {
+		// The thread is not given back: it ends with this goroutine.
+		runtime.LockOSThread()
+		h, err := netns.New()
+		if err != nil {
+			h = netns.None()
+		}
+		made <- h
+	}()
+	ns := <-made
+	require.True(t, ns.IsOpen())
+	h, err := netlink.NewHandleAt(ns, unix.NETLINK_ROUTE)
+	require.NoError(t, err)
+	t.Cleanup(func() {
+		h.Close()
+		require.NoError(t, ns.Close())
+	})
+	lo, err := h.LinkByName("lo")
+	require.NoError(t, err)
+	require.NoError(t, h.LinkSetUp(lo))
+	return &netNS{NsHandle: ns, Handle: h, path: fmt.Sprintf("/proc/%d/fd/%d", os.Getpid(), int(ns))}
+}
+
+func cidr(t *testing.T, s string) *net.IPNet {
+	t.Helper()
+	ip, n, err := net.ParseCIDR(s)
+	require.NoError(t, err)
+	return &net.IPNet{IP: ip, Mask: n.Mask}
+}
+
+// addVeth makes a pair of eth<n> in pod and peer<n> in outside, as CNI does.
+func addVeth(t *testing.T, pod, outside *netNS, n int, mtu int, addrs ...string) (eth, peer netlink.Link) {
+	t.Helper()
+	name, peerName := fmt.Sprintf("eth%d", n), fmt.Sprintf("peer%d", n)
+	require.NoError(t, pod.LinkAdd(&netlink.Veth{
+		LinkAttrs:     netlink.LinkAttrs{Name: name, MTU: mtu, HardwareAddr: net.HardwareAddr{2, 0, 0, 0, 0, byte(n + 1)}},
+		PeerName:      peerName,
+		PeerNamespace: netlink.NsFd(int(outside.NsHandle)),
+		PeerMTU:       uint32(mtu),
+	}))
+	eth, err := pod.LinkByName(name)
+	require.NoError(t, err)
+	peer, err = outside.LinkByName(peerName)
+	require.NoError(t, err)
+	require.NoError(t, pod.LinkSetUp(eth))
+	require.NoError(t, outside.LinkSetUp(peer))
+	for _, a := range addrs {
+		require.NoError(t, pod.AddrAdd(eth, &netlink.Addr{IPNet: cidr(t, a), Flags: unix.IFA_F_NODAD}))
+	}
+	return eth, peer
+}
+
+// podNetwork makes what a bridge plugin with IPv4 and IPv6 makes.
+func podNetwork(t *testing.T) (pod, outside *netNS) {
+	t.Helper()
+	pod, outside = newNetNS(t), newNetNS(t)
+	eth, peer := addVeth(t, pod, outside, 0, 1450, "10.88.0.5/16", "fd00:88::5/64")
+	require.NoError(t, outside.AddrAdd(peer, &netlink.Addr{IPNet: cidr(t, "10.88.0.1/16")}))
+	require.NoError(t, outside.AddrAdd(peer, &netlink.Addr{IPNet: cidr(t, "fd00:88::1/64"), Flags: unix.IFA_F_NODAD}))
+	for _, gw := range []string{"10.88.0.1", "fd00:88::1"} {
+		require.NoError(t, pod.RouteAdd(&netlink.Route{LinkIndex: eth.Attrs().Index, Gw: net.ParseIP(gw)}))
+	}
+	return pod, outside
+}
+
+func TestConnectReadsWhatCNIMade(t *testing.T) {
+	pod, outside := podNetwork(t)
+	eth, _ := pod.LinkByName("eth0")
+	require.NoError(t, pod.RouteAdd(&netlink.Route{
+		LinkIndex: eth.Attrs().Index, Dst: cidr(t, "192.0.2.0/24"), Gw: net.ParseIP("10.88.0.9"), Src: net.ParseIP("10.88.0.5"), Priority: 7, MTU: 1300,
+	}))
+	require.NoError(t, pod.RouteAdd(&netlink.Route{
+		LinkIndex: eth.Attrs().Index, Dst: cidr(t, "198.51.100.1/32"), Scope: netlink.SCOPE_LINK,
+	}))
+	require.NoError(t, pod.NeighAdd(&netlink.Neigh{
+		LinkIndex: eth.Attrs().Index, IP: net.ParseIP("10.88.0.9"), State: netlink.NUD_PERMANENT,
+		HardwareAddr: net.HardwareAddr{2, 1, 1, 1, 1, 1},
+	}))
+	_, _ = addVeth(t, pod, outside, 1, 9000, "172.16.0.2/24")
+
+	n, err := Connect(t.Context(), pod.path)
+	require.NoError(t, err)
+	defer n.Close()
+	require.Len(t, n.NICs, 2)
+	require.Equal(t, "nic0", n.NICs[0].ID)
+	require.Equal(t, "02:00:00:00:00:01", n.NICs[0].MAC.String())
+	require.Equal(t, 1450, n.NICs[0].MTU)
+	require.Equal(t, 9000, n.NICs[1].MTU)
+	require.Len(t, n.NICs[0].Queues, 1)
+
+	require.Len(t, n.Interfaces, 2)
+	require.Equal(t, "eth0", n.Interfaces[0].Name)
+	require.Equal(t, uint32(1450), n.Interfaces[0].Mtu)
+	require.Equal(t, []string{"10.88.0.5/16", "fd00:88::5/64"}, n.Interfaces[0].Addresses, "and no link-local one")
+	require.Len(t, n.Interfaces[0].Neighbors, 1)
+	require.Equal(t, "02:01:01:01:01:01", n.Interfaces[0].Neighbors[0].Mac)
+	require.Equal(t, []string{"172.16.0.2/24"}, n.Interfaces[1].Addresses)
+
+	var got []string
+	for _, r := range n.Routes {
+		got = append(got, fmt.Sprintf("%d %q via %q src %q dev %s scope %d prio %d mtu %d",
+			r.Family, r.Destination, r.Gateway, r.Source, r.Device, r.Scope, r.Priority, r.Mtu))
+	}
+	require.Equal(t, `2 "198.51.100.1/32" via "" src "" dev eth0 scope 253 prio 0 mtu 0`, got[0], "what others go through comes first")
+	require.ElementsMatch(t, []string{
+		got[0],
+		`2 "" via "10.88.0.1" src "" dev eth0 scope 0 prio 0 mtu 0`,
+		`2 "192.0.2.0/24" via "10.88.0.9" src "10.88.0.5" dev eth0 scope 0 prio 7 mtu 1300`,
+		`10 "" via "fd00:88::1" src "" dev eth0 scope 0 prio 1024 mtu 0`,
+	}, got)
+}
+
+// The guest's end of the TAP and the outside see each other's frames, and the
+// namespace's own stack answers nothing, though it has the same addresses.
+func TestFramesPassBothWays(t *testing.T) {
+	pod, outside := podNetwork(t)
+	n, err := Connect(t.Context(), pod.path)
+	require.NoError(t, err)
+	defer n.Close()
+	tap := n.NICs[0].Queues[0]
+
+	// In: an ARP request for the pod's address reaches the guest.
+	packet := rawSocket(t, outside, "peer0")
+	request := arpFrame(1, net.HardwareAddr{2, 9, 9, 9, 9, 9}, net.ParseIP("10.88.0.1"), net.ParseIP("10.88.0.5"))
+	_, err = unix.Write(packet, request)
+	require.NoError(t, err)
+	require.Equal(t, request, readTAP(t, tap, func(f []byte) bool { return bytes.HasPrefix(f, request[:14]) })[:len(request)])
+
+	// Out: what the guest answers reaches the outside; nobody else has answered.
+	answer := arpFrame(2, n.NICs[0].MAC, net.ParseIP("10.88.0.5"), net.ParseIP("10.88.0.1"))
+	_, err = tap.Write(append(make([]byte, vnetHeader), answer...))
+	require.NoError(t, err)
+	got := readPacket(t, packet, func(f []byte) bool { return isARP(f) && f[21] == 2 })
+	require.Equal(t, answer, got[:len(answer)], "the first answer is the guest's")
+	require.NoError(t, unix.SetsockoptTimeval(packet, unix.SOL_SOCKET, unix.SO_RCVTIMEO, &unix.Timeval{Usec: 200000}))
+	buf := make([]byte, 2048)
+	for {
+		size, err := unix.Read(packet, buf)
+		if err != nil {
+			break
+		}
+		require.False(t, isARP(buf[:size]) && buf[21] == 2, "a second answer")
+	}
+}
+
+// Frames with an odd payload and of full size pass unharmed.
+func TestFramesOfFullSize(t *testing.T) {
+	pod, outside := podNetwork(t)
+	n, err := Connect(t.Context(), pod.path)
+	require.NoError(t, err)
+	defer n.Close()
+	packet := rawSocket(t, outside, "peer0")
+	for _, size := range []int{46, 1001, 1450} {
+		frame := append([]byte{2, 0, 0, 0, 0, 1, 2, 9, 9, 9, 9, 9, 0x88, 0xb5}, bytes.Repeat([]byte{byte(size)}, size)...)
+		_, err = unix.Write(packet, frame)
+		require.NoError(t, err)
+		got := readTAP(t, n.NICs[0].Queues[0], func(f []byte) bool { return bytes.HasPrefix(f, frame[:14]) })
+		require.Equal(t, frame, got[:len(frame)])
+	}
+}
+
+func TestANamespaceWithLoopbackOnly(t *testing.T) {
+	pod := newNetNS(t)
+	n, err := Connect(t.Context(), pod.path)
+	require.NoError(t, err)
+	require.Empty(t, n.NICs)
+	require.Empty(t, n.Interfaces)
+	require.NoError(t, n.Close())
+	require.NoError(t, Disconnect(t.Context(), pod.path))
+}
+
+func TestDisconnectUndoesConnect(t *testing.T) {
+	pod, _ := podNetwork(t)
+	before := state(t, pod)
+	for range 3 {
+		n, err := Connect(t.Context(), pod.path)
+		require.NoError(t, err)
+		require.NotEqual(t, before, state(t, pod))
+		require.NoError(t, Disconnect(t.Context(), pod.path))
+		require.Equal(t, before, state(t, pod))
+		require.NoError(t, Disconnect(t.Context(), pod.path))
+		require.NoError(t, n.Close())
+		require.NoError(t, n.Close())
+	}
+}
+
+func TestATapGoesWithItsFile(t *testing.T) {
+	pod, _ := podNetwork(t)
+	n, err := Connect(t.Context(), pod.path)
+	require.NoError(t, err)
+	require.NoError(t, n.Close())
+	require.Eventually(t, func() bool { return !strings.Contains(state(t, pod), tapPrefix) }, 5*time.Second, 10*time.Millisecond)
+	require.NoError(t, Disconnect(t.Context(), pod.path))
+}
+
+func TestConnectFailsWithoutTraces(t *testing.T) {
+	for name, tc := range map[string]struct {
+		prepare func(*testing.T, *netNS)
+		want    error
+	}{
+		"a name is taken": {func(t *testing.T, pod *netNS) {
+			require.NoError(t, pod.LinkAdd(&netlink.Veth{LinkAttrs: netlink.LinkAttrs{Name: tapPrefix + "1"}, PeerName: "other"}))
+		}, nil},
+		"a tunnel": {func(t *testing.T, pod *netNS) {
+			tun := &netlink.Tuntap{LinkAttrs: netlink.LinkAttrs{Name: "tun9"}, Mode: netlink.TUNTAP_MODE_TUN}
+			require.NoError(t, inNetNS(pod.NsHandle, func() error { return netlink.LinkAdd(tun) }))
+			require.NoError(t, pod.LinkSetUp(tun))
+		}, errdefs.ErrNotImplemented},
+		"a multipath route": {func(t *testing.T, pod *netNS) {
+			eth, _ := pod.LinkByName("eth1")
+			idx := eth.Attrs().Index
+			require.NoError(t, pod.RouteAdd(&netlink.Route{Dst: cidr(t, "192.0.2.0/24"), MultiPath: []*netlink.NexthopInfo{
+				{LinkIndex: idx, Gw: net.ParseIP("172.16.0.8")}, {LinkIndex: idx, Gw: net.ParseIP("172.16.0.9")},
+			}}))
+		}, errdefs.ErrNotImplemented},
+	} {
+		t.Run(name, func(t *testing.T) {
+			pod, outside := podNetwork(t)
+			addVeth(t, pod, outside, 1, 1500, "172.16.0.2/24")
+			tc.prepare(t, pod)
+			before := state(t, pod)
+			_, err := Connect(t.Context(), pod.path)
+			require.Error(t, err)
+			if tc.want != nil {
+				require.ErrorIs(t, err, tc.want)
+			}
+			require.Equal(t, before, state(t, pod))
+		})
+	}
+	t.Run("cancelled", func(t *testing.T) {
+		pod, _ := podNetwork(t)
+		before := state(t, pod)
+		ctx, cancel := context.WithCancel(t.Context())
+		cancel()
+		_, err := Connect(ctx, pod.path)
+		require.ErrorIs(t, err, context.Canceled)
+		require.Equal(t, before, state(t, pod))
+	})
+}
+
+func TestANamespaceThatIsGone(t *testing.T) {
+	t.Parallel()
+	gone := filepath.Join(t.TempDir(), "cni-1234")
+	_, err := Connect(t.Context(), gone)
+	require.ErrorIs(t, err, errdefs.ErrNotFound)
+	require.NoError(t, Disconnect(t.Context(), gone))
+	require.NoError(t, os.WriteFile(gone, nil, 0o600), "the mount point without its namespace")
+	_, err = Connect(t.Context(), gone)
+	require.ErrorIs(t, err, errdefs.ErrNotFound)
+	require.NoError(t, Disconnect(t.Context(), gone))
+	require.NoError(t, Disconnect(t.Context(), ""))
+}
+
+func TestThreadsComeBack(t *testing.T) {
+	pod := newNetNS(t)
+	self, err := netns.Get()
+	require.NoError(t, err)
+	defer self.Close()
+	for range 50 {
+		require.NoError(t, inNetNS(pod.NsHandle, func() error {
+			here, err := netns.Get()
+			if err != nil {
+				return err
+			}
+			defer here.Close()
+			if !here.Equal(pod.NsHandle) {
+				return errdefs.ErrInternal
+			}
+			return nil
+		}))
+		here, err := netns.Get()
+		require.NoError(t, err)
+		require.True(t, here.Equal(self))
+		require.NoError(t, here.Close())
+	}
+}
+
+func TestSortRoutes(t *testing.T) {
+	t.Parallel()
+	routes := []*guestv1.Route{{Gateway: "a", Priority: 1}, {Priority: 2}, {Gateway: "b", Priority: 3}, {Priority: 4}}
+	sortRoutes(routes)
+	var order []uint32
+	for _, r := range routes {
+		order = append(order, r.Priority)
+	}
+	require.Equal(t, []uint32{2, 4, 1, 3}, order)
+}
+
+// state lists links and qdiscs of a namespace.
+func state(t *testing.T, ns *netNS) string {
+	t.Helper()
+	links, err := ns.LinkList()
+	require.NoError(t, err)
+	var b strings.Builder
+	for _, l := range links {
+		fmt.Fprintf(&b, "%s %s", l.Attrs().Name, l.Attrs().Flags&net.FlagUp)
+		qdiscs, err := ns.QdiscList(l)
+		require.NoError(t, err)
+		for _, q := range qdiscs {
+			fmt.Fprintf(&b, " %s", q.Type())
+		}
+		b.WriteByte('\n')
+	}
+	return b.String()
+}
+
+const vnetHeader = 10
+
+func htons(v uint16) uint16 { return v<<8 | v>>8 }
+
+func rawSocket(t *testing.T, ns *netNS, name string) int {
+	t.Helper()
+	link, err := ns.LinkByName(name)
+	require.NoError(t, err)
+	var fd int
+	require.NoError(t, inNetNS(ns.NsHandle, func() error {
+		var err error
+		fd, err = unix.Socket(unix.AF_PACKET, unix.SOCK_RAW|unix.SOCK_CLOEXEC, int(htons(unix.ETH_P_ALL)))
+		return err
+	}))
+	t.Cleanup(func() { _ = unix.Close(fd) })
+	require.NoError(t, unix.Bind(fd, &unix.SockaddrLinklayer{Protocol: htons(unix.ETH_P_ALL), Ifindex: link.Attrs().Index}))
+	require.NoError(t, unix.SetsockoptTimeval(fd, unix.SOL_SOCKET, unix.SO_RCVTIMEO, &unix.Timeval{Sec: 10}))
+	return fd
+}
+
+func readPacket(t *testing.T, fd int, want func([]byte) bool) []byte {
+	t.Helper()
+	for {
+		buf := make([]byte, 4096)
+		n, err := unix.Read(fd, buf)
+		require.NoError(t, err)
+		if want(buf[:n]) {
+			return buf[:n]
+		}
+	}
+}
+
+// readTAP reads frames as a hypervisor does, without the header before them.
+func readTAP(t *testing.T, tap *os.File, want func([]byte) bool) []byte {
+	t.Helper()
+	require.NoError(t, tap.SetReadDeadline(time.Now().Add(10*time.Second)))
+	for {
+		buf := make([]byte, 4096)
+		n, err := tap.Read(buf)
+		require.NoError(t, err)
+		if f := buf[vnetHeader:n]; want(f) {
+			return f
+		}
+	}
+}
+
+func isARP(f []byte) bool {
+	return len(f) >= 42 && binary.BigEndian.Uint16(f[12:]) == unix.ETH_P_ARP
+}
+
+func arpFrame(op byte, mac net.HardwareAddr, from, to net.IP) []byte {
+	f := append(bytes.Repeat([]byte{0xff}, 6), mac...)
+	f = append(f, 0x08, 0x06, 0, 1, 0x08, 0, 6, 4, 0, op)
+	f = append(append(f, mac...), from.To4()...)
+	return append(append(f, make([]byte, 6)...), to.To4()...)
+}

@@ -1,0 +1,100 @@
+// SPDX-License-Identifier: Apache-2.0
+// Copyright The containerd-cloudhv Authors
+
+// Package docs has no code: its test keeps the documents true to the code where
+// that can be checked.
+package docs
+
+import (
+	"fmt"
+	"maps"
+	"os"
+	"path/filepath"
+	"reflect"
+	"regexp"
+	"strings"
+	"testing"
+
+	"github.com/stretchr/testify/require"
+
+	"github.com/cloudhv/containerd-cloudhv/controller/config"
+)
+
+// options are the keys of a configuration with their defaults as documented.
+func options(prefix string, v reflect.Value) map[string]string {
+	keys := map[string]string{}
+	for i := range v.NumField() {
+		key := prefix + strings.Split(v.Type().Field(i).Tag.Get("toml"), ",")[0]
+		switch f := v.Field(i); f.Kind() {
+		case reflect.Struct:
+			maps.Copy(keys, options(key+".", f))
+		case reflect.Slice:
+			var words []string
+			for j := range f.Len() {
+				words = append(words, "'"+f.Index(j).String()+"'")
+			}
+			keys[key] = "[" + strings.Join(words, ", ") + "]"
+		default:
+			if keys[key] = fmt.Sprint(f.Interface()); keys[key] == "" {
+				keys[key] = "''"
+			}
+		}
+	}
+	return keys
+}
+
+// TestOptions: every option is in the tables, with its default, and no other is.
+func TestOptions(t *testing.T) {
+	t.Parallel()
+	text, err := os.ReadFile("configuration.md")
+	require.NoError(t, err)
+	_, plugin, found := strings.Cut(string(text), "## The plugin")
+	require.True(t, found)
+	plugin, _, _ = strings.Cut(plugin, "## Annotations")
+	documented := map[string]string{}
+	for _, row := range regexp.MustCompile("(?m)^\\| `([^`]+)` \\| `([^`]+)` \\|").FindAllStringSubmatch(plugin, -1) {
+		documented[row[1]] = row[2]
+	}
+	require.Equal(t, options("", reflect.ValueOf(*config.Default())), documented)
+}
+
+// TestAnnotations: every annotation is documented, and no other is.
+func TestAnnotations(t *testing.T) {
+	t.Parallel()
+	code, err := os.ReadFile("../controller/annotations.go")
+	require.NoError(t, err)
+	var want []string
+	for _, m := range regexp.MustCompile(`(?m)^\t"([a-z_]+)": func`).FindAllStringSubmatch(string(code), -1) {
+		want = append(want, m[1])
+	}
+	text, err := os.ReadFile("configuration.md")
+	require.NoError(t, err)
+	var got []string
+	for _, m := range regexp.MustCompile("(?m)^\\| `io\\.cloudhv\\.([a-z_]+)` \\|").FindAllStringSubmatch(string(text), -1) {
+		got = append(got, m[1])
+	}
+	require.NotEmpty(t, want)
+	require.ElementsMatch(t, want, got)
+}
+
+// TestPaths: what a document links to, or names as a path of this repository, is there.
+func TestPaths(t *testing.T) {
+	t.Parallel()
+	files, err := filepath.Glob("*.md")
+	require.NoError(t, err)
+	link := regexp.MustCompile(`\]\(([^)#]+)\)`)
+	named := regexp.MustCompile("`((?:plugin|controller|vmpool|guest|containerd-build|hack|e2e|docs)/[a-zA-Z0-9_./-]*)`")
+	for _, file := range append(files, "../README.md", "../CONTRIBUTING.md") {
+		text, err := os.ReadFile(file)
+		require.NoError(t, err)
+		for _, m := range link.FindAllStringSubmatch(string(text), -1) {
+			if !strings.Contains(m[1], "://") {
+				require.FileExists(t, filepath.Join(filepath.Dir(file), m[1]), "linked in %s", file)
+			}
+		}
+		for _, m := range named.FindAllStringSubmatch(string(text), -1) {
+			_, err := os.Stat(filepath.Join("..", m[1]))
+			require.NoError(t, err, "named in %s", file)
+		}
+	}
+}

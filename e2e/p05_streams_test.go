@@ -1,0 +1,233 @@
+// SPDX-License-Identifier: Apache-2.0
+// Copyright The containerd-cloudhv Authors
+
+package e2e
+
+import (
+	"bytes"
+	"context"
+	"crypto/sha256"
+	"fmt"
+	"hash"
+	"io"
+	"os"
+	"os/exec"
+	"strconv"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/stretchr/testify/require"
+	"k8s.io/client-go/tools/remotecommand"
+
+	"github.com/cloudhv/containerd-cloudhv/e2e/testimage"
+	"github.com/cloudhv/containerd-cloudhv/e2e/testimage/pattern"
+	"github.com/cloudhv/containerd-cloudhv/e2e/testnode"
+)
+
+const (
+	// outputBytes and inputBytes are what point 5 asks for.
+	outputBytes = 200 << 20
+	inputBytes  = 50 << 20
+	// logBytes go through the container's log.
+	logBytes = 64 << 20
+	// bounded is by how much memory may grow while a reader stalls.
+	bounded = 24 << 20
+)
+
+// stallingWriter digests what it gets. After so many bytes it calls stall once.
+type stallingWriter struct {
+	h     hash.Hash
+	n     int64
+	after int64
+	stall func()
+}
+
+// Write implements io.Writer.
+func (w *stallingWriter) Write(p []byte) (int, error) {
+	if w.n < w.after && w.n+int64(len(p)) >= w.after {
+		w.stall()
+	}
+	w.n += int64(len(p))
+	return w.h.Write(p)
+}
+
+// guestMemory is what is available in the container's machine, in bytes.
+func (c *container) guestMemory() int64 {
+	c.t.Helper()
+	var total, available int64
+	_, err := fmt.Sscan(c.exec(testimage.HelperPath, "mem"), &total, &available)
+	require.NoError(c.t, err)
+	return available
+}
+
+// TestOutputToStallingReader is the first half of point 5, by exec.
+func TestOutputToStallingReader(t *testing.T) {
+	forHandlers(t, func(t *testing.T, h string) {
+		p := newPod(t, h)
+		c := p.start(idleConfig("c"))
+		before := c.guestMemory()
+		var least int64
+		out := &stallingWriter{h: sha256.New(), after: 10 << 20, stall: func() {
+			// The stall is the test itself: nothing can tell that nothing happens.
+			time.Sleep(2 * time.Second)
+			least = c.guestMemory()
+			time.Sleep(2 * time.Second)
+			least = min(least, c.guestMemory())
+		}}
+		var errOut strings.Builder
+		require.NoError(t, c.stream(remotecommand.StreamOptions{Stdout: out, Stderr: &errOut}, testimage.HelperPath, "gen", strconv.Itoa(outputBytes), "9"))
+		require.Equal(t, int64(outputBytes), out.n)
+		require.Equal(t, pattern.Sum(9, outputBytes), fmt.Sprintf("%x", out.h.Sum(nil)))
+		require.Equal(t, pattern.Line(9, outputBytes)+"\n", errOut.String())
+		if h == testnode.CloudHV {
+			require.Less(t, before-least, int64(bounded), "memory taken in the guest while the reader stalled")
+		}
+	})
+}
+
+// TestLogToStoppedContainerd is the same for a container's log: containerd, which
+// writes it, is stopped for a while.
+func TestLogToStoppedContainerd(t *testing.T) {
+	forHandlers(t, func(t *testing.T, h string) {
+		p := newPod(t, h)
+		c := p.start(helperConfig("c", "gen", strconv.Itoa(logBytes), "10"))
+		c.awaitLog(func(l []logLine) bool { return len(l) > 100 })
+		require.NoError(t, syscall.Kill(p.n.Pid(), syscall.SIGSTOP))
+		time.Sleep(2 * time.Second) // the stall itself
+		require.NoError(t, syscall.Kill(p.n.Pid(), syscall.SIGCONT))
+		require.Zero(t, c.awaitExit().GetExitCode())
+		lines, err := readLog(c.log)
+		require.NoError(t, err)
+		sum := sha256.New()
+		var errLine string
+		for _, l := range lines {
+			if l.stream == "stderr" {
+				errLine = l.text
+				continue
+			}
+			io.WriteString(sum, l.text+"\n")
+		}
+		require.Equal(t, pattern.Sum(10, logBytes), fmt.Sprintf("%x", sum.Sum(nil)))
+		require.Equal(t, pattern.Line(10, logBytes), errLine)
+	})
+}
+
+// TestInput is the second half of point 5, by exec and by attach.
+func TestInput(t *testing.T) {
+	forHandlers(t, func(t *testing.T, h string) {
+		p := newPod(t, h)
+		c := p.start(idleConfig("c"))
+		var out strings.Builder
+		require.NoError(t, c.stream(remotecommand.StreamOptions{Stdin: pattern.New(11, inputBytes), Stdout: &out}, testimage.HelperPath, "sink"))
+		require.Equal(t, pattern.Line(11, inputBytes)+"\n", out.String())
+
+		cfg := helperConfig("sink", "sink")
+		cfg.Stdin, cfg.StdinOnce = true, true
+		sink := p.start(cfg)
+		require.NoError(t, sink.attach(remotecommand.StreamOptions{Stdin: pattern.New(12, inputBytes), Stdout: io.Discard, Stderr: io.Discard}))
+		require.Zero(t, sink.awaitExit().GetExitCode())
+		sink.awaitLine(pattern.Line(12, inputBytes))
+	})
+}
+
+// TestInputUnread checks that a process that never reads its input ends well,
+// and that one without an input sees the end of it.
+func TestInputUnread(t *testing.T) {
+	forHandlers(t, func(t *testing.T, h string) {
+		p := newPod(t, h)
+		c := p.start(idleConfig("c"))
+		pr, pw := io.Pipe()
+		defer pw.Close()
+		var out bytes.Buffer
+		require.NoError(t, c.stream(remotecommand.StreamOptions{Stdin: pr, Stdout: &out}, "echo", "done"))
+		require.Equal(t, "done\n", out.String())
+		out.Reset()
+		require.NoError(t, c.stream(remotecommand.StreamOptions{Stdout: &out}, testimage.HelperPath, "sink"))
+		require.Equal(t, pattern.Line(0, 0)+"\n", out.String())
+	})
+}
+
+// TestBinaryStreams checks that bytes stay what they are, both ways at once.
+func TestBinaryStreams(t *testing.T) {
+	forHandlers(t, func(t *testing.T, h string) {
+		p := newPod(t, h)
+		c := p.start(idleConfig("c"))
+		data := make([]byte, 1<<20)
+		for i := range data {
+			data[i] = byte(i * 7 / 5)
+		}
+		var out bytes.Buffer
+		require.NoError(t, c.stream(remotecommand.StreamOptions{Stdin: bytes.NewReader(data), Stdout: &out}, "cat"))
+		require.True(t, bytes.Equal(data, out.Bytes()), "%d bytes came back", out.Len())
+	})
+}
+
+// TestBackgroundHoldsOutput checks an exec whose process leaves another behind
+// that holds its output: ExecSync must still return within its time limit, and
+// what was written before is there.
+func TestBackgroundHoldsOutput(t *testing.T) {
+	forHandlers(t, func(t *testing.T, h string) {
+		p := newPod(t, h)
+		c := p.start(idleConfig("c"))
+		ctx, cancel := context.WithTimeout(testContext(t), testnode.Scale(20*time.Second))
+		defer cancel()
+		var out bytes.Buffer
+		done := make(chan error, 1)
+		go func() {
+			done <- c.stream(remotecommand.StreamOptions{Stdout: &out}, "/bin/sh", "-c", "sleep 3 & echo first")
+		}()
+		select {
+		case err := <-done:
+			require.NoError(t, err)
+		case <-ctx.Done():
+			require.Fail(t, "exec does not return")
+		}
+		require.Equal(t, "first\n", out.String())
+	})
+}
+
+// hostMemory is the memory that a process has for itself, in bytes.
+func hostMemory(t *testing.T, pid int) int64 {
+	t.Helper()
+	b, err := os.ReadFile(fmt.Sprintf("/proc/%d/smaps_rollup", pid))
+	require.NoError(t, err)
+	var sum int64
+	for _, name := range []string{"Private_Clean:", "Private_Dirty:"} {
+		kb, err := strconv.ParseInt(strings.TrimSuffix(field(string(b), name), " kB"), 10, 64)
+		require.NoError(t, err)
+		sum += kb << 10
+	}
+	return sum
+}
+
+// TestShimMemoryBounded checks that the pod's shim keeps little of what passes through.
+func TestShimMemoryBounded(t *testing.T) {
+	forHandlers(t, func(t *testing.T, h string) {
+		p := newPod(t, h)
+		c := p.start(idleConfig("c"))
+		pid := shimPid(t, p)
+		before := hostMemory(t, pid)
+		var during int64
+		out := &stallingWriter{h: sha256.New(), after: 4 << 20, stall: func() {
+			time.Sleep(time.Second) // the stall itself
+			during = hostMemory(t, pid)
+		}}
+		require.NoError(t, c.stream(remotecommand.StreamOptions{Stdout: out}, testimage.HelperPath, "gen", strconv.Itoa(32<<20), "13"))
+		require.Equal(t, pattern.Sum(13, 32<<20), fmt.Sprintf("%x", out.h.Sum(nil)))
+		require.Less(t, during-before, int64(8<<20))
+	})
+}
+
+// shimPid finds the shim of a pod by its command line.
+func shimPid(t *testing.T, p *pod) int {
+	t.Helper()
+	out, err := exec.Command("pgrep", "-f", "containerd-shim-.*"+p.id).Output()
+	require.NoError(t, err)
+	pids := strings.Fields(string(out))
+	require.NotEmpty(t, pids)
+	pid, err := strconv.Atoi(pids[0])
+	require.NoError(t, err)
+	return pid
+}

@@ -1,0 +1,536 @@
+// SPDX-License-Identifier: Apache-2.0
+// Copyright The containerd-cloudhv Authors
+
+package main
+
+import (
+	"bytes"
+	"crypto/sha256"
+	"fmt"
+	"io"
+	"math/rand"
+	"net"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/stretchr/testify/require"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+
+	guestv1 "github.com/cloudhv/containerd-cloudhv/guest/api/v1"
+)
+
+// TestVM runs the agent as it is meant to be run.
+func TestVM(t *testing.T) {
+	v := bootVM(t)
+	_, err := v.tasks.Create(v.ctx(), &guestv1.CreateRequest{Id: "early", Spec: testSpec("false", "true")})
+	require.Equal(t, codes.FailedPrecondition, status.Code(err), "%v", err)
+	v.configure()
+	for _, c := range []struct {
+		name string
+		run  func(*vm, *testing.T)
+	}{
+		{"timing", (*vm).timing},
+		{"container", (*vm).container},
+		{"files", (*vm).files},
+		{"exit codes", (*vm).exitCodes},
+		{"input and output", (*vm).inputOutput},
+		{"stalled reader", (*vm).stalled},
+		{"terminal", (*vm).terminal},
+		{"exec", (*vm).exec},
+		{"failures leave nothing", (*vm).failures},
+		{"kill", (*vm).kill},
+		{"pod pids", (*vm).podPids},
+		{"pause and update", (*vm).pauseUpdate},
+		{"out of memory", (*vm).outOfMemory},
+		{"created only", (*vm).createdOnly},
+		{"many", (*vm).many},
+		{"bad requests", (*vm).badRequests},
+		{"resize", (*vm).resize},
+	} {
+		ok := t.Run(c.name, func(t *testing.T) {
+			v.t = t
+			c.run(v, t)
+			v.nothingLeft()
+		})
+		v.t = t
+		require.True(t, ok, "later cases need a sound VM")
+	}
+	_, _ = v.machine.PowerOff(v.ctx(), &guestv1.PowerOffRequest{})
+	select {
+	case <-v.dead:
+	case <-time.After(time.Minute):
+		t.Fatal("the VM did not end")
+	}
+}
+
+// nothingLeft looks for what containers leave, as far as a container can see it.
+func (v *vm) nothingLeft() {
+	v.t.Helper()
+	out, _ := v.run("census", "cd /sys; for d in pod run run/scratch/layers; do (cd /$d && echo */); done", func(r *guestv1.CreateRequest) {
+		r.Spec = bytes.Replace(r.Spec, []byte(`"mounts":[`), []byte(`"mounts":[{"destination":"/pod","type":"bind","source":"/sys/fs/cgroup/pod","options":["rbind","ro"]},
+			{"destination":"/run","type":"bind","source":"/run","options":["rbind","ro"]},`), 1)
+	})
+	require.Equal(v.t, "census/\ncontainers/ crun/ images/ pod/ scratch/\ncensus/ trash/\n", out, "other containers have left something")
+}
+
+func (v *vm) start(id, execID string) {
+	v.t.Helper()
+	_, err := v.tasks.Start(v.ctx(), &guestv1.StartRequest{Id: id, ExecId: execID})
+	require.NoError(v.t, err)
+}
+
+func (v *vm) wait(id, execID string) *guestv1.WaitResponse {
+	v.t.Helper()
+	w, err := v.tasks.Wait(v.ctx(), &guestv1.WaitRequest{Id: id, ExecId: execID})
+	require.NoError(v.t, err)
+	return w
+}
+
+func (v *vm) delete(id, execID string) {
+	v.t.Helper()
+	_, err := v.tasks.Delete(v.ctx(), &guestv1.DeleteRequest{Id: id, ExecId: execID})
+	require.NoError(v.t, err)
+}
+
+func (v *vm) signal(id, execID string, sig uint32, all bool) error {
+	_, err := v.tasks.Kill(v.ctx(), &guestv1.KillRequest{Id: id, ExecId: execID, Signal: sig, All: all})
+	return err
+}
+
+// end kills and deletes a container.
+func (v *vm) end(id string) {
+	v.t.Helper()
+	require.NoError(v.t, v.signal(id, "", 9, false))
+	v.wait(id, "")
+	v.delete(id, "")
+}
+
+func (v *vm) execute(id, execID, script string, tty bool) net.Conn {
+	v.t.Helper()
+	sid, conn := v.stream()
+	_, err := v.tasks.Exec(v.ctx(), &guestv1.ExecRequest{
+		Id: id, ExecId: execID, Process: []byte(testProcess(fmt.Sprint(tty), script)), Stdio: &guestv1.Stdio{Stdout: sid, Terminal: tty},
+	})
+	require.NoError(v.t, err)
+	return conn
+}
+
+func (v *vm) container(t *testing.T) {
+	out, st := v.run("facts", "id; hostname; cat /etc/hosts /etc/hostname /etc/resolv.conf; cat /proc/mounts; nproc; date; ls -la / /dev; cat /proc/self/cgroup /proc/self/limits /proc/self/oom_score_adj; echo pid $$; exit 7")
+	require.EqualValues(t, 7, st)
+	t.Log(out)
+	for _, want := range []string{"uid=0(root)", "web-0\n", "nameserver 10.0.0.10\n", "127.0.0.1\tlocalhost\n", "0::/\n", "\n100\n", "pid 1\n", "Max open files            1048576"} {
+		require.Contains(t, out, want)
+	}
+}
+
+func (v *vm) files(t *testing.T) {
+	script := "ls -l /etc/hosts /data/a /run/b; cat /etc/hosts /data/a; echo x > /etc/hostname || echo refused; touch /x || echo refused; df /dev/shm; mount | grep shm"
+	out, st := v.run("files", script, func(r *guestv1.CreateRequest) {
+		r.Spec = bytes.Replace(r.Spec, []byte(`"root":{"path":"rootfs"}`), []byte(`"root":{"path":"rootfs","readonly":true}`), 1)
+		r.Files = []*guestv1.File{
+			{Destination: "/etc/hosts", Data: []byte("1.2.3.4 own\n"), Mode: 0o644},
+			{Destination: "/data/a", Data: []byte("content-a\n"), Mode: 0o4755, Uid: 12, Gid: 34, Readonly: true},
+			{Destination: "/run/b", Mode: 0o600},
+		}
+	})
+	t.Log(out)
+	require.EqualValues(t, 0, st)
+	require.Contains(t, out, "1.2.3.4 own\ncontent-a\n")
+	require.Contains(t, out, "-rwsr-xr-x    1 12       34")
+	require.Equal(t, 2, strings.Count(out, "refused\n"))
+	require.NotContains(t, out, "127.0.0.1\tlocalhost")
+}
+
+func (v *vm) exitCodes(t *testing.T) {
+	for script, want := range map[string]uint32{"exit 0": 0, "exit 1": 1, "exit 255": 255, "kill -9 $$; sleep 9": 0} {
+		_, got := v.run("code", script)
+		require.Equal(t, want, got, script)
+	}
+	for sig, want := range map[uint32]uint32{9: 137, 15: 143} {
+		out := v.create("sig", "trap - TERM; echo up; exec sleep 1000", inPodPids)
+		v.start("sig", "")
+		up(t, out)
+		require.NoError(t, v.signal("sig", "", sig, false))
+		w := v.wait("sig", "")
+		require.Equal(t, want, w.GetExitStatus())
+		require.WithinDuration(t, time.Now(), w.GetExitedAt().AsTime(), 30*time.Second)
+		v.delete("sig", "")
+	}
+}
+
+// inPodPids lets default actions of signals work: PID 1 of a namespace ignores them.
+func inPodPids(r *guestv1.CreateRequest) { r.PidNamespace = guestv1.PidNamespace_PID_POD }
+
+// up waits for the line "up" of a script.
+func up(t *testing.T, r io.Reader) {
+	t.Helper()
+	b := make([]byte, 3)
+	_, err := io.ReadFull(r, b)
+	require.NoError(t, err)
+	require.Equal(t, "up", strings.TrimSpace(string(b)))
+}
+
+func (v *vm) inputOutput(t *testing.T) {
+	in, inConn := v.stream()
+	errID, errConn := v.stream()
+	outConn := v.create("cat", "cat; echo done >&2", func(r *guestv1.CreateRequest) {
+		r.Stdio.Stdin, r.Stdio.Stderr = in, errID
+	})
+	v.start("cat", "")
+	data := make([]byte, 8<<20)
+	_, _ = rand.New(rand.NewSource(1)).Read(data) //nolint:gosec // any bytes do
+	go func() {
+		_, _ = inConn.Write(data)
+		_ = inConn.(interface{ CloseWrite() error }).CloseWrite()
+	}()
+	got, err := io.ReadAll(outConn)
+	require.NoError(t, err)
+	require.Equal(t, sha256.Sum256(data), sha256.Sum256(got))
+	stderr, err := io.ReadAll(errConn)
+	require.NoError(t, err)
+	require.Equal(t, "done\n", string(stderr))
+	require.EqualValues(t, 0, v.wait("cat", "").GetExitStatus())
+	v.delete("cat", "")
+}
+
+func (v *vm) stalled(t *testing.T) {
+	before := v.freeMemory()
+	conn := v.create("flood", "dd if=/dev/zero bs=65536 count=800 2>/dev/null | cat")
+	v.start("flood", "")
+	time.Sleep(2 * time.Second)
+	require.Less(t, int64(before)-int64(v.freeMemory()), int64(24<<20), "the guest buffers output")
+	_, err := v.tasks.State(v.ctx(), &guestv1.StateRequest{Id: "flood"})
+	require.NoError(t, err, "others are held up")
+	n, err := io.Copy(io.Discard, conn)
+	require.NoError(t, err)
+	require.EqualValues(t, 800*65536, n)
+	v.wait("flood", "")
+	v.delete("flood", "")
+}
+
+// freeMemory is the VM's available memory in bytes.
+func (v *vm) freeMemory() uint64 {
+	out, _ := v.run("free", "grep MemAvailable /proc/meminfo")
+	var kb uint64
+	_, err := fmt.Sscanf(strings.TrimSpace(strings.TrimPrefix(out, "MemAvailable:")), "%d", &kb)
+	require.NoError(v.t, err, out)
+	return kb << 10
+}
+
+func (v *vm) terminal(t *testing.T) {
+	in, inConn := v.stream()
+	out := v.create("tty", "stty size; read x; echo got-$x; stty size; read y", func(r *guestv1.CreateRequest) {
+		r.Spec = testSpec("true", "stty size; read x; echo got-$x; stty size; read y")
+		r.Stdio.Terminal, r.Stdio.Stdin = true, in
+	})
+	_, err := v.tasks.ResizePty(v.ctx(), &guestv1.ResizePtyRequest{Id: "tty", Width: 80, Height: 25})
+	require.NoError(t, err)
+	v.start("tty", "")
+	var text bytes.Buffer
+	until := func(want string) {
+		buf := make([]byte, 256)
+		for !strings.Contains(text.String(), want) {
+			n, err := out.Read(buf)
+			require.NoError(t, err, text.String())
+			text.Write(buf[:n])
+		}
+	}
+	until("25 80")
+	_, err = v.tasks.ResizePty(v.ctx(), &guestv1.ResizePtyRequest{Id: "tty", Width: 132, Height: 50})
+	require.NoError(t, err)
+	_, err = inConn.Write([]byte("hello\n"))
+	require.NoError(t, err)
+	until("got-hello\r\n50 132\r\n")
+	// The end of input hangs the terminal up.
+	require.NoError(t, inConn.(interface{ CloseWrite() error }).CloseWrite())
+	w := v.wait("tty", "")
+	require.NotZero(t, w.GetExitStatus())
+	_, _ = io.Copy(io.Discard, out)
+	v.delete("tty", "")
+
+	// A child that keeps the terminal open does not keep the stream open.
+	v.create("host", "sleep 1000")
+	v.start("host", "")
+	conn := v.execute("host", "bg", "(trap '' HUP; sleep 500) & echo up", true)
+	v.start("host", "bg")
+	got, err := io.ReadAll(conn)
+	require.NoError(t, err)
+	require.Contains(t, string(got), "up")
+	require.EqualValues(t, 0, v.wait("host", "bg").GetExitStatus())
+	v.delete("host", "bg")
+	v.end("host")
+}
+
+func (v *vm) exec(t *testing.T) {
+	v.create("c", "sleep 1000")
+	v.start("c", "")
+	conn := v.execute("c", "e1", "sleep 0.2; echo $A; cat /proc/self/oom_score_adj /proc/self/cgroup; ps | wc -l; exit 5", false)
+	st, err := v.tasks.State(v.ctx(), &guestv1.StateRequest{Id: "c", ExecId: "e1"})
+	require.NoError(t, err)
+	require.Equal(t, guestv1.Status_STATUS_CREATED, st.GetStatus())
+	v.start("c", "e1")
+	require.EqualValues(t, 5, v.wait("c", "e1").GetExitStatus())
+	got, err := io.ReadAll(conn)
+	require.NoError(t, err)
+	require.True(t, strings.HasPrefix(string(got), "b\n100\n0::/\n"), "%s", got)
+	v.delete("c", "e1")
+
+	_, err = v.tasks.Exec(v.ctx(), &guestv1.ExecRequest{Id: "c", ExecId: "e2", Process: []byte(strings.Replace(testProcess("false", ""), `"sh"`, `"no-such"`, 1)), Stdio: &guestv1.Stdio{}})
+	require.NoError(t, err)
+	_, err = v.tasks.Start(v.ctx(), &guestv1.StartRequest{Id: "c", ExecId: "e2"})
+	require.ErrorContains(t, err, "no-such")
+	require.Equal(t, codes.Unknown, status.Code(err))
+	require.NotZero(t, v.wait("c", "e2").GetExitStatus())
+	v.delete("c", "e2")
+
+	conn = v.execute("c", "e3", "echo up; exec sleep 1000", false)
+	v.start("c", "e3")
+	up(t, conn)
+	pids, err := v.tasks.Pids(v.ctx(), &guestv1.PidsRequest{Id: "c"})
+	require.NoError(t, err)
+	require.Len(t, pids.GetProcesses(), 2)
+	_, err = v.tasks.Delete(v.ctx(), &guestv1.DeleteRequest{Id: "c", ExecId: "e3"})
+	require.Equal(t, codes.FailedPrecondition, status.Code(err))
+	require.NoError(t, v.signal("c", "", 9, false))
+	require.EqualValues(t, 137, v.wait("c", "").GetExitStatus())
+	require.EqualValues(t, 137, v.wait("c", "e3").GetExitStatus())
+	require.Equal(t, codes.NotFound, status.Code(v.signal("c", "", 9, true)))
+	v.delete("c", "")
+	_, err = v.tasks.Delete(v.ctx(), &guestv1.DeleteRequest{Id: "c"})
+	require.Equal(t, codes.NotFound, status.Code(err))
+}
+
+func (v *vm) failures(t *testing.T) {
+	for _, c := range []struct {
+		name, from, to, want string
+		code                 codes.Code
+	}{
+		{"missing binary", `"sh","-c"`, `"no-such-binary","-c"`, "no-such-binary", codes.Unknown},
+		{"missing path", `"sh","-c"`, `"/no/such","-c"`, "/no/such", codes.Unknown},
+		{"not executable", `"sh","-c"`, `"/etc/passwd","-c"`, "", codes.Unknown},
+		{"wrong cwd", `"cwd":"/"`, `"cwd":"/etc/passwd"`, "", codes.Unknown},
+		{"no such image", "", "", "no disk with serial", codes.NotFound},
+		{"hooks", `"linux":{`, `"hooks":{"prestart":[{"path":"/bin/x"}]},"linux":{`, "hooks", codes.InvalidArgument},
+		{"wrong json", `"linux":{`, `"linux":[`, "spec", codes.InvalidArgument},
+	} {
+		if c.name == "no such image" {
+			continue // takes the whole limit for disks
+		}
+		sid, conn := v.stream()
+		_, err := v.tasks.Create(v.ctx(), &guestv1.CreateRequest{
+			Id: "bad", Spec: bytes.Replace(testSpec("false", "true"), []byte(c.from), []byte(c.to), 1),
+			Rootfs: &guestv1.RootFS{ImageSerial: testImage}, Stdio: &guestv1.Stdio{Stdout: sid},
+		})
+		t.Logf("%s: %v", c.name, err)
+		require.ErrorContains(t, err, c.want, c.name)
+		require.Equal(t, c.code, status.Code(err), c.name)
+		_, err = io.ReadAll(conn)
+		require.NoError(t, err, "the stream has ended")
+		_, err = v.tasks.State(v.ctx(), &guestv1.StateRequest{Id: "bad"})
+		require.Equal(t, codes.NotFound, status.Code(err), c.name)
+	}
+}
+
+func (v *vm) kill(t *testing.T) {
+	conn := v.create("k", "trap 'echo term; exit 3' TERM; echo up; while :; do sleep 0.1; done")
+	require.Equal(t, codes.NotFound, status.Code(v.signal("none", "", 15, false)))
+	require.Equal(t, codes.NotFound, status.Code(v.signal("k", "none", 15, false)))
+	v.start("k", "")
+	up(t, conn)
+	require.Equal(t, codes.InvalidArgument, status.Code(v.signal("k", "", 999, false)))
+	require.NoError(t, v.signal("k", "", 15, false))
+	require.EqualValues(t, 3, v.wait("k", "").GetExitStatus())
+	require.Equal(t, codes.NotFound, status.Code(v.signal("k", "", 15, false)))
+	v.delete("k", "")
+
+	conn = v.create("all", "sleep 1000 & sleep 1000 & echo up; wait")
+	v.start("all", "")
+	up(t, conn)
+	require.NoError(t, v.signal("all", "", 9, true))
+	require.EqualValues(t, 137, v.wait("all", "").GetExitStatus())
+	v.delete("all", "")
+}
+
+func (v *vm) podPids(t *testing.T) {
+	one := v.create("one", "(sleep 1000 &) ; echo up; exec sleep 1000", inPodPids)
+	v.start("one", "")
+	up(t, one)
+	out, _ := v.run("two", "ps", inPodPids)
+	require.Contains(t, out, "pod-pause")
+	require.Contains(t, out, "sleep 1000")
+	st, err := v.tasks.State(v.ctx(), &guestv1.StateRequest{Id: "one"})
+	require.NoError(t, err)
+	out, _ = v.run("three", "ps", func(r *guestv1.CreateRequest) {
+		r.PidNamespace, r.TargetPid = guestv1.PidNamespace_PID_TARGET, st.GetPid()
+	})
+	require.Contains(t, out, "sleep 1000")
+	// The first process's end ends the container's others, but nobody else.
+	require.NoError(t, v.signal("one", "", 9, false))
+	v.wait("one", "")
+	_, err = io.ReadAll(one)
+	require.NoError(t, err)
+	v.delete("one", "")
+	out, _ = v.run("four", "kill -TERM 1; kill -HUP 1; sleep 0.2; ps", inPodPids)
+	require.Contains(t, out, "pod-pause")
+	require.NotContains(t, out, "sleep 1000")
+	_, err = v.tasks.Create(v.ctx(), &guestv1.CreateRequest{
+		Id: "five", Spec: testSpec("false", "true"), Rootfs: &guestv1.RootFS{ImageSerial: testImage},
+		PidNamespace: guestv1.PidNamespace_PID_TARGET, TargetPid: 1,
+	})
+	require.Equal(t, codes.NotFound, status.Code(err), "%v", err)
+}
+
+func (v *vm) pauseUpdate(t *testing.T) {
+	conn := v.create("p", "echo up; while :; do echo .; sleep 0.05; done")
+	v.start("p", "")
+	up(t, conn)
+	go func() { _, _ = io.Copy(io.Discard, conn) }()
+	_, err := v.tasks.Pause(v.ctx(), &guestv1.PauseRequest{Id: "p"})
+	require.NoError(t, err)
+	st, err := v.tasks.State(v.ctx(), &guestv1.StateRequest{Id: "p"})
+	require.NoError(t, err)
+	require.Equal(t, guestv1.Status_STATUS_PAUSED, st.GetStatus())
+	_, err = v.tasks.Pause(v.ctx(), &guestv1.PauseRequest{Id: "p"})
+	require.Equal(t, codes.FailedPrecondition, status.Code(err))
+	_, err = v.tasks.Resume(v.ctx(), &guestv1.ResumeRequest{Id: "p"})
+	require.NoError(t, err)
+	_, err = v.tasks.Update(v.ctx(), &guestv1.UpdateRequest{Id: "p", Resources: []byte(`{"memory":{"limit":33554432},"pids":{"limit":77},"cpu":{"quota":20000,"period":100000}}`)})
+	require.NoError(t, err)
+	stats, err := v.tasks.Stats(v.ctx(), &guestv1.StatsRequest{Id: "p"})
+	require.NoError(t, err)
+	t.Log(stats)
+	require.EqualValues(t, 33554432, stats.GetMemory().GetUsageLimit())
+	require.EqualValues(t, 77, stats.GetPids().GetLimit())
+	require.NotZero(t, stats.GetCpu().GetUsageUsec())
+	require.NotZero(t, stats.GetMemory().GetUsage())
+	_, err = v.tasks.Pause(v.ctx(), &guestv1.PauseRequest{Id: "p"})
+	require.NoError(t, err)
+	v.end("p") // killed while paused
+}
+
+func (v *vm) outOfMemory(t *testing.T) {
+	v.create("oom", "x=a; while :; do x=$x$x; done", func(r *guestv1.CreateRequest) {
+		r.Spec = bytes.Replace(r.Spec, []byte(`"limit":67108864`), []byte(`"limit":8388608`), 1)
+	})
+	v.start("oom", "")
+	w := v.wait("oom", "")
+	require.EqualValues(t, 137, w.GetExitStatus())
+	require.NotZero(t, w.GetOomKills())
+	stats, err := v.tasks.Stats(v.ctx(), &guestv1.StatsRequest{Id: "oom"})
+	require.NoError(t, err)
+	require.NotZero(t, stats.GetMemory().GetOomKill())
+	v.delete("oom", "")
+}
+
+func (v *vm) createdOnly(t *testing.T) {
+	v.create("created", "true")
+	_, err := v.tasks.Create(v.ctx(), &guestv1.CreateRequest{Id: "created", Spec: testSpec("false", "true"), Rootfs: &guestv1.RootFS{ImageSerial: testImage}})
+	require.Equal(t, codes.AlreadyExists, status.Code(err), "%v", err)
+	v.delete("created", "")
+	v.create("killed", "true")
+	require.NoError(t, v.signal("killed", "", 9, false))
+	require.EqualValues(t, 137, v.wait("killed", "").GetExitStatus())
+	_, err = v.tasks.Start(v.ctx(), &guestv1.StartRequest{Id: "killed"})
+	require.Equal(t, codes.FailedPrecondition, status.Code(err), "%v", err)
+	v.delete("killed", "")
+}
+
+func (v *vm) many(t *testing.T) {
+	const n = 10
+	began := time.Now()
+	errs := make(chan error, n)
+	for i := range n {
+		id := fmt.Sprintf("many-%d", i)
+		conn := v.create(id, "echo "+id)
+		go func() {
+			_, err := v.tasks.Start(t.Context(), &guestv1.StartRequest{Id: id})
+			if err == nil {
+				var out []byte
+				out, err = io.ReadAll(conn)
+				if err == nil && string(out) != id+"\n" {
+					err = fmt.Errorf("output of %s: %q", id, out)
+				}
+			}
+			if err == nil {
+				_, err = v.tasks.Wait(t.Context(), &guestv1.WaitRequest{Id: id})
+			}
+			if err == nil {
+				_, err = v.tasks.Delete(t.Context(), &guestv1.DeleteRequest{Id: id})
+			}
+			errs <- err
+		}()
+	}
+	for range n {
+		require.NoError(t, <-errs)
+	}
+	t.Logf("%d containers in %v", n, time.Since(began).Round(time.Millisecond))
+}
+
+func (v *vm) badRequests(t *testing.T) {
+	for _, r := range []*guestv1.CreateRequest{
+		{},
+		{Id: "../x"},
+		{Id: strings.Repeat("x", 200)},
+		{Id: "x"},
+		{Id: "x", Spec: []byte("{}")},
+		{Id: "x", Spec: []byte(`{"process":{"args":["a"]},"linux":null}`)},
+		{Id: "x", Spec: testSpec("false", "true")},
+		{Id: "x", Spec: testSpec("false", "true"), Rootfs: &guestv1.RootFS{ImageSerial: "../../etc"}},
+		{Id: "x", Spec: testSpec("false", "true"), Rootfs: &guestv1.RootFS{ImageSerial: testImage}, PidNamespace: 99},
+		{Id: "x", Spec: testSpec("false", "true"), Rootfs: &guestv1.RootFS{ImageSerial: testImage}, Files: []*guestv1.File{{Destination: "/../x"}}},
+		{Id: "x", Spec: bytes.Repeat([]byte("x"), 1<<20+1)},
+	} {
+		_, err := v.tasks.Create(v.ctx(), r)
+		require.Equal(t, codes.InvalidArgument, status.Code(err), "%v", err)
+	}
+	_, err := v.tasks.Create(v.ctx(), &guestv1.CreateRequest{Id: "x", Stdio: &guestv1.Stdio{Stdout: strings.Repeat("0", 32)}})
+	require.Equal(t, codes.NotFound, status.Code(err), "%v", err)
+}
+
+func (v *vm) resize(t *testing.T) {
+	for _, n := range []uint32{1, 2} {
+		began := time.Now()
+		r, err := v.machine.Resize(v.ctx(), &guestv1.ResizeRequest{Vcpus: n, MemoryBytes: 256 << 20})
+		require.NoError(t, err)
+		require.Equal(t, n, r.GetVcpusOnline())
+		t.Logf("%d vCPUs in %v", n, time.Since(began).Round(time.Millisecond))
+	}
+	_, err := v.machine.Resize(v.ctx(), &guestv1.ResizeRequest{Vcpus: 64})
+	require.Equal(t, codes.FailedPrecondition, status.Code(err), "%v", err)
+}
+
+// timing prints how long the calls of a container's life take.
+func (v *vm) timing(t *testing.T) {
+	for i := range 5 {
+		id := fmt.Sprintf("time-%d", i)
+		var line strings.Builder
+		step := func(name string, fn func() error) {
+			began := time.Now()
+			require.NoError(t, fn())
+			fmt.Fprintf(&line, "%s %.1f ", name, float64(time.Since(began).Microseconds())/1000)
+		}
+		step("info", func() error { _, err := v.machine.Info(v.ctx(), &guestv1.InfoRequest{}); return err })
+		step("stream+create", func() error { v.create(id, "sleep 1000"); return nil })
+		step("start", func() error { _, err := v.tasks.Start(v.ctx(), &guestv1.StartRequest{Id: id}); return err })
+		step("exec", func() error {
+			_, err := v.tasks.Exec(v.ctx(), &guestv1.ExecRequest{Id: id, ExecId: "e", Process: []byte(testProcess("false", "true")), Stdio: &guestv1.Stdio{}})
+			return err
+		})
+		step("start-exec", func() error {
+			_, err := v.tasks.Start(v.ctx(), &guestv1.StartRequest{Id: id, ExecId: "e"})
+			return err
+		})
+		step("wait-exec", func() error {
+			_, err := v.tasks.Wait(v.ctx(), &guestv1.WaitRequest{Id: id, ExecId: "e"})
+			return err
+		})
+		step("stats", func() error { _, err := v.tasks.Stats(v.ctx(), &guestv1.StatsRequest{Id: id}); return err })
+		step("kill", func() error { return v.signal(id, "", 9, false) })
+		step("wait", func() error { _, err := v.tasks.Wait(v.ctx(), &guestv1.WaitRequest{Id: id}); return err })
+		step("delete", func() error { _, err := v.tasks.Delete(v.ctx(), &guestv1.DeleteRequest{Id: id}); return err })
+		t.Log("ms: " + line.String())
+	}
+}

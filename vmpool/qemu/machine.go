@@ -1,0 +1,152 @@
+// SPDX-License-Identifier: Apache-2.0
+// Copyright The containerd-cloudhv Authors
+
+package qemu
+
+import (
+	"fmt"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"sync"
+
+	"github.com/cloudhv/containerd-cloudhv/vmpool/vmm"
+	"github.com/containerd/errdefs"
+)
+
+// MemoryBlock is the unit of virtio-mem, which memory sizes are multiples of.
+const MemoryBlock = 2 << 20
+
+// File descriptors that QEMU inherits. Its sockets are made before it starts, so
+// that nobody has to wait for them to appear.
+const (
+	fdMonitor = 3 + iota
+	fdConsole
+	fdVM
+	fdPod
+)
+
+// Sockets in Config.Dir, in the order of the descriptors.
+var socketNames = []string{fdMonitor - 3: "qmp.sock", fdConsole - 3: "con.sock", fdVM - 3: "vm.sock", fdPod - 3: "pod.sock"}
+
+const (
+	monitorSocket = "qmp.sock"
+	consoleSocket = "con.sock"
+	vmSocket      = "vm.sock"
+	podSocket     = "pod.sock"
+	// logPipe is a FIFO for what QEMU prints: it is bounded, and keeps the last
+	// words for a reader that comes later.
+	logPipe = "vmm.fifo"
+)
+
+// memoryGap is room for QEMU to align the hot-plugged region in.
+const memoryGap = 1 << 30
+
+// memoryDevice is the virtio-mem device's ID.
+const memoryDevice = "vmem0"
+
+// checkConfig refuses what can never work.
+func checkConfig(cfg vmm.Config) error {
+	for name, path := range map[string]string{"dir": cfg.Dir, "kernel": cfg.Kernel, "root file system": cfg.RootFS, "scratch": cfg.Scratch} {
+		if !filepath.IsAbs(path) {
+			return fmt.Errorf("qemu: %s %q: want an absolute path: %w", name, path, errdefs.ErrInvalidArgument)
+		}
+	}
+	for name, s := range map[string]vmm.Size{"size": cfg.Size, "maximum": cfg.Max} {
+		if s.VCPUs < 1 || s.MemoryBytes < MemoryBlock || s.MemoryBytes%MemoryBlock != 0 {
+			return fmt.Errorf("qemu: %s of %d vCPUs and %d bytes: want at least one vCPU and a multiple of %d bytes: %w",
+				name, s.VCPUs, s.MemoryBytes, MemoryBlock, errdefs.ErrInvalidArgument)
+		}
+	}
+	if cfg.Max.VCPUs < cfg.Size.VCPUs || cfg.Max.MemoryBytes < cfg.Size.MemoryBytes {
+		return fmt.Errorf("qemu: maximum %+v below size %+v: %w", cfg.Max, cfg.Size, errdefs.ErrInvalidArgument)
+	}
+	return nil
+}
+
+// commandLine is QEMU's, without the binary. The machine is a bare PC: each
+// device is a virtio function on the root bus, where ACPI hot-plugs more.
+func commandLine(cfg vmm.Config, accel string) []string {
+	args := []string{
+		"-name", "cloudhv-" + escape(cfg.ID),
+		"-no-user-config", "-nodefaults", "-display", "none", "-no-reboot",
+		"-sandbox", "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny",
+		"-machine", "pc,hpet=off,vmport=off,i8042=off,dump-guest-core=off,memory-backend=ram",
+		// qboot does what a kernel given to QEMU needs, in a tenth of SeaBIOS's time.
+		"-bios", "qboot.rom",
+		"-smp", strconv.Itoa(cfg.Max.VCPUs),
+		"-m", fmt.Sprintf("size=%dM,slots=1,maxmem=%dM", cfg.Size.MemoryBytes>>20, (cfg.Max.MemoryBytes+memoryGap)>>20),
+		"-object", fmt.Sprintf("memory-backend-ram,id=ram,size=%d", cfg.Size.MemoryBytes),
+		"-kernel", cfg.Kernel,
+		"-append", kernelParams(cfg, accel),
+	}
+	if accel == accelKVM {
+		args = append(args, "-accel", "kvm", "-cpu", "host")
+	} else {
+		args = append(args, "-accel", "tcg,thread=multi", "-cpu", "max")
+	}
+	args = append(args, diskArgs("root", "root", cfg.RootFS, true)...)
+	args = append(args, diskArgs("scratch", vmm.ScratchSerial, cfg.Scratch, false)...)
+	if room := cfg.Max.MemoryBytes - cfg.Size.MemoryBytes; room > 0 {
+		args = append(args,
+			"-object", fmt.Sprintf("memory-backend-ram,id=vmem,size=%d,reserve=off", room),
+			"-device", "virtio-mem-pci,id="+memoryDevice+",memdev=vmem,requested-size=0")
+	}
+	args = append(args, "-device", "virtio-rng-pci", "-device", "virtio-serial-pci,id=serial,max_ports=3")
+	args = append(args, chardev(fdMonitor, "monitor", "-mon", "chardev=monitor,mode=control")...)
+	args = append(args, chardev(fdConsole, "console", "-serial", "chardev:console")...)
+	args = append(args, chardev(fdVM, "vm", "-device", "virtserialport,bus=serial.0,nr=1,chardev=vm,name=io.cloudhv.vm")...)
+	args = append(args, chardev(fdPod, "pod", "-device", "virtserialport,bus=serial.0,nr=2,chardev=pod,name=io.cloudhv.pod")...)
+	return args
+}
+
+func chardev(fd int, id string, use ...string) []string {
+	return append([]string{"-chardev", fmt.Sprintf("socket,id=%s,fd=%d,server=on,wait=off", id, fd)}, use...)
+}
+
+// diskArgs attach a raw image from the start. The scratch disk's content dies
+// with the VM, so its flushes need not reach the host's disk; a full host is an
+// I/O error in the guest and no stopped VM.
+func diskArgs(id, serial, path string, readOnly bool) []string {
+	blockdev := fmt.Sprintf("driver=raw,node-name=%s,read-only=%s,cache.no-flush=on,discard=unmap,file.driver=file,file.locking=off,file.filename=%s",
+		id, onOff(readOnly), escape(path))
+	if readOnly {
+		blockdev = fmt.Sprintf("driver=raw,node-name=%s,read-only=on,file.driver=file,file.locking=off,file.filename=%s", id, escape(path))
+	}
+	return []string{
+		"-blockdev", blockdev,
+		"-device", fmt.Sprintf("virtio-blk-pci,drive=%s,serial=%s,werror=report,rerror=report", id, serial),
+	}
+}
+
+func onOff(b bool) string {
+	if b {
+		return "on"
+	}
+	return "off"
+}
+
+// escape doubles the commas that separate QEMU's options.
+func escape(s string) string { return strings.ReplaceAll(s, ",", ",,") }
+
+// hostTSC is measured once.
+var hostTSC = sync.OnceValue(tscKHz)
+
+// kernelParams is the guest kernel's command line. One processor starts; the
+// agent brings the others on line when the pod asks for them.
+func kernelParams(cfg vmm.Config, accel string) string {
+	params := []string{
+		"console=ttyS0", "quiet", "panic=-1",
+		"root=/dev/vda", "rootfstype=erofs", "ro", "init=/init",
+		"maxcpus=1", "memhp_default_state=online",
+		"tsc=reliable", "no_timer_check", "random.trust_cpu=on", "rcupdate.rcu_expedited=1",
+	}
+	if accel == accelTCG {
+		// An emulated processor does not speculate.
+		params = append(params, "mitigations=off")
+		if khz := hostTSC(); khz > 0 {
+			params = append(params, fmt.Sprintf("tsc_early_khz=%d", khz))
+		}
+	}
+	return strings.Join(append(params, cfg.KernelParams...), " ")
+}

@@ -1,0 +1,226 @@
+// SPDX-License-Identifier: Apache-2.0
+// Copyright The containerd-cloudhv Authors
+
+package qemu
+
+import (
+	"bufio"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"os"
+	"strconv"
+	"sync"
+
+	"github.com/containerd/errdefs"
+	"golang.org/x/sys/unix"
+)
+
+// maxMessage bounds a message of QEMU's, in bytes.
+const maxMessage = 4 << 20
+
+// qmpError is QEMU's answer to a command that failed.
+type qmpError struct {
+	Command string `json:"-"`
+	Class   string `json:"class"`
+	Desc    string `json:"desc"`
+}
+
+// Error is QEMU's own text.
+func (e *qmpError) Error() string {
+	return fmt.Sprintf("qemu: %s: %s (%s)", e.Command, e.Desc, e.Class)
+}
+
+// Unwrap gives the class in containerd's terms.
+func (e *qmpError) Unwrap() error {
+	if e.Class == "DeviceNotFound" {
+		return errdefs.ErrNotFound
+	}
+	return errdefs.ErrUnknown
+}
+
+// event is an asynchronous message of QEMU's.
+type event struct {
+	Name string          `json:"event"`
+	Data json.RawMessage `json:"data"`
+}
+
+// message is whatever QEMU sends.
+type message struct {
+	Return json.RawMessage `json:"return"`
+	Error  *qmpError       `json:"error"`
+	ID     string          `json:"id"`
+	event
+}
+
+// monitor is a QMP connection. QEMU serves one at a time. Its methods may be
+// called concurrently.
+type monitor struct {
+	conn *net.UnixConn
+	done chan struct{} // closed when the connection has ended
+
+	mu      sync.Mutex
+	next    uint64
+	calls   map[string]chan message
+	waiters map[*waiter]struct{}
+	onEvent func(event)
+}
+
+// waiter waits for one event.
+type waiter struct {
+	match func(event) bool
+	found chan event
+}
+
+// dialMonitor connects to the QMP socket at path and negotiates. onEvent is
+// called for each event, in order, and must not block.
+func dialMonitor(ctx context.Context, path string, onEvent func(event)) (_ *monitor, retErr error) {
+	var d net.Dialer
+	conn, err := d.DialContext(ctx, "unix", path)
+	if err != nil {
+		return nil, fmt.Errorf("connect to qemu's monitor: %w", err)
+	}
+	m := &monitor{
+		conn:    conn.(*net.UnixConn),
+		done:    make(chan struct{}),
+		calls:   make(map[string]chan message),
+		waiters: make(map[*waiter]struct{}),
+		onEvent: onEvent,
+	}
+	go m.read()
+	// The greeting needs no waiting for: QEMU takes commands in order.
+	if err := m.call(ctx, "qmp_capabilities", nil, nil); err != nil {
+		m.close()
+		return nil, fmt.Errorf("negotiate with qemu's monitor: %w", err)
+	}
+	return m, nil
+}
+
+// read distributes what QEMU sends, until the connection ends.
+func (m *monitor) read() {
+	defer close(m.done)
+	defer m.conn.Close() //nolint:errcheck // nothing is buffered
+	lines := bufio.NewScanner(m.conn)
+	lines.Buffer(make([]byte, 4<<10), maxMessage)
+	for lines.Scan() {
+		var msg message
+		if err := json.Unmarshal(lines.Bytes(), &msg); err != nil {
+			return
+		}
+		if msg.Name != "" {
+			m.deliver(msg.event)
+			continue
+		}
+		m.mu.Lock()
+		answer := m.calls[msg.ID]
+		delete(m.calls, msg.ID)
+		m.mu.Unlock()
+		if answer != nil {
+			answer <- msg
+		}
+	}
+}
+
+func (m *monitor) deliver(e event) {
+	m.onEvent(e)
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	for w := range m.waiters {
+		if w.match(e) {
+			delete(m.waiters, w)
+			w.found <- e
+		}
+	}
+}
+
+// call runs a command, with files passed along, and decodes its result into
+// result unless that is nil. ErrUnavailable means that QEMU has gone.
+func (m *monitor) call(ctx context.Context, command string, args, result any, files ...*os.File) error {
+	answer, err := m.send(command, args, files)
+	if err != nil {
+		return err
+	}
+	select {
+	case msg := <-answer:
+		if msg.Error != nil {
+			msg.Error.Command = command
+			return msg.Error
+		}
+		if result == nil {
+			return nil
+		}
+		if err := json.Unmarshal(msg.Return, result); err != nil {
+			return fmt.Errorf("qemu: %s: unexpected result: %w", command, err)
+		}
+		return nil
+	case <-m.done:
+		return fmt.Errorf("qemu: %s: monitor connection lost: %w", command, errdefs.ErrUnavailable)
+	case <-ctx.Done():
+		return fmt.Errorf("qemu: %s: %w", command, context.Cause(ctx))
+	}
+}
+
+func (m *monitor) send(command string, args any, files []*os.File) (<-chan message, error) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	m.next++
+	id := strconv.FormatUint(m.next, 10)
+	line, err := json.Marshal(struct {
+		Execute   string `json:"execute"`
+		Arguments any    `json:"arguments,omitempty"`
+		ID        string `json:"id"`
+	}{command, args, id})
+	if err != nil {
+		return nil, fmt.Errorf("qemu: %s: %w", command, err)
+	}
+	var rights []byte
+	if len(files) > 0 {
+		fds := make([]int, len(files))
+		for i, f := range files {
+			fds[i] = int(f.Fd())
+		}
+		rights = unix.UnixRights(fds...)
+	}
+	answer := make(chan message, 1)
+	m.calls[id] = answer
+	if _, _, err := m.conn.WriteMsgUnix(append(line, '\n'), rights, nil); err != nil {
+		delete(m.calls, id)
+		return nil, fmt.Errorf("qemu: %s: %w", command, errors.Join(err, errdefs.ErrUnavailable))
+	}
+	return answer, nil
+}
+
+// expect begins to wait for an event that match knows. The caller calls the
+// function it returns, which waits, or cancels ctx.
+func (m *monitor) expect(match func(event) bool) (wait func(ctx context.Context) error) {
+	w := &waiter{match: match, found: make(chan event, 1)}
+	m.mu.Lock()
+	m.waiters[w] = struct{}{}
+	m.mu.Unlock()
+	return func(ctx context.Context) error {
+		defer func() {
+			m.mu.Lock()
+			delete(m.waiters, w)
+			m.mu.Unlock()
+		}()
+		select {
+		case <-w.found:
+			return nil
+		case <-m.done:
+			return fmt.Errorf("qemu: monitor connection lost: %w", errdefs.ErrUnavailable)
+		case <-ctx.Done():
+			return context.Cause(ctx)
+		}
+	}
+}
+
+// close ends the connection and waits for its reader.
+func (m *monitor) close() {
+	if err := m.conn.Close(); err != nil && !errors.Is(err, net.ErrClosed) && !errors.Is(err, io.EOF) {
+		return
+	}
+	<-m.done
+}
