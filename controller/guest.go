@@ -45,6 +45,9 @@ func callGuest[T any](ctx context.Context, vm vmm.VM, limit time.Duration,
 	client := ttrpc.NewClient(conn)
 	defer client.Close()
 	resp, err := call(ctx, guestv1.NewMachineClient(client))
+	if err != nil && ctx.Err() != nil {
+		return zero, fmt.Errorf("the guest's agent did not answer in time (%v): %w", limit, context.Cause(ctx))
+	}
 	if err != nil {
 		return zero, guestError(err)
 	}

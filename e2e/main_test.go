@@ -7,11 +7,13 @@
 //
 // Environment: E2E_REQUIRE=1 makes a missing prerequisite a failure instead of
 // a skip; E2E_TIME_FACTOR stretches all time limits; E2E_HANDLERS chooses
-// handlers ("runc,cloudhv"); E2E_BIN and E2E_GUEST are used instead of build/bin and build/guest; E2E_KEEP=1
+// handlers ("runc,cloudhv"); E2E_BIN and E2E_GUEST are used instead of build/bin and build/guest; E2E_NAME names the
+// node, for two runs at once; E2E_KEEP=1
 // leaves the node's directory behind after a failure.
 package e2e
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"flag"
@@ -55,7 +57,7 @@ func runSuite(m *testing.M) int {
 	if v := os.Getenv("E2E_HANDLERS"); v != "" {
 		suite.handlers = strings.Split(v, ",")
 	}
-	opts := nodeOptions("e2e")
+	opts := nodeOptions(cmp.Or(os.Getenv("E2E_NAME"), "e2e"))
 	if reason := unfit(opts); reason != "" {
 		if os.Getenv("E2E_REQUIRE") == "1" {
 			fmt.Fprintln(os.Stderr, "the end-to-end tests cannot run:", reason)

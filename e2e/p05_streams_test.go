@@ -11,7 +11,6 @@ import (
 	"hash"
 	"io"
 	"os"
-	"os/exec"
 	"strconv"
 	"strings"
 	"syscall"
@@ -207,7 +206,7 @@ func TestShimMemoryBounded(t *testing.T) {
 	forHandlers(t, func(t *testing.T, h string) {
 		p := newPod(t, h)
 		c := p.start(idleConfig("c"))
-		pid := shimPid(t, p)
+		pid := p.shimPid()
 		before := hostMemory(t, pid)
 		var during int64
 		out := &stallingWriter{h: sha256.New(), after: 4 << 20, stall: func() {
@@ -218,16 +217,4 @@ func TestShimMemoryBounded(t *testing.T) {
 		require.Equal(t, pattern.Sum(13, 32<<20), fmt.Sprintf("%x", out.h.Sum(nil)))
 		require.Less(t, during-before, int64(8<<20))
 	})
-}
-
-// shimPid finds the shim of a pod by its command line.
-func shimPid(t *testing.T, p *pod) int {
-	t.Helper()
-	out, err := exec.Command("pgrep", "-f", "containerd-shim-.*"+p.id).Output()
-	require.NoError(t, err)
-	pids := strings.Fields(string(out))
-	require.NotEmpty(t, pids)
-	pid, err := strconv.Atoi(pids[0])
-	require.NoError(t, err)
-	return pid
 }

@@ -19,7 +19,8 @@ version=$("$repo/hack/version.sh")
 revision=$(git rev-parse HEAD 2>/dev/null || echo unknown)
 base=$(go list -m -f '{{.Version}}' "$upstream")
 
-flags="-s -w -extldflags=-static"
+# A static libc warns of dlopen, which only PKCS#11 modules for encrypted images use.
+flags="-s -w '-extldflags=-static -Wl,--no-warnings'"
 flags+=" -X $upstream/version.Version=$base+cloudhv.$version"
 flags+=" -X $upstream/version.Revision=$revision"
 flags+=" -X $upstream/version.Package=github.com/cloudhv/containerd-cloudhv"

@@ -2,7 +2,10 @@
 # SPDX-License-Identifier: Apache-2.0
 # Copyright The containerd-cloudhv Authors
 #
-# What the scripts of hack/ share. Source it; it sets nothing but functions and colours.
+# What the scripts of hack/ share. Source it; it sets functions, colours and where Go is found.
+
+# Where Go's own instructions put it, also for sudo and cron, which have a PATH of their own.
+command -v go >/dev/null || PATH=$PATH:/usr/local/go/bin
 
 # Colours only for people.
 if [[ -t 1 && -z ${NO_COLOR:-} && ${TERM:-dumb} != dumb ]]; then

@@ -91,6 +91,11 @@ type Image struct {
 	release func()
 }
 
+// NewImage makes an Image of a file that release lets go of; release is called once.
+func NewImage(key, path string, release func()) *Image {
+	return &Image{Key: key, Serial: Serial(key), Path: path, release: sync.OnceFunc(release)}
+}
+
 // Release unpins the image. Calling it again does nothing.
 func (i *Image) Release() {
 	i.release()
@@ -131,12 +136,7 @@ func (s *Store) Pin(key string) *Image {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.pins[key]++
-	return &Image{
-		Key:     key,
-		Serial:  Serial(key),
-		Path:    s.path(key, imageSuffix),
-		release: sync.OnceFunc(func() { s.unpin(key) }),
-	}
+	return NewImage(key, s.path(key, imageSuffix), func() { s.unpin(key) })
 }
 
 // Serial is the virtio-blk serial of the image with a key.

@@ -176,8 +176,7 @@ func (s *service) attachRootFS(ctx context.Context, id string) (*guestv1.RootFS,
 	case s.guest.lost():
 		return nil, errVMLost
 	case err != nil && errdefs.IsNotImplemented(err):
-		// containerd takes NotImplemented for an older shim and asks again.
-		return nil, fmt.Errorf("attach root file system of container %q: containerd runs without the cloudhv plugin: %w: %w", id, err, errdefs.ErrUnavailable)
+		return nil, fmt.Errorf("attach root file system of container %q: containerd runs without the cloudhv plugin: %w", id, errdefs.ErrUnavailable)
 	case err != nil:
 		return nil, fmt.Errorf("attach root file system of container %q: %w", id, err)
 	}

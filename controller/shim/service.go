@@ -17,6 +17,8 @@ import (
 	"github.com/containerd/errdefs/pkg/errgrpc"
 	"github.com/containerd/log"
 	"github.com/containerd/ttrpc"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
 
 	"github.com/cloudhv/containerd-cloudhv/guest/api"
 )
@@ -221,6 +223,11 @@ func method[Req, Resp any](verb func(context.Context, *Req) (*Resp, error)) ttrp
 			return nil, err
 		}
 		resp, err := verb(ctx, req)
+		if errdefs.IsNotImplemented(err) {
+			// containerd takes "unimplemented" for a shim of an older API, and would
+			// speak that, in vain, for the rest of the pod's life.
+			return nil, status.Error(codes.FailedPrecondition, err.Error())
+		}
 		if err != nil {
 			return nil, errgrpc.ToGRPC(err)
 		}

@@ -90,7 +90,7 @@ func modes(a *archive) {
 func names(a *archive) {
 	a.dir("n/names", 0o755)
 	for _, n := range []string{"new\nline", "tab\there", "two  spaces", " leading", "trailing ", "-dash", "*?[x]", `back\slash`, `"quoted"`, "'single'",
-		"ünïcödé", "日本語", "invalid\xff\xfeutf8", "\x01\x1b[31m", strings.Repeat("l", 255), "wh.not", ".wh", "a:b", "%00", "$HOME"} {
+		"ünïcödé", "日本語", "invalid\xff\xfeutf8", "\x01\x1b[31m", strings.Repeat("l", 254), "wh.not", ".wh", "a:b", "%00", "$HOME"} {
 		a.file("n/names/"+n, 0o644, []byte(n))
 	}
 	deep := "n/names"

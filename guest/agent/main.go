@@ -64,36 +64,29 @@ func run(ctx context.Context, start time.Duration) error {
 	// The kernel sends some on keys and buttons; the default would be a panic.
 	// They must not be ignored, as children would inherit that.
 	signal.Notify(make(chan os.Signal, 1), unix.SIGHUP, unix.SIGINT, unix.SIGTERM, unix.SIGPWR)
-	boot.TT("main")
 	if err := boot.Machine(ctx); err != nil {
 		return err
 	}
-	boot.TT("machine")
 	memory, err := machine.NewMemory()
 	if err != nil {
 		return err
 	}
-	boot.TT("memory")
 	reaper, err := reap.Start(ctx)
 	if err != nil {
 		return err
 	}
-	boot.TT("reaper")
 	quota, err := boot.ScratchDisk(ctx, boot.Scratch)
 	if err != nil {
 		return err
 	}
-	boot.TT("scratch")
 	layerManager, err := rootfs.NewManager(rootfs.Config{Images: images, Layers: layers, Disks: disk.Finder{}, Quota: quota})
 	if err != nil {
 		return err
 	}
-	boot.TT("layers")
 	ports, err := listen(ctx)
 	if err != nil {
 		return err
 	}
-	boot.TT("listen")
 	ready := boot.Uptime()
 	vm := machine.New(machine.Config{
 		Version: version, AgentStart: start, Ready: ready,
@@ -101,13 +94,16 @@ func run(ctx context.Context, start time.Duration) error {
 	})
 	streams := stdio.NewStreams()
 	tasks, err := task.New(task.Config{
-		Bundles: bundles, CgroupRoot: cgroup.Mountpoint, CgroupParent: "pod",
+		Bundles: bundles, CgroupRoot: cgroup.Mountpoint, CgroupParent: boot.PodCgroup,
 		Ready: vm.Configured, Pod: machine.Pod{Dir: podDir},
 		Runtime: crun.Runtime{Command: crunBinary, Root: crunRoot},
 		Reaper:  reaper, Streams: streams, RootFS: layerManager, Self: self,
 	})
 	if err != nil {
 		return err
+	}
+	if err := boot.Preload(crunBinary); err != nil {
+		log.G(ctx).WithError(err).Warn("the first container will start slower")
 	}
 	log.G(ctx).WithField("start_ms", start.Milliseconds()).WithField("ready_ms", ready.Milliseconds()).
 		WithField("quota", quota).Info("ready, version " + version)

@@ -8,6 +8,7 @@ import (
 	"context"
 	"crypto/rand"
 	"encoding/hex"
+	"encoding/json"
 	"fmt"
 	"io"
 	"net"
@@ -28,16 +29,23 @@ import (
 	"github.com/cloudhv/containerd-cloudhv/guest/rootfs"
 )
 
-// vm is a real VM with this agent in it, by QEMU in software emulation.
+// vm is a real VM with this agent in it, by QEMU in software emulation; or, in
+// ns_test.go, namespaces of this host that take its place.
 type vm struct {
 	t       *testing.T
 	dir     string
-	cmd     *exec.Cmd
-	dead    chan struct{}
-	client  *transport.Client
+	dial    func(ctx context.Context, port uint32) (net.Conn, error)
 	machine guestv1.MachineService
 	tasks   guestv1.TaskService
+
+	// Of a real VM only.
+	cmd    *exec.Cmd
+	dead   chan struct{}
+	client *transport.Client
 }
+
+// testMAC is the VM's network device.
+const testMAC = "02:00:00:00:00:05"
 
 // testImage is the serial of the disk with the containers' image.
 const testImage = "test-image"
@@ -96,7 +104,7 @@ func busyboxImage(t *testing.T, dir string) string {
 	b, err := os.ReadFile(tool(t, "busybox"))
 	require.NoError(t, err)
 	require.NoError(t, os.WriteFile(filepath.Join(root, "bin/busybox"), b, 0o755))
-	for _, applet := range strings.Fields("sh cat echo sleep ls id hostname head dd md5sum stty ps kill mount grep true false env pwd test touch df seq wc nproc free date") {
+	for _, applet := range strings.Fields("sh cat echo sleep ls id hostname head dd md5sum stty ps kill mount grep true false env pwd test touch df seq wc nproc free date ip ping") {
 		require.NoError(t, os.Link(filepath.Join(root, "bin/busybox"), filepath.Join(root, "bin", applet)))
 	}
 	require.NoError(t, os.WriteFile(filepath.Join(root, "etc/passwd"), []byte("root:x:0:0:root:/:/bin/sh\n"), 0o644))
@@ -130,6 +138,7 @@ func bootVM(t *testing.T) *vm {
 		"-kernel", kernel,
 		"-append", "console=ttyS0 quiet panic=-1 mitigations=off tsc=reliable memhp_default_state=online maxcpus=1 noreplace-smp lpj=5000000 root=/dev/vda rootfstype=erofs ro init=/init",
 		"-device", "virtio-serial-pci",
+		"-netdev", "hubport,id=net,hubid=0", "-device", "virtio-net-pci,netdev=net,mac=" + testMAC,
 	}
 	for _, d := range []struct{ file, serial, opts string }{
 		{image, "root", ",readonly=on"}, {scratchImage(t, dir), "scratch", ""}, {busyboxImage(t, dir), testImage, ",readonly=on"},
@@ -168,8 +177,8 @@ func (v *vm) connect() {
 	require.Eventually(v.t, func() bool { _, err := os.Stat(socket); return err == nil }, 30*time.Second, 5*time.Millisecond)
 	client, err := transport.Open(transport.SerialEndpoint(socket))
 	require.NoError(v.t, err)
-	v.client = client
-	conn, err := client.Dial(v.ctx(), api.PortRPC)
+	v.client, v.dial = client, client.Dial
+	conn, err := v.dial(v.ctx(), api.PortRPC)
 	require.NoError(v.t, err, "%s", v.console())
 	rpc := ttrpc.NewClient(conn)
 	v.machine, v.tasks = guestv1.NewMachineClient(rpc), guestv1.NewTaskClient(rpc)
@@ -209,7 +218,7 @@ func (v *vm) stream() (string, net.Conn) {
 	_, err := rand.Read(b[:])
 	require.NoError(v.t, err)
 	id := hex.EncodeToString(b[:])
-	conn, err := v.client.Dial(v.ctx(), api.PortStream)
+	conn, err := v.dial(v.ctx(), api.PortStream)
 	require.NoError(v.t, err)
 	_, err = conn.Write([]byte(id + "\n"))
 	require.NoError(v.t, err)
@@ -228,6 +237,16 @@ func (v *vm) configure() {
 	require.NoError(v.t, err)
 	r := &guestv1.ConfigureRequest{
 		PodId: "pod", Hostname: "web-0", ResolvConf: []byte("nameserver 10.0.0.10\n"),
+		Interfaces: []*guestv1.Interface{{
+			Name: "eth0", Mac: testMAC, Mtu: 1400, Addresses: []string{"10.22.0.5/24", "fd00::5/64"},
+			Neighbors: []*guestv1.Neighbor{{Address: "10.22.0.9", Mac: "02:00:00:00:00:09"}},
+		}},
+		Routes: []*guestv1.Route{
+			{Device: "eth0", Gateway: "10.22.0.1", Family: 2},
+			{Device: "eth0", Gateway: "fd00::1", Family: 10},
+			{Device: "eth0", Destination: "192.168.7.0/24", Gateway: "169.254.1.1", Family: 2},
+			{Device: "eth0", Destination: "169.254.1.1/32", Scope: 253, Family: 2},
+		},
 		Clock: timestamppb.Now(), Entropy: entropy, Vcpus: 2, MachineId: strings.Repeat("0123456789abcdef", 2),
 		Sysctls: map[string]string{"net.ipv4.ping_group_range": "0 2147483647"},
 	}
@@ -259,6 +278,23 @@ func testProcess(tty, script string) string {
 	"capabilities":{"bounding":%[3]s,"effective":%[3]s,"permitted":%[3]s},"noNewPrivileges":true,"oomScoreAdj":100}`, tty, script, caps)
 }
 
+// withoutLimits is for hosts whose root may not lift RLIMIT_MEMLOCK, as crun does
+// for a container's device rules, or that have no controllers.
+func withoutLimits(spec []byte) []byte {
+	var s map[string]json.RawMessage
+	if json.Unmarshal(spec, &s) != nil {
+		return spec // a test's wrong one
+	}
+	var l map[string]json.RawMessage
+	if json.Unmarshal(s["linux"], &l) != nil || l == nil {
+		return spec
+	}
+	delete(l, "resources")
+	s["linux"], _ = json.Marshal(l)
+	spec, _ = json.Marshal(s)
+	return spec
+}
+
 func (v *vm) create(id, script string, change ...func(*guestv1.CreateRequest)) net.Conn {
 	v.t.Helper()
 	sid, conn := v.stream()
@@ -268,6 +304,9 @@ func (v *vm) create(id, script string, change ...func(*guestv1.CreateRequest)) n
 	}
 	for _, c := range change {
 		c(r)
+	}
+	if v.cmd == nil {
+		r.Spec = withoutLimits(r.Spec)
 	}
 	_, err := v.tasks.Create(v.ctx(), r)
 	require.NoError(v.t, err)

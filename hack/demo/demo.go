@@ -13,6 +13,7 @@ import (
 	"net/http"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"time"
 
@@ -25,6 +26,9 @@ const serve = `mkdir -p /tmp/www
 echo "Hello from $(hostname), on kernel $(uname -r)" > /tmp/www/index.html
 echo "serving on port 8080"
 exec httpd -f -p 8080 -h /tmp/www`
+
+// podLabels are what kubelet gives to containers, by which crictl names their pod.
+var podLabels = map[string]string{"io.kubernetes.pod.name": "web", "io.kubernetes.pod.namespace": "default"}
 
 // demo plays its steps in order; each leaves in it what the later ones need.
 type demo struct {
@@ -47,11 +51,11 @@ func (d *demo) versions(ctx context.Context) error {
 	d.out.title("containerd-cloudhv: a pod in a virtual machine of its own")
 	d.out.section("Who takes part", "All of it is real: nothing is simulated but, where the host has no KVM, the processor.")
 	d.out.fact("host kernel", hostKernel())
-	d.out.fact("containerd", firstLine(ctx, bin("containerd"), "--version"))
-	d.out.fact("QEMU", firstLine(ctx, "qemu-system-x86_64", "--version"))
+	d.out.fact("containerd", strings.TrimPrefix(firstLine(ctx, bin("containerd"), "--version"), "containerd "))
+	d.out.fact("QEMU", strings.TrimPrefix(firstLine(ctx, "qemu-system-x86_64", "--version"), "QEMU emulator version "))
 	d.out.fact("guest kernel", fileLine(filepath.Join(guest, "kernel.version")))
-	d.out.fact("guest crun", fileLine(filepath.Join(guest, "crun.version")))
-	d.out.fact("crictl", firstLine(ctx, bin("crictl"), "--version"))
+	d.out.fact("guest crun", strings.TrimPrefix(fileLine(filepath.Join(guest, "crun.version")), "crun "))
+	d.out.fact("crictl", strings.TrimPrefix(firstLine(ctx, bin("crictl"), "--version"), "crictl version "))
 	return nil
 }
 
@@ -69,11 +73,11 @@ func (d *demo) start(ctx context.Context) error {
 		return errors.New("containerd has no sandbox controller cloudhv")
 	}
 	exports := resp.GetPlugins()[0].GetExports()
-	d.out.fact("plugin", "io.containerd.sandbox.controller.v1.cloudhv")
 	if exports["ready"] != "true" {
 		return fmt.Errorf("the plugin cannot serve here: %s", exports["reason"])
 	}
-	d.out.fact("ready", exports["ready"])
+	d.out.fact("hypervisor", exports["hypervisor"]+" "+exports["hypervisor_version"])
+	d.out.fact("accelerator", exports["accelerator"]+": "+exports["accelerator_reason"])
 	return nil
 }
 
@@ -104,6 +108,7 @@ func (d *demo) pod(ctx context.Context) error {
 	d.out.section("The pod", "CNI gives it a network, then a virtual machine boots for it alone; the container runs inside.")
 	pod := d.node.PodConfig("web")
 	container := testnode.ContainerConfig("httpd", testimage.BusyboxRef, "/bin/sh", "-c", serve)
+	container.Labels = podLabels
 	if err := errors.Join(os.MkdirAll(pod.GetLogDirectory(), 0o755), d.writeConfig("pod.json", pod), d.writeConfig("httpd.json", container)); err != nil {
 		return err
 	}
@@ -126,8 +131,6 @@ func (d *demo) pod(ctx context.Context) error {
 		return err
 	}
 	fmt.Fprintln(d.out.w)
-	d.out.fact("hypervisor", d.info.Hypervisor+" "+d.info.HypervisorVersion)
-	d.out.fact("accelerator", d.info.Accelerator+": "+d.info.AcceleratorReason)
 	d.out.fact("virtual machine", fmt.Sprintf("%d vCPU, %s, kernel %s", d.info.VCPUs, mib(d.info.MemoryBytes), printable(d.info.GuestKernel, 60)))
 	d.out.fact("address", d.podIP)
 	return nil
@@ -141,14 +144,12 @@ func (d *demo) readInspect(out string) error {
 				IP string `json:"ip"`
 			} `json:"network"`
 		} `json:"status"`
-		Info struct {
-			CloudHV podInfo `json:"cloudhv"`
-		} `json:"info"`
+		CloudHV podInfo `json:"cloudhv"`
 	}
 	if err := json.Unmarshal([]byte(out), &inspect); err != nil {
 		return fmt.Errorf("reading inspectp: %w", err)
 	}
-	d.podIP, d.info = inspect.Status.Network.IP, inspect.Info.CloudHV
+	d.podIP, d.info = inspect.Status.Network.IP, inspect.CloudHV
 	if d.podIP == "" {
 		return errors.New("the pod has no address")
 	}
@@ -157,16 +158,12 @@ func (d *demo) readInspect(out string) error {
 
 // podInfo is the part that the demo shows of what the plugin tells of a pod.
 type podInfo struct {
-	Hypervisor        string `json:"hypervisor"`
-	HypervisorVersion string `json:"hypervisor_version"`
-	Accelerator       string `json:"accelerator"`
-	AcceleratorReason string `json:"accelerator_reason"`
-	GuestKernel       string `json:"guest_kernel"`
-	VCPUs             int    `json:"vcpus"`
-	MemoryBytes       uint64 `json:"memory_bytes"`
-	VMMPid            int    `json:"vmm_pid"`
-	ShimPid           int    `json:"shim_pid"`
-	Phases            []struct {
+	GuestKernel string `json:"guest_kernel"`
+	VCPUs       int    `json:"vcpus"`
+	MemoryBytes uint64 `json:"memory_bytes"`
+	VMMPid      int    `json:"vmm_pid"`
+	ShimPid     int    `json:"shim_pid"`
+	Phases      []struct {
 		Name     string `json:"name"`
 		AtUsec   int64  `json:"at_usec"`
 		TookUsec int64  `json:"took_usec"`
@@ -193,7 +190,7 @@ func (d *demo) phases(context.Context) error {
 // inside compares the pod with the host.
 func (d *demo) inside(ctx context.Context) error {
 	d.out.section("Inside", "Each line is a command that `crictl exec` runs in the container.")
-	for _, c := range []string{"uname -r", "hostname", "nproc", "head -n 1 /proc/meminfo", "ip -o -4 addr show eth0", "ps"} {
+	for _, c := range []string{"uname -r", "hostname", "nproc", "head -n 1 /proc/meminfo", "ip -4 addr show dev eth0", "ps"} {
 		out, err := d.crictl(ctx, append([]string{"exec", d.webID}, strings.Fields(c)...)...)
 		if err != nil {
 			return err
@@ -261,7 +258,9 @@ func (d *demo) extraContainer(ctx context.Context) error {
 		return nil
 	}
 	d.out.section("Your image", "A second container in the same virtual machine, with the image's own command.")
-	if err := d.writeConfig("extra.json", testnode.ContainerConfig("extra", d.extra)); err != nil {
+	container := testnode.ContainerConfig("extra", d.extra)
+	container.Labels = podLabels
+	if err := d.writeConfig("extra.json", container); err != nil {
 		return err
 	}
 	id, err := d.crictl(ctx, "create", d.podID, d.node.Dir("extra.json"), d.node.Dir("pod.json"))
@@ -285,13 +284,14 @@ func (d *demo) extraContainer(ctx context.Context) error {
 // memory shows what the pod costs the host.
 func (d *demo) memory(ctx context.Context) error {
 	d.out.section("What it costs", "Memory of the pod's processes on the host, from /proc/PID/smaps_rollup, while the server idles.")
-	if out, err := d.crictl(ctx, "pods"); err == nil {
-		d.out.output(out)
+	for _, list := range []string{"pods", "ps"} {
+		out, err := d.crictl(ctx, list)
+		if err != nil {
+			return err
+		}
+		d.out.output(squeeze(out))
 	}
-	if out, err := d.crictl(ctx, "ps"); err == nil {
-		d.out.output(out)
-	}
-	fmt.Fprintln(d.out.w)
+	rows := []string{"PROCESS\tPID\tPRIVATE\tPSS"}
 	var sum process
 	for _, pid := range []int{d.info.VMMPid, d.info.ShimPid} {
 		p, err := measure(pid)
@@ -299,15 +299,17 @@ func (d *demo) memory(ctx context.Context) error {
 			return err
 		}
 		sum.private, sum.pss = sum.private+p.private, sum.pss+p.pss
-		d.out.fact(p.name, fmt.Sprintf("%12s private %12s PSS   pid %d", mib(p.private), mib(p.pss), pid))
+		rows = append(rows, fmt.Sprintf("%s\t%d\t%s\t%s", p.name, pid, mib(p.private), mib(p.pss)))
 	}
-	d.out.fact("together", fmt.Sprintf("%12s private %12s PSS   the guest was given %s", mib(sum.private), mib(sum.pss), mib(d.info.MemoryBytes)))
+	rows = append(rows, fmt.Sprintf("together\t\t%s\t%s", mib(sum.private), mib(sum.pss)))
+	fmt.Fprintln(d.out.w)
+	d.out.output(table(rows))
 	return nil
 }
 
 // cleanUp removes the pod, counts what is left, and removes the node.
 func (d *demo) cleanUp(ctx context.Context, closeNode func() error) error {
-	d.out.section("Clean-up", "The pod goes, then everything is counted and compared with before it: then containerd goes as well.")
+	d.out.section("Clean-up", "The pod goes, and what the host has is counted and compared with before. Then containerd goes as well.")
 	for _, args := range [][]string{{"stopp", d.podID}, {"rmp", d.podID}} {
 		if _, err := d.crictl(ctx, args...); err != nil {
 			return err
@@ -315,12 +317,27 @@ func (d *demo) cleanUp(ctx context.Context, closeNode func() error) error {
 	}
 	wait, cancel := context.WithTimeout(ctx, testnode.Scale(commandLimit))
 	defer cancel()
-	if err := d.node.AwaitCensus(wait, d.before); err != nil {
-		return fmt.Errorf("the pod left something: %w", err)
+	var after testnode.Census
+	err := testnode.Eventually(wait, func(ctx context.Context) (err error) {
+		if after, err = d.node.Census(ctx); err != nil {
+			return err
+		}
+		if left := leaks(after.Diff(d.before)); len(left) > 0 {
+			return fmt.Errorf("the pod left something behind: %s", strings.Join(left, ", "))
+		}
+		return nil
+	})
+	if err != nil {
+		return err
 	}
+	fmt.Fprintln(d.out.w)
+	rows := []string{"\tBEFORE\tAFTER"}
 	for _, class := range []string{"process", "mount", "link", "cgroup", "loop", "record"} {
-		d.out.fact(class, fmt.Sprintf("%d, as before the pod", d.before.Count(class)))
+		rows = append(rows, fmt.Sprintf("%s\t%d\t%d", class, d.before.Count(class), after.Count(class)))
 	}
+	d.out.output(table(rows))
+	d.out.note("Kept for the next pod: the image as one erofs file, and the template of the writable disk.")
+	fmt.Fprintln(d.out.w)
 	dir := d.node.Dir()
 	if err := d.out.timed("end containerd, remove "+dir, closeNode); err != nil {
 		return err
@@ -331,6 +348,16 @@ func (d *demo) cleanUp(ctx context.Context, closeNode func() error) error {
 	d.out.note("Nothing is left.")
 	fmt.Fprintln(d.out.w)
 	return nil
+}
+
+// leaks are those lines of a census's difference that tell of something left.
+// The first pod of a node makes caches and directories, which stay.
+func leaks(diff []string) []string {
+	return slices.DeleteFunc(diff, func(line string) bool {
+		_, what, _ := strings.Cut(line, " ")
+		class, name, _ := strings.Cut(what, " ")
+		return class == "goroutine" || class == "open" || class == "file" && !strings.HasPrefix(name, "run/")
+	})
 }
 
 // crictl runs crictl, shows the call with its time, and returns what it printed.

@@ -7,7 +7,9 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"regexp"
 	"strings"
+	"text/tabwriter"
 	"time"
 	"unicode/utf8"
 
@@ -97,6 +99,28 @@ func (p *printer) note(s string) {
 	for _, l := range wrap(s, column-3) {
 		fmt.Fprintf(p.w, "   %s\n", l)
 	}
+}
+
+// table aligns rows of cells that are separated by tabs.
+func table(rows []string) string {
+	var b strings.Builder
+	w := tabwriter.NewWriter(&b, 0, 0, 3, ' ', 0)
+	for _, r := range rows {
+		fmt.Fprintln(w, r)
+	}
+	w.Flush()
+	return b.String()
+}
+
+var gaps = regexp.MustCompile(` {2,}`)
+
+// squeeze aligns a table again, closer than crictl does.
+func squeeze(s string) string {
+	var rows []string
+	for line := range strings.Lines(s) {
+		rows = append(rows, gaps.ReplaceAllString(strings.TrimSpace(line), "\t"))
+	}
+	return table(rows)
 }
 
 // bar draws what part of whole begins at and lasts took.

@@ -83,3 +83,15 @@ func TestFactsAlign(t *testing.T) {
 	}
 	require.Equal(t, 23, strings.Index(b.String(), "because"))
 }
+
+func TestSqueeze(t *testing.T) {
+	t.Parallel()
+	require.Equal(t, "POD ID   STATE\nabc      Ready\n", squeeze("POD ID              STATE\nabc                 Ready"))
+}
+
+func TestLeaks(t *testing.T) {
+	t.Parallel()
+	require.Equal(t, []string{"+1 process qemu", "+1 file run/<id>/record.json"}, leaks([]string{
+		"+1 process qemu", "+1 file cache/images/<id>.erofs", "+1 file run/<id>/record.json", "-1 goroutine x", "+1 open file y",
+	}))
+}

@@ -17,9 +17,12 @@ cd "$repo"
 export OUT=${OUT:-$repo/build/guest}
 
 foreign() {
+	# Others' sources lie there, with Go among them that is no part of this module.
+	mkdir -p build/cache
+	echo "module cache" >build/cache/go.mod
 	step "Guest kernel"
 	if [[ -z ${LINUX_SOURCE:-} ]]; then
-		hack/setup/guest-kernel-source.sh | sed -u 's/^guest kernel source: /    source: /'
+		hack/setup/kernel-source.sh | sed -u "s/^kernel source: /    source: /"
 		export LINUX_SOURCE=$repo/build/cache/linux-source-6.12.tar.xz
 	fi
 	guest/kernel/build.sh | sed -u 's/^guest kernel: /    /'

@@ -39,9 +39,8 @@ const undoLimit = 10 * time.Second
 type Driver struct {
 	binary string
 
-	once sync.Once
-	host vmm.Host
-	err  error
+	mu   sync.Mutex
+	host vmm.Host // what the last successful Probe found
 }
 
 var _ vmm.Driver = (*Driver)(nil)
@@ -68,12 +67,12 @@ type data struct {
 
 // Boot starts QEMU and takes control of it.
 func (d *Driver) Boot(ctx context.Context, cfg vmm.Config) (_ vmm.VM, retErr error) {
-	if err := checkConfig(cfg); err != nil {
-		return nil, err
+	if err := cfg.Validate(); err != nil {
+		return nil, fmt.Errorf("qemu: %w", err)
 	}
-	d.once.Do(func() { d.host, d.err = d.Probe(ctx) })
-	if d.err != nil {
-		return nil, d.err
+	host, err := d.probed(ctx)
+	if err != nil {
+		return nil, err
 	}
 	own := data{Size: cfg.Size, Max: cfg.Max, ConsoleLimit: cfg.ConsoleLimit, Base: cfg.Size.MemoryBytes}
 	vm, err := newVM(cfg.ID, cfg.Dir, cfg.CgroupPath, own)
@@ -90,13 +89,24 @@ func (d *Driver) Boot(ctx context.Context, cfg vmm.Config) (_ vmm.VM, retErr err
 	if err := vm.cgroup.Make(); err != nil {
 		return nil, err
 	}
-	if err := vm.spawn(ctx, d.host, cfg); err != nil {
+	if err := vm.spawn(ctx, host, cfg); err != nil {
 		return nil, err
 	}
 	if err := vm.control(ctx); err != nil {
 		return nil, vm.explain(err)
 	}
 	return vm, nil
+}
+
+// probed is what the last successful Probe found, or a new one's result.
+func (d *Driver) probed(ctx context.Context) (vmm.Host, error) {
+	d.mu.Lock()
+	host := d.host
+	d.mu.Unlock()
+	if host.Binary != "" {
+		return host, nil
+	}
+	return d.Probe(ctx)
 }
 
 // Restore is not there yet.

@@ -8,8 +8,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"path/filepath"
-	"regexp"
+	"os"
 	"strconv"
 	"strings"
 	"time"
@@ -18,29 +17,51 @@ import (
 	"github.com/containerd/errdefs"
 )
 
-// undoStep bounds one command that undoes another.
-const undoStep = 2 * time.Second
+const (
+	// undoStep bounds one command that undoes another.
+	undoStep = 2 * time.Second
+	// askAgain is after how long a guest that has not given a device back is asked
+	// again: one that was still starting loses the request.
+	askAgain = 2 * time.Second
+)
 
-var idPattern = regexp.MustCompile(`^[a-z0-9-]{1,20}$`)
+// peripherals is where QEMU lists the devices that have IDs.
+const peripherals = "/machine/peripheral"
 
 // object is QMP arguments.
 type object map[string]any
 
+func diskID(serial string) string { return "disk-" + serial }
+
+func nicID(id string) string { return "nic-" + id }
+
 // AddDisk hot-plugs a block device.
 func (vm *machine) AddDisk(ctx context.Context, disk vmm.Disk) (retErr error) {
-	if !idPattern.MatchString(disk.Serial) || !filepath.IsAbs(disk.Path) {
-		return fmt.Errorf("qemu: disk %q at %q: want a serial of 1 to 20 of [a-z0-9-] and an absolute path: %w",
-			disk.Serial, disk.Path, errdefs.ErrInvalidArgument)
+	if err := disk.Validate(); err != nil {
+		return fmt.Errorf("qemu: %w", err)
 	}
-	node := "disk-" + disk.Serial
-	file := object{"driver": "file", "filename": disk.Path, "locking": "off"}
-	args := object{"driver": "raw", "node-name": node, "read-only": disk.ReadOnly, "file": file}
-	if err := vm.call(ctx, "blockdev-add", args, nil); err != nil {
+	id := diskID(disk.Serial)
+	unlock, err := vm.claim(ctx, id)
+	if err != nil {
 		return fmt.Errorf("add disk %s: %w", disk.Serial, err)
 	}
-	defer vm.undoOnError(ctx, &retErr, "blockdev-del", object{"node-name": node})
+	defer unlock()
+	args := object{
+		"driver": "raw", "node-name": id, "read-only": disk.ReadOnly, "discard": "unmap",
+		"file": object{"driver": "file", "filename": disk.Path, "locking": "off"},
+	}
+	node := object{"node-name": id}
+	err = vm.call(ctx, "blockdev-add", args, nil)
+	if isAnswer(err) && vm.call(ctx, "blockdev-del", node, nil) == nil {
+		// A call that was given up half-way had left it.
+		err = vm.call(ctx, "blockdev-add", args, nil)
+	}
+	if err != nil {
+		return fmt.Errorf("add disk %s: %w", disk.Serial, err)
+	}
+	defer vm.undoOnError(ctx, &retErr, "blockdev-del", node)
 	device := object{
-		"driver": "virtio-blk-pci", "id": node, "drive": node, "serial": disk.Serial,
+		"driver": "virtio-blk-pci", "id": id, "drive": id, "serial": disk.Serial,
 		"werror": "report", "rerror": "report",
 	}
 	if err := vm.call(ctx, "device_add", device, nil); err != nil {
@@ -51,45 +72,59 @@ func (vm *machine) AddDisk(ctx context.Context, disk vmm.Disk) (retErr error) {
 
 // RemoveDisk unplugs a block device.
 func (vm *machine) RemoveDisk(ctx context.Context, serial string) error {
-	node := "disk-" + serial
-	if err := vm.unplug(ctx, node); err != nil {
+	id := diskID(serial)
+	unlock, err := vm.lock(ctx, id)
+	if err != nil {
 		return fmt.Errorf("remove disk %s: %w", serial, err)
 	}
-	if err := vm.call(ctx, "blockdev-del", object{"node-name": node}, nil); err != nil && !missing(err) {
+	defer unlock()
+	if err := vm.unplug(ctx, id); err != nil {
+		return fmt.Errorf("remove disk %s: %w", serial, err)
+	}
+	err = vm.call(ctx, "blockdev-del", object{"node-name": id}, nil)
+	if isAnswer(err) && !vm.hasNode(ctx, id) {
+		err = nil
+	}
+	if err != nil {
 		return fmt.Errorf("remove disk %s: %w", serial, err)
 	}
 	return nil
 }
 
+// hasNode tells whether a block node exists; QEMU has no error class for that.
+func (vm *machine) hasNode(ctx context.Context, name string) bool {
+	var nodes []struct {
+		Name string `json:"node-name"`
+	}
+	if err := vm.call(ctx, "query-named-block-nodes", object{"flat": true}, &nodes); err != nil {
+		return true
+	}
+	for _, n := range nodes {
+		if n.Name == name {
+			return true
+		}
+	}
+	return false
+}
+
 // AddNIC hot-plugs a network device on the caller's TAP files.
 func (vm *machine) AddNIC(ctx context.Context, nic vmm.NIC) (retErr error) {
-	if !idPattern.MatchString(nic.ID) || len(nic.Queues) == 0 || len(nic.MAC) != 6 {
-		return fmt.Errorf("qemu: NIC %q: want an ID of 1 to 20 of [a-z0-9-], a MAC and a queue: %w", nic.ID, errdefs.ErrInvalidArgument)
+	if err := nic.Validate(); err != nil {
+		return fmt.Errorf("qemu: %w", err)
 	}
-	id := "nic-" + nic.ID
-	names := make([]string, len(nic.Queues))
-	for i, f := range nic.Queues {
-		names[i] = id + "-" + strconv.Itoa(i)
-		if err := vm.call(ctx, "getfd", object{"fdname": names[i]}, nil, f); err != nil {
-			return fmt.Errorf("add NIC %s: %w", nic.ID, err)
-		}
+	id := nicID(nic.ID)
+	unlock, err := vm.claim(ctx, id)
+	if err != nil {
+		return fmt.Errorf("add NIC %s: %w", nic.ID, err)
 	}
-	netdev := object{"type": "tap", "id": id, "vhost": false}
-	if len(names) == 1 {
-		netdev["fd"] = names[0]
-	} else {
-		netdev["fds"] = strings.Join(names, ":")
-	}
-	if err := vm.call(ctx, "netdev_add", netdev, nil); err != nil {
-		for _, name := range names {
-			defer vm.undoOnError(ctx, &retErr, "closefd", object{"fdname": name})
-		}
+	defer unlock()
+	if err := vm.addNetdev(ctx, id, nic.Queues); err != nil {
 		return fmt.Errorf("add NIC %s: %w", nic.ID, err)
 	}
 	defer vm.undoOnError(ctx, &retErr, "netdev_del", object{"id": id})
 	device := object{
 		"driver": "virtio-net-pci", "id": id, "netdev": id, "mac": nic.MAC.String(), "romfile": "",
-		"mq": len(names) > 1, "vectors": 2*len(names) + 2,
+		"mq": len(nic.Queues) > 1, "vectors": 2*len(nic.Queues) + 2,
 	}
 	if nic.MTU > 0 {
 		device["host_mtu"] = nic.MTU
@@ -100,42 +135,139 @@ func (vm *machine) AddNIC(ctx context.Context, nic vmm.NIC) (retErr error) {
 	return nil
 }
 
+// addNetdev hands QEMU the TAP's files, and makes its end of the network of them.
+func (vm *machine) addNetdev(ctx context.Context, id string, queues []*os.File) (retErr error) {
+	names := make([]string, len(queues))
+	for i, f := range queues {
+		names[i] = id + "-" + strconv.Itoa(i)
+		// A file of that name which an earlier call left is replaced.
+		if err := vm.call(ctx, "getfd", object{"fdname": names[i]}, nil, f); err != nil {
+			return err
+		}
+		defer func() {
+			if retErr != nil {
+				// Often QEMU has closed it already.
+				_ = vm.undo(ctx, "closefd", object{"fdname": names[i]})
+			}
+		}()
+	}
+	netdev := object{"type": "tap", "id": id, "vhost": false}
+	if len(names) == 1 {
+		netdev["fd"] = names[0]
+	} else {
+		netdev["fds"] = strings.Join(names, ":")
+	}
+	// One may be left of a call that was given up half-way.
+	_ = vm.call(ctx, "netdev_del", object{"id": id}, nil)
+	return vm.call(ctx, "netdev_add", netdev, nil)
+}
+
 // RemoveNIC unplugs a network device.
 func (vm *machine) RemoveNIC(ctx context.Context, id string) error {
-	if err := vm.unplug(ctx, "nic-"+id); err != nil {
+	unlock, err := vm.lock(ctx, nicID(id))
+	if err != nil {
 		return fmt.Errorf("remove NIC %s: %w", id, err)
 	}
-	if err := vm.call(ctx, "netdev_del", object{"id": "nic-" + id}, nil); err != nil && !missing(err) {
+	defer unlock()
+	if err := vm.unplug(ctx, nicID(id)); err != nil {
+		return fmt.Errorf("remove NIC %s: %w", id, err)
+	}
+	if err := vm.call(ctx, "netdev_del", object{"id": nicID(id)}, nil); err != nil && !errdefs.IsNotFound(err) {
 		return fmt.Errorf("remove NIC %s: %w", id, err)
 	}
 	return nil
 }
 
+// lock keeps calls about one device apart. The caller calls the function that it
+// returns.
+func (vm *machine) lock(ctx context.Context, id string) (unlock func(), _ error) {
+	for {
+		vm.mu.Lock()
+		other := vm.busy[id]
+		if other == nil {
+			mine := make(chan struct{})
+			vm.busy[id] = mine
+			vm.mu.Unlock()
+			return func() {
+				vm.mu.Lock()
+				delete(vm.busy, id)
+				vm.mu.Unlock()
+				close(mine)
+			}, nil
+		}
+		vm.mu.Unlock()
+		select {
+		case <-other:
+		case <-ctx.Done():
+			return nil, context.Cause(ctx)
+		}
+	}
+}
+
+// claim is lock for a device that must not exist yet.
+func (vm *machine) claim(ctx context.Context, id string) (unlock func(), retErr error) {
+	unlock, err := vm.lock(ctx, id)
+	if err != nil {
+		return nil, err
+	}
+	defer func() {
+		if retErr != nil {
+			unlock()
+		}
+	}()
+	var devices []struct {
+		Name string `json:"name"`
+	}
+	if err := vm.call(ctx, "qom-list", object{"path": peripherals}, &devices); err != nil {
+		return nil, err
+	}
+	for _, d := range devices {
+		if d.Name == id {
+			return nil, fmt.Errorf("device %s: %w", id, errdefs.ErrAlreadyExists)
+		}
+	}
+	return unlock, nil
+}
+
 // unplug asks the guest to give a device back and waits until it has.
 func (vm *machine) unplug(ctx context.Context, id string) error {
-	wait := vm.monitor().expect(func(e event) bool {
+	deleted, stop, err := vm.expect(ctx, func(e event) bool {
 		var about struct {
 			Device string `json:"device"`
 		}
 		return e.Name == "DEVICE_DELETED" && json.Unmarshal(e.Data, &about) == nil && about.Device == id
 	})
-	err := vm.call(ctx, "device_del", object{"id": id}, nil)
 	if err != nil {
-		canceled, cancel := context.WithCancel(ctx)
-		cancel()
-		_ = wait(canceled)
-		if missing(err) {
-			return nil
-		}
 		return err
 	}
-	return wait(ctx)
+	defer stop()
+	for {
+		err := vm.call(ctx, "device_del", object{"id": id}, nil)
+		switch {
+		case errdefs.IsNotFound(err):
+			return nil
+		case err != nil && !isAnswer(err):
+			return err
+		}
+		// An error may mean no more than that the guest has been asked before.
+		timer := time.NewTimer(askAgain)
+		select {
+		case <-deleted:
+			timer.Stop()
+			return nil
+		case <-timer.C:
+		case <-ctx.Done():
+			timer.Stop()
+			return fmt.Errorf("the guest does not give %s back: %w", id, errors.Join(context.Cause(ctx), err))
+		}
+	}
 }
 
-// missing tells whether QEMU does not know what a command was about. Some
-// commands have no class of their own for it, so what exists is asked elsewhere:
-// a device is always removed before its back end.
-func missing(err error) bool { return errors.Is(err, errdefs.ErrNotFound) }
+// isAnswer tells whether QEMU has answered, with an error.
+func isAnswer(err error) bool {
+	var answer *qmpError
+	return errors.As(err, &answer)
+}
 
 // Resize sets how much memory is plugged. All vCPUs that Max allows are there
 // from the start, and the agent decides which are on line.
@@ -143,15 +275,11 @@ func (vm *machine) Resize(ctx context.Context, size vmm.Size) error {
 	vm.mu.Lock()
 	own := vm.own
 	vm.mu.Unlock()
-	switch {
-	case size.VCPUs < 1 || size.VCPUs > own.Max.VCPUs:
-		return fmt.Errorf("qemu: resize to %d vCPUs: want 1 to %d: %w", size.VCPUs, own.Max.VCPUs, errdefs.ErrInvalidArgument)
-	case size.MemoryBytes < own.Base || size.MemoryBytes > own.Max.MemoryBytes || size.MemoryBytes%MemoryBlock != 0:
-		return fmt.Errorf("qemu: resize to %d bytes of memory: want %d to %d, a multiple of %d: %w",
-			size.MemoryBytes, own.Base, own.Max.MemoryBytes, MemoryBlock, errdefs.ErrInvalidArgument)
+	if err := vmm.CheckResize(size, vmm.Size{VCPUs: 1, MemoryBytes: own.Base}, own.Max); err != nil {
+		return fmt.Errorf("qemu: %w", err)
 	}
 	if own.Max.MemoryBytes > own.Base {
-		args := object{"path": "/machine/peripheral/" + memoryDevice, "property": "requested-size", "value": size.MemoryBytes - own.Base}
+		args := object{"path": peripherals + "/" + memoryDevice, "property": "requested-size", "value": size.MemoryBytes - own.Base}
 		if err := vm.call(ctx, "qom-set", args, nil); err != nil {
 			return fmt.Errorf("resize memory: %w", err)
 		}
@@ -178,9 +306,14 @@ func (vm *machine) undoOnError(ctx context.Context, retErr *error, command strin
 	if *retErr == nil {
 		return
 	}
-	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), undoStep)
-	defer cancel()
-	if err := vm.call(ctx, command, args, nil); err != nil && !errors.Is(err, errdefs.ErrUnavailable) {
+	if err := vm.undo(ctx, command, args); err != nil && !errdefs.IsUnavailable(err) {
 		*retErr = errors.Join(*retErr, err)
 	}
+}
+
+// undo runs a command although ctx may have ended.
+func (vm *machine) undo(ctx context.Context, command string, args object) error {
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), undoStep)
+	defer cancel()
+	return vm.call(ctx, command, args, nil)
 }

@@ -5,17 +5,12 @@ package qemu
 
 import (
 	"fmt"
-	"path/filepath"
 	"strconv"
 	"strings"
 	"sync"
 
 	"github.com/cloudhv/containerd-cloudhv/vmpool/vmm"
-	"github.com/containerd/errdefs"
 )
-
-// MemoryBlock is the unit of virtio-mem, which memory sizes are multiples of.
-const MemoryBlock = 2 << 20
 
 // File descriptors that QEMU inherits. Its sockets are made before it starts, so
 // that nobody has to wait for them to appear.
@@ -45,25 +40,6 @@ const memoryGap = 1 << 30
 // memoryDevice is the virtio-mem device's ID.
 const memoryDevice = "vmem0"
 
-// checkConfig refuses what can never work.
-func checkConfig(cfg vmm.Config) error {
-	for name, path := range map[string]string{"dir": cfg.Dir, "kernel": cfg.Kernel, "root file system": cfg.RootFS, "scratch": cfg.Scratch} {
-		if !filepath.IsAbs(path) {
-			return fmt.Errorf("qemu: %s %q: want an absolute path: %w", name, path, errdefs.ErrInvalidArgument)
-		}
-	}
-	for name, s := range map[string]vmm.Size{"size": cfg.Size, "maximum": cfg.Max} {
-		if s.VCPUs < 1 || s.MemoryBytes < MemoryBlock || s.MemoryBytes%MemoryBlock != 0 {
-			return fmt.Errorf("qemu: %s of %d vCPUs and %d bytes: want at least one vCPU and a multiple of %d bytes: %w",
-				name, s.VCPUs, s.MemoryBytes, MemoryBlock, errdefs.ErrInvalidArgument)
-		}
-	}
-	if cfg.Max.VCPUs < cfg.Size.VCPUs || cfg.Max.MemoryBytes < cfg.Size.MemoryBytes {
-		return fmt.Errorf("qemu: maximum %+v below size %+v: %w", cfg.Max, cfg.Size, errdefs.ErrInvalidArgument)
-	}
-	return nil
-}
-
 // commandLine is QEMU's, without the binary. The machine is a bare PC: each
 // device is a virtio function on the root bus, where ACPI hot-plugs more.
 func commandLine(cfg vmm.Config, accel string) []string {
@@ -86,7 +62,9 @@ func commandLine(cfg vmm.Config, accel string) []string {
 		args = append(args, "-accel", "tcg,thread=multi", "-cpu", "max")
 	}
 	args = append(args, diskArgs("root", "root", cfg.RootFS, true)...)
-	args = append(args, diskArgs("scratch", vmm.ScratchSerial, cfg.Scratch, false)...)
+	if cfg.Scratch != "" {
+		args = append(args, diskArgs("scratch", vmm.ScratchSerial, cfg.Scratch, false)...)
+	}
 	if room := cfg.Max.MemoryBytes - cfg.Size.MemoryBytes; room > 0 {
 		args = append(args,
 			"-object", fmt.Sprintf("memory-backend-ram,id=vmem,size=%d,reserve=off", room),

@@ -57,6 +57,9 @@ func (d *Driver) Probe(ctx context.Context) (vmm.Host, error) {
 	if err := usableKVM(); err != nil {
 		host.Accelerator, host.Reason = accelTCG, "software emulation: "+err.Error()
 	}
+	d.mu.Lock()
+	d.host = host
+	d.mu.Unlock()
 	return host, nil
 }
 

@@ -176,44 +176,49 @@ func (m *monitor) send(command string, args any, files []*os.File) (<-chan messa
 	if err != nil {
 		return nil, fmt.Errorf("qemu: %s: %w", command, err)
 	}
-	var rights []byte
-	if len(files) > 0 {
-		fds := make([]int, len(files))
-		for i, f := range files {
-			fds[i] = int(f.Fd())
-		}
-		rights = unix.UnixRights(fds...)
-	}
 	answer := make(chan message, 1)
 	m.calls[id] = answer
-	if _, _, err := m.conn.WriteMsgUnix(append(line, '\n'), rights, nil); err != nil {
+	err = withFDs(files, nil, func(fds []int) error {
+		var rights []byte
+		if len(fds) > 0 {
+			rights = unix.UnixRights(fds...)
+		}
+		_, _, err := m.conn.WriteMsgUnix(append(line, '\n'), rights, nil)
+		return err
+	})
+	if err != nil {
 		delete(m.calls, id)
 		return nil, fmt.Errorf("qemu: %s: %w", command, errors.Join(err, errdefs.ErrUnavailable))
 	}
 	return answer, nil
 }
 
-// expect begins to wait for an event that match knows. The caller calls the
-// function it returns, which waits, or cancels ctx.
-func (m *monitor) expect(match func(event) bool) (wait func(ctx context.Context) error) {
+// withFDs calls f with the files' descriptors, which stay open meanwhile and
+// keep their mode: os.File.Fd would make them blocking, for the caller too.
+func withFDs(files []*os.File, fds []int, f func([]int) error) error {
+	if len(files) == 0 {
+		return f(fds)
+	}
+	raw, err := files[0].SyscallConn()
+	if err != nil {
+		return err
+	}
+	var called error
+	err = raw.Control(func(fd uintptr) { called = withFDs(files[1:], append(fds, int(fd)), f) })
+	return errors.Join(err, called)
+}
+
+// expect begins to wait for an event that match knows, which arrives at the
+// channel. The caller calls stop in the end.
+func (m *monitor) expect(match func(event) bool) (found <-chan event, stop func()) {
 	w := &waiter{match: match, found: make(chan event, 1)}
 	m.mu.Lock()
+	defer m.mu.Unlock()
 	m.waiters[w] = struct{}{}
-	m.mu.Unlock()
-	return func(ctx context.Context) error {
-		defer func() {
-			m.mu.Lock()
-			delete(m.waiters, w)
-			m.mu.Unlock()
-		}()
-		select {
-		case <-w.found:
-			return nil
-		case <-m.done:
-			return fmt.Errorf("qemu: monitor connection lost: %w", errdefs.ErrUnavailable)
-		case <-ctx.Done():
-			return context.Cause(ctx)
-		}
+	return w.found, func() {
+		m.mu.Lock()
+		defer m.mu.Unlock()
+		delete(m.waiters, w)
 	}
 }
 

@@ -42,15 +42,18 @@ type machine struct {
 	group    string
 	identity process.Identity
 	proc     *process.Handle
-	guest    *transport.Client
-	mon      *monitor
 
-	done chan struct{} // closed when QEMU has ended and exit is set
-	logs sync.WaitGroup
-	con  net.Conn
-	pipe *os.File
+	done    chan struct{} // closed when QEMU has ended and exit is set
+	letGo   chan struct{} // closed by Close
+	watched sync.WaitGroup
+	logs    sync.WaitGroup
+	con     net.Conn
+	pipe    *os.File
 
 	mu        sync.Mutex
+	guest     *transport.Client
+	mon       *monitor
+	busy      map[string]chan struct{} // devices that a call is about
 	own       data
 	closed    bool
 	requested bool   // Kill was called
@@ -67,7 +70,7 @@ func newVM(id, dir, group string, own data) (*machine, error) {
 	}
 	return &machine{
 		id: id, dir: dir, group: group, cgroup: vmm.OpenCgroup(group), own: own,
-		guest: guest, done: make(chan struct{}),
+		guest: guest, done: make(chan struct{}), letGo: make(chan struct{}), busy: make(map[string]chan struct{}),
 	}, nil
 }
 

@@ -97,3 +97,25 @@ func send(args []string) (int, error) {
 	fmt.Printf("ok %d bytes in %s\n", n, time.Since(start))
 	return 0, nil
 }
+
+// until connects to ADDR and exits with CODE when the other side closes.
+func until(args []string) (int, error) {
+	if len(args) != 2 {
+		return 0, errors.New("address and code are needed")
+	}
+	code, err := strconv.Atoi(args[1])
+	if err != nil {
+		return 0, err
+	}
+	c, err := net.Dial("tcp", args[0])
+	if err != nil {
+		return 0, err
+	}
+	defer c.Close()
+	fmt.Println("connected")
+	if _, err := io.Copy(io.Discard, c); err != nil {
+		return 0, err
+	}
+	fmt.Println("released")
+	return code, nil
+}

@@ -70,7 +70,6 @@ func Machine(ctx context.Context) error {
 	if err := mountAll(mounts); err != nil {
 		return err
 	}
-	TT("mounts")
 	// Another /dev/ptmx belongs to no instance of devpts.
 	_ = os.Remove("/dev/ptmx")
 	for _, l := range links {
@@ -78,11 +77,9 @@ func Machine(ctx context.Context) error {
 			log.G(ctx).WithError(err).Warn("cannot make a link in /dev")
 		}
 	}
-	TT("links")
-	if err := cgroup.Group(cgroup.Mountpoint).EnableControllers(); err != nil {
-		return fmt.Errorf("enable cgroup controllers: %w", err)
+	if err := cgroups(); err != nil {
+		return err
 	}
-	TT("controllers")
 	// What follows is wanted, but a VM without it still runs pods.
 	err := errors.Join(limits(), loopbackUp(), unix.Sethostname([]byte("localhost")))
 	if err != nil {
@@ -91,9 +88,43 @@ func Machine(ctx context.Context) error {
 	return nil
 }
 
+// PodCgroup is the path, below the hierarchy's root, of the parent of all
+// containers' cgroups.
+const PodCgroup = "pod"
+
+// cgroups makes controllers available to containers. crun would do the same at
+// the pod's first container, but it takes grace periods of RCU, and here nobody
+// waits for them yet.
+func cgroups() error {
+	root := cgroup.Group(cgroup.Mountpoint)
+	pod := root + "/" + PodCgroup
+	if err := root.EnableControllers(); err != nil {
+		return fmt.Errorf("enable cgroup controllers: %w", err)
+	}
+	if err := os.Mkdir(string(pod), 0o755); err != nil {
+		return fmt.Errorf("make the pod's cgroup: %w", err)
+	}
+	if err := pod.EnableControllers(); err != nil {
+		return fmt.Errorf("enable the pod's cgroup controllers: %w", err)
+	}
+	return nil
+}
+
+// Preload asks the kernel to read a file into memory, and does not wait for it.
+func Preload(path string) error {
+	f, err := os.Open(path)
+	if err != nil {
+		return fmt.Errorf("preload: %w", err)
+	}
+	defer f.Close()
+	if err := unix.Fadvise(int(f.Fd()), 0, 0, unix.FADV_WILLNEED); err != nil {
+		return fmt.Errorf("preload %s: %w", path, err)
+	}
+	return nil
+}
+
 func mountAll(all []mount) error {
 	for _, m := range all {
-		TT("before "+m.target)
 		err := mountOne(m)
 		if err != nil && !m.optional {
 			return err
@@ -168,7 +199,6 @@ func ScratchDisk(ctx context.Context, target string) (quota bool, _ error) {
 	if err != nil {
 		return false, fmt.Errorf("scratch disk: %w", err)
 	}
-	TT("disk found")
 	if err := os.MkdirAll(target, 0o711); err != nil {
 		return false, fmt.Errorf("scratch disk: %w", err)
 	}
@@ -213,7 +243,3 @@ func ScaleLimits(memoryBytes uint64) error {
 	}
 	return errors.Join(errs...)
 }
-
-var tt = map[string]time.Duration{}
-var last time.Duration
-func TT(n string) { now := Uptime(); fmt.Fprintln(os.Stderr, "TT", n, now-last); last = Uptime() }

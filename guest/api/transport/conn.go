@@ -173,6 +173,8 @@ func (c *Conn) convert(op string, err error) error {
 		err = syscall.ECONNRESET
 	case errors.Is(err, yamux.ErrTimeout):
 		err = os.ErrDeadlineExceeded
+	default: // the link's own error, before yamux has ended the session
+		err = fmt.Errorf("%w: %w", errLost, err)
 	}
 	return fmt.Errorf("%s guest port %d: %w", op, c.port, err)
 }

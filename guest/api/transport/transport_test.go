@@ -515,3 +515,37 @@ func TestListenTwice(t *testing.T) {
 	_, err = m.Listen(1)
 	require.NoError(t, err)
 }
+
+func TestServeListener(t *testing.T) {
+	t.Parallel()
+	path := t.TempDir() + "/s"
+	l, err := net.Listen("unix", path)
+	require.NoError(t, err)
+	m := NewMux()
+	echoes, err := m.Listen(7)
+	require.NoError(t, err)
+	ctx, cancel := context.WithCancel(context.Background())
+	var wg sync.WaitGroup
+	wg.Go(func() {
+		for {
+			c, err := echoes.Accept()
+			if err != nil {
+				return
+			}
+			wg.Go(func() {
+				defer c.Close() //nolint:errcheck
+				echo(c.(*Conn))
+			})
+		}
+	})
+	wg.Go(func() { assert.ErrorIs(t, m.ServeListener(ctx, l), context.Canceled) })
+	for range 3 {
+		c, err := Open(SerialEndpoint(path))
+		require.NoError(t, err)
+		dial(t, c, 7)
+		require.NoError(t, c.Close())
+	}
+	cancel()
+	require.NoError(t, echoes.Close())
+	wg.Wait()
+}

@@ -20,8 +20,8 @@ package=linux-source-6.12
 tarball=$CACHE/$package.tar.xz
 installed=/usr/src/$package.tar.xz
 
-say() { printf 'guest kernel source: %s\n' "$*"; }
-die() { printf 'guest kernel source: error: %s\n' "$*" >&2; exit 1; }
+say() { printf 'kernel source: %s\n' "$*"; }
+die() { printf 'kernel source: error: %s\n' "$*" >&2; exit 1; }
 
 fetch() {
 	local dir release

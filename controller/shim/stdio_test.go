@@ -1,0 +1,185 @@
+// SPDX-License-Identifier: Apache-2.0
+// Copyright The containerd-cloudhv Authors
+
+package shim
+
+import (
+	"io"
+	"os"
+	"path/filepath"
+	"runtime"
+	"syscall"
+	"testing"
+	"time"
+
+	taskapi "github.com/containerd/containerd/api/runtime/task/v3"
+	"github.com/stretchr/testify/assert"
+	"github.com/stretchr/testify/require"
+	"google.golang.org/protobuf/proto"
+
+	wirev1 "github.com/cloudhv/containerd-cloudhv/controller/shim/wire/v1"
+)
+
+func eventFor(testing.TB) proto.Message { return &wirev1.TaskOOM{ContainerId: "x"} }
+
+// All of 200 MB arrives though its reader stalls, and little of it is held.
+func TestStalledReader(t *testing.T) {
+	t.Parallel()
+	const size = 200 << 20
+	p := newPod(t)
+	s := p.stdio("c", false)
+	p.run("c", s, "bytes", "209715200")
+	half := make([]byte, 1<<20)
+	_, err := io.ReadFull(s.out, half)
+	require.NoError(t, err)
+	var before, after runtime.MemStats
+	runtime.ReadMemStats(&before)
+	time.Sleep(2 * time.Second)
+	runtime.ReadMemStats(&after)
+	assert.Less(t, int64(after.HeapAlloc)-int64(before.HeapAlloc), int64(8<<20))
+	for i, b := range half {
+		if b != patternByte(i) {
+			t.Fatalf("byte %d is wrong", i)
+		}
+	}
+	rest := &shifted{r: s.out, at: len(half)}
+	n, err := rest.check()
+	require.NoError(t, err)
+	assert.Equal(t, size, n)
+	assert.Zero(t, p.wait("c", "").ExitStatus)
+	p.delete("c", "")
+}
+
+// shifted checks a pattern from a byte in the middle.
+type shifted struct {
+	r  io.Reader
+	at int
+}
+
+func (s *shifted) check() (int, error) {
+	buf := make([]byte, 64<<10)
+	for {
+		n, err := s.r.Read(buf)
+		for i, b := range buf[:n] {
+			if b != patternByte(s.at+i) {
+				return s.at + i, io.ErrUnexpectedEOF
+			}
+		}
+		s.at += n
+		if err == io.EOF { //nolint:errorlint // the reader's own
+			return s.at, nil
+		}
+		if err != nil {
+			return s.at, err
+		}
+	}
+}
+
+// 50 MB of input arrive whole and end when both have closed: containerd its end
+// of the FIFO, and the shim its own at CloseIO.
+func TestStdin(t *testing.T) {
+	t.Parallel()
+	const size = 50 << 20
+	p := newPod(t)
+	s := p.stdio("c", true)
+	p.run("c", s, "cat")
+	go func() {
+		assert.NoError(t, writePattern(s.in, size))
+		assert.NoError(t, s.in.Close())
+		_, err := p.client.CloseIO(testContext(t), &taskapi.CloseIORequest{ID: "c", Stdin: true})
+		assert.NoError(t, err)
+	}()
+	n, err := checkPattern(s.out)
+	require.NoError(t, err)
+	assert.Equal(t, size, n)
+	assert.Zero(t, p.wait("c", "").ExitStatus)
+}
+
+// Stdin stays open without containerd.
+func TestStdinOutlivesItsWriter(t *testing.T) {
+	t.Parallel()
+	p := newPod(t)
+	s := p.stdio("c", true)
+	p.run("c", s, "cat")
+	for _, text := range []string{"one", "two"} {
+		in := p.fifo(s.paths[0], syscall.O_WRONLY)
+		_, err := io.WriteString(in, text)
+		require.NoError(t, err)
+		require.NoError(t, in.Close())
+		got := make([]byte, len(text))
+		_, err = io.ReadFull(s.out, got)
+		require.NoError(t, err)
+		assert.Equal(t, text, string(got))
+	}
+	assert.Equal(t, "TASK_RUNNING", "TASK_"+p.state("c", "").Status.String())
+}
+
+// A writer whose process has ended is not left to wait.
+func TestStdinOfTheDead(t *testing.T) {
+	t.Parallel()
+	p := newPod(t)
+	s := p.stdio("c", true)
+	p.run("c", s, "exit", "0")
+	p.wait("c", "")
+	buf := make([]byte, 1<<20)
+	_, err := s.in.Write(buf)
+	assert.ErrorIs(t, err, syscall.EPIPE)
+}
+
+// A process that ends while nobody reads keeps its last words.
+func TestTailWaitsForItsReader(t *testing.T) {
+	t.Parallel()
+	p := newPod(t)
+	s := p.stdio("c", false)
+	p.create("c", s, "bytes", "40000")
+	// containerd goes away before the process has written anything.
+	require.NoError(t, s.out.Close())
+	require.NoError(t, s.err.Close())
+	_, err := p.client.Start(testContext(t), &taskapi.StartRequest{ID: "c"})
+	require.NoError(t, err)
+	assert.Zero(t, p.wait("c", "").ExitStatus)
+	time.Sleep(100 * time.Millisecond)
+	for range 2 {
+		// One reader that dies half-way, and one that reads to the end.
+		r := p.fifo(s.paths[1], syscall.O_RDONLY)
+		buf := make([]byte, 10000)
+		_, err := io.ReadFull(r, buf)
+		require.NoError(t, err)
+		require.NoError(t, r.Close())
+	}
+	n, err := (&shifted{r: p.fifo(s.paths[1], syscall.O_RDONLY), at: 20000}).check()
+	require.NoError(t, err)
+	assert.Equal(t, 40000, n)
+	p.delete("c", "")
+}
+
+// A delete does not wait for readers that never come.
+func TestDeleteCutsOutput(t *testing.T) {
+	t.Parallel()
+	p := newPod(t)
+	p.svc.drainLimit = 100 * time.Millisecond
+	s := p.stdio("c", false)
+	p.run("c", s, "bytes", "30000")
+	p.wait("c", "")
+	began := time.Now()
+	p.delete("c", "")
+	assert.Less(t, time.Since(began), 10*time.Second)
+}
+
+func TestLogFile(t *testing.T) {
+	t.Parallel()
+	p := newPod(t)
+	name := filepath.Join(p.dir, "logs", "c.log")
+	r := p.createRequest("c", nil, "echo", "hello")
+	r.Stdout, r.Stderr = "file://"+name, "file://"+name
+	_, err := p.client.Create(testContext(t), r)
+	require.NoError(t, err)
+	_, err = p.client.Start(testContext(t), &taskapi.StartRequest{ID: "c"})
+	require.NoError(t, err)
+	p.wait("c", "")
+	p.delete("c", "")
+	data, err := os.ReadFile(name)
+	require.NoError(t, err)
+	assert.Contains(t, string(data), "hello")
+	assert.Contains(t, string(data), "err:hello")
+}

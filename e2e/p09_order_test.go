@@ -1,0 +1,177 @@
+// SPDX-License-Identifier: Apache-2.0
+// Copyright The containerd-cloudhv Authors
+
+package e2e
+
+import (
+	"context"
+	"errors"
+	"testing"
+	"time"
+
+	"github.com/stretchr/testify/require"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
+
+	"github.com/cloudhv/containerd-cloudhv/e2e/testnode"
+)
+
+// TestOrder is point 9: calls that come too early, twice, or in another order.
+func TestOrder(t *testing.T) {
+	forHandlers(t, func(t *testing.T, h string) {
+		t.Run("stop and remove before start", func(t *testing.T) {
+			p := newPod(t, h)
+			stopped, removed, left := p.create(idleConfig("stopped")), p.create(idleConfig("removed")), p.create(idleConfig("left"))
+			ctx := testContext(t)
+			require.NoError(t, p.n.StopContainer(ctx, stopped.id, time.Second))
+			require.NoError(t, p.n.StopContainer(ctx, stopped.id, time.Second))
+			require.NoError(t, p.n.RemoveContainer(ctx, stopped.id))
+			require.NoError(t, p.n.RemoveContainer(ctx, removed.id))
+			require.NoError(t, p.n.RemoveContainer(ctx, removed.id))
+			require.Equal(t, runtimeapi.ContainerState_CONTAINER_CREATED, left.status().GetState())
+		})
+		t.Run("twice", func(t *testing.T) {
+			p := newPod(t, h)
+			c := p.start(idleConfig("c"))
+			ctx := testContext(t)
+			require.Error(t, p.n.StartContainer(ctx, c.id), "it runs")
+			for range 2 {
+				require.NoError(t, p.n.StopContainer(ctx, c.id, 10*time.Second))
+			}
+			require.Error(t, p.n.StartContainer(ctx, c.id), "it has ended")
+			for range 2 {
+				require.NoError(t, p.n.StopPod(ctx, p.id))
+			}
+			for range 2 {
+				require.NoError(t, p.n.RemoveContainer(ctx, c.id))
+			}
+			for range 2 {
+				require.NoError(t, p.n.RemovePod(ctx, p.id))
+			}
+			require.NoError(t, p.n.StopPod(ctx, p.id), "one that does not exist")
+		})
+		t.Run("in parallel", func(t *testing.T) {
+			p := newPod(t, h)
+			c := p.start(idleConfig("c"))
+			ctx := testContext(t)
+			together(t, 4, func() error { return p.n.StopContainer(ctx, c.id, 10*time.Second) })
+			together(t, 4, func() error { return p.n.StopPod(ctx, p.id) })
+		})
+		t.Run("remove what runs", func(t *testing.T) {
+			p := newPod(t, h)
+			c := p.start(idleConfig("c"))
+			require.NoError(t, p.n.RemoveContainer(testContext(t), c.id))
+			p.start(idleConfig("d"))
+			require.NoError(t, p.n.RemovePod(testContext(t), p.id))
+		})
+		t.Run("stop the pod during a container's start", func(t *testing.T) { stopDuringStart(t, h) })
+		t.Run("in a stopped pod", func(t *testing.T) {
+			p := newPod(t, h)
+			c := p.create(idleConfig("c"))
+			require.NoError(t, p.n.StopPod(testContext(t), p.id))
+			require.Error(t, p.n.StartContainer(testContext(t), c.id))
+			_, err := p.n.CreateContainer(testContext(t), p.id, p.cfg, idleConfig("d"))
+			require.Error(t, err)
+		})
+	})
+}
+
+// together calls f n times at once; none may fail.
+func together(t *testing.T, n int, f func() error) {
+	t.Helper()
+	errs := make(chan error, n)
+	for range n {
+		go func() { errs <- f() }()
+	}
+	for range n {
+		require.NoError(t, <-errs)
+	}
+}
+
+// stopDuringStart stops and removes pods while a container of theirs is created
+// and started, at several moments of it.
+func stopDuringStart(t *testing.T, h string) {
+	for _, delay := range []time.Duration{0, 20 * time.Millisecond, 80 * time.Millisecond, 200 * time.Millisecond} {
+		p := newPod(t, h)
+		ctx := testContext(t)
+		started := make(chan struct{})
+		go func() {
+			defer close(started)
+			// Whether it succeeds is a matter of time.
+			if id, err := p.n.CreateContainer(ctx, p.id, p.cfg, idleConfig("c")); err == nil {
+				_ = p.n.StartContainer(ctx, id)
+			}
+		}()
+		time.Sleep(delay) // chooses the moment, nothing waits for it
+		require.NoError(t, p.n.StopPod(ctx, p.id))
+		<-started
+		require.NoError(t, p.n.StopPod(ctx, p.id))
+		require.NoError(t, p.n.RemovePod(ctx, p.id))
+	}
+}
+
+// TestOrderMachineGone is point 9 for a pod whose virtual machine is gone.
+func TestOrderMachineGone(t *testing.T) {
+	requireCloudHV(t)
+	for name, calls := range map[string]func(ctx context.Context, p *pod, c *container) error{
+		"stop, remove": func(ctx context.Context, p *pod, _ *container) error {
+			return errors.Join(p.n.StopPod(ctx, p.id), p.n.StopPod(ctx, p.id), p.n.RemovePod(ctx, p.id), p.n.RemovePod(ctx, p.id))
+		},
+		"remove": func(ctx context.Context, p *pod, _ *container) error { return p.n.RemovePod(ctx, p.id) },
+		"container first": func(ctx context.Context, p *pod, c *container) error {
+			return errors.Join(p.n.StopContainer(ctx, c.id, time.Second), p.n.RemoveContainer(ctx, c.id), p.n.RemovePod(ctx, p.id))
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			p := newPod(t, testnode.CloudHV)
+			c := p.start(idleConfig("c"))
+			p.create(idleConfig("created"))
+			require.NoError(t, testnode.Kill9(testContext(t), p.info().VMMPid))
+			require.NoError(t, calls(testContext(t), p, c))
+		})
+	}
+}
+
+// TestOrderCancelledStart is point 9 for a pod's own start: whoever asked goes
+// away at some moment of it. Nothing may be left but what CRI lists.
+func TestOrderCancelledStart(t *testing.T) {
+	forHandlers(t, func(t *testing.T, h string) {
+		n := node(t)
+		before, err := settled(testContext(t), n)
+		require.NoError(t, err)
+		for _, delay := range []time.Duration{20, 60, 120, 300, 600, 1000} {
+			cfg := podConfig(t)
+			ctx, cancel := context.WithTimeout(testContext(t), delay*time.Millisecond)
+			id, err := n.RunPod(ctx, cfg, h)
+			cancel()
+			if err == nil {
+				require.NoError(t, n.RemovePod(testContext(t), id))
+				continue
+			}
+			code := status.Code(errors.Unwrap(err))
+			require.Contains(t, []codes.Code{codes.DeadlineExceeded, codes.Canceled, codes.Unknown}, code, "%v", err)
+		}
+		require.NoError(t, testnode.Eventually(testContext(t), func(ctx context.Context) error {
+			if err := n.RemoveAllPods(ctx); err != nil {
+				return err
+			}
+			short, cancel := context.WithTimeout(ctx, 2*time.Second)
+			defer cancel()
+			return n.AwaitCensus(short, before)
+		}))
+	})
+}
+
+// TestOrderDuplicate runs one pod twice: the second is refused and harms nothing.
+func TestOrderDuplicate(t *testing.T) {
+	forHandlers(t, func(t *testing.T, h string) {
+		p := newPod(t, h)
+		c := p.start(idleConfig("c"))
+		_, err := p.n.RunPod(testContext(t), p.cfg, h)
+		require.ErrorContains(t, err, "is reserved")
+		_, err = p.n.CreateContainer(testContext(t), p.id, p.cfg, idleConfig("c"))
+		require.ErrorContains(t, err, "is reserved")
+		c.exec("true")
+	})
+}
