@@ -27,12 +27,14 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"runtime"
 	"sync"
 
 	"github.com/containerd/containerd/v2/core/containers"
 	"github.com/containerd/containerd/v2/core/sandbox"
 	"github.com/containerd/errdefs"
 	"github.com/containerd/log"
+	"golang.org/x/sync/semaphore"
 
 	"github.com/cloudhv/containerd-cloudhv/controller/config"
 	"github.com/cloudhv/containerd-cloudhv/controller/network"
@@ -91,6 +93,8 @@ type Controller struct {
 	network    Network
 	ttrpc      string
 	scratch    *scratchStore
+	// boots are the VMs that may start at a time.
+	boots *semaphore.Weighted
 
 	// mu guards pods, and nothing slow is done under it.
 	mu   sync.Mutex
@@ -120,6 +124,7 @@ func New(o Options) *Controller {
 		network:    o.Network,
 		ttrpc:      o.TTRPCAddress,
 		scratch:    newScratchStore(o.Settings.CacheDir, o.Settings.ScratchSize),
+		boots:      semaphore.NewWeighted(bootSlots(o.Settings, o.Host)),
 		pods:       map[string]*pod{},
 	}
 	for _, d := range o.Drivers {
@@ -132,6 +137,23 @@ func New(o Options) *Controller {
 		c.unfit = fmt.Errorf("no hypervisor: %w", errdefs.ErrFailedPrecondition)
 	}
 	return c
+}
+
+// softwareEmulation is the Accelerator of a VMM that has none.
+const softwareEmulation = "tcg"
+
+// bootSlots is how many VMs may start at a time. A guest's boot is processor
+// work from end to end: more at a time than there are processors makes each
+// take longer, and in software emulation so long that they give up.
+func bootSlots(s *config.Settings, host vmm.Host) int64 {
+	switch {
+	case s.BootParallel > 0:
+		return int64(s.BootParallel)
+	case host.Accelerator == softwareEmulation:
+		return int64(runtime.NumCPU())
+	default:
+		return int64(4 * runtime.NumCPU())
+	}
 }
 
 // Unfit is why this controller creates no sandboxes, or nil.

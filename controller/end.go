@@ -174,7 +174,7 @@ func (c *Controller) watch(ctx context.Context, p *pod, vm vmm.VM, s *shim) {
 				cause: fmt.Sprintf("the shim (pid %d) ended unexpectedly", s.id.Pid), label: "shim", status: exitKilled,
 			}
 		}
-		if p.isEnding() {
+		if isClosed(p.exited) || p.isEnding() {
 			return
 		}
 		log.G(ctx).WithFields(log.Fields{

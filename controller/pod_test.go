@@ -332,7 +332,7 @@ func TestAttachRootFSAfterACrash(t *testing.T) {
 
 func TestScratchDisks(t *testing.T) {
 	t.Parallel()
-	s := newScratchStore(t.TempDir(), 256<<20)
+	s := newScratchStore(t.TempDir(), 64<<20)
 	var wg sync.WaitGroup
 	for i := range 4 {
 		wg.Go(func() {
@@ -344,7 +344,7 @@ func TestScratchDisks(t *testing.T) {
 	wg.Wait()
 	template, err := os.ReadFile(s.templatePath())
 	require.NoError(t, err)
-	require.Len(t, template, 256<<20)
+	require.Len(t, template, 64<<20)
 	for i := range 4 {
 		disk, err := os.ReadFile(s.path(fmt.Sprint(i)))
 		require.NoError(t, err)

@@ -112,6 +112,11 @@ func vmmPid(rec *record) uint32 {
 // bringUp makes all that a ready sandbox has. What the VM does not need yet is
 // made while it boots.
 func (c *Controller) bringUp(ctx context.Context, p *pod, watch *stopwatch) error {
+	err := watch.time(ctx, "queue", func(ctx context.Context) error { return c.boots.Acquire(ctx, 1) })
+	if err != nil {
+		return fmt.Errorf("wait for other VMs to start: %w", err)
+	}
+	defer c.boots.Release(1)
 	n := &network.Network{}
 	defer func() {
 		// The VMM has its own files by now, or there is none.

@@ -33,11 +33,16 @@ func forHandlers(t *testing.T, test func(t *testing.T, h string)) {
 	}
 }
 
-// node returns the suite's node, or skips the test.
+// node returns the suite's node, or skips the test. Where an earlier test has
+// left it without containerd, it is started again.
 func node(t *testing.T) *testnode.Node {
 	t.Helper()
 	if suite.skip != "" {
 		t.Skip(suite.skip)
+	}
+	require.NoError(t, suite.ctx.Err(), "interrupted")
+	if suite.node.Pid() == 0 {
+		require.NoError(t, suite.node.Start(testContext(t)))
 	}
 	return suite.node
 }

@@ -36,6 +36,8 @@ var suite struct {
 	// node runs containerd, unless skip says why not.
 	node *testnode.Node
 	skip string
+	// ctx ends when the run is interrupted.
+	ctx context.Context
 	// handlers are tested, each on its own.
 	handlers []string
 	// before is the census that must be the same in the end.
@@ -117,7 +119,7 @@ func onNode(ctx context.Context, opts testnode.Options, m *testing.M) (code int,
 		defer cancel()
 		retErr = errors.Join(retErr, n.Close(cctx))
 	}()
-	suite.node = n
+	suite.node, suite.ctx = n, ctx
 	if err := prepare(ctx, n); err != nil {
 		return 1, fmt.Errorf("%w\ncontainerd's log ends:\n%s", err, n.LogTail(4096))
 	}

@@ -6,9 +6,7 @@ package e2e
 import (
 	"bytes"
 	"context"
-	"crypto/sha256"
 	"fmt"
-	"hash"
 	"io"
 	"os"
 	"strconv"
@@ -35,9 +33,9 @@ const (
 	bounded = 24 << 20
 )
 
-// stallingWriter digests what it gets. After so many bytes it calls stall once.
+// stallingWriter sums up what it gets. After so many bytes it calls stall once.
 type stallingWriter struct {
-	h     hash.Hash
+	sum   pattern.Checksum
 	n     int64
 	after int64
 	stall func()
@@ -49,7 +47,7 @@ func (w *stallingWriter) Write(p []byte) (int, error) {
 		w.stall()
 	}
 	w.n += int64(len(p))
-	return w.h.Write(p)
+	return w.sum.Write(p)
 }
 
 // guestMemory is what is available in the container's machine, in bytes.
@@ -68,7 +66,7 @@ func TestOutputToStallingReader(t *testing.T) {
 		c := p.start(idleConfig("c"))
 		before := c.guestMemory()
 		var least int64
-		out := &stallingWriter{h: sha256.New(), after: 10 << 20, stall: func() {
+		out := &stallingWriter{after: 10 << 20, stall: func() {
 			// The stall is the test itself: nothing can tell that nothing happens.
 			time.Sleep(2 * time.Second)
 			least = c.guestMemory()
@@ -78,7 +76,7 @@ func TestOutputToStallingReader(t *testing.T) {
 		var errOut strings.Builder
 		require.NoError(t, c.stream(remotecommand.StreamOptions{Stdout: out, Stderr: &errOut}, testimage.HelperPath, "gen", strconv.Itoa(outputBytes), "9"))
 		require.Equal(t, int64(outputBytes), out.n)
-		require.Equal(t, pattern.Sum(9, outputBytes), fmt.Sprintf("%x", out.h.Sum(nil)))
+		require.Equal(t, pattern.Sum(9, outputBytes), out.sum.String())
 		require.Equal(t, pattern.Line(9, outputBytes)+"\n", errOut.String())
 		if h == testnode.CloudHV {
 			require.Less(t, before-least, int64(bounded), "memory taken in the guest while the reader stalled")
@@ -99,16 +97,17 @@ func TestLogToStoppedContainerd(t *testing.T) {
 		require.Zero(t, c.awaitExit().GetExitCode())
 		lines, err := readLog(c.log)
 		require.NoError(t, err)
-		sum := sha256.New()
+		var sum pattern.Checksum
 		var errLine string
 		for _, l := range lines {
 			if l.stream == "stderr" {
 				errLine = l.text
 				continue
 			}
-			io.WriteString(sum, l.text+"\n")
+			_, err = io.WriteString(&sum, l.text+"\n")
+			require.NoError(t, err)
 		}
-		require.Equal(t, pattern.Sum(10, logBytes), fmt.Sprintf("%x", sum.Sum(nil)))
+		require.Equal(t, pattern.Sum(10, logBytes), sum.String())
 		require.Equal(t, pattern.Line(10, logBytes), errLine)
 	})
 }
@@ -209,12 +208,12 @@ func TestShimMemoryBounded(t *testing.T) {
 		pid := p.shimPid()
 		before := hostMemory(t, pid)
 		var during int64
-		out := &stallingWriter{h: sha256.New(), after: 4 << 20, stall: func() {
+		out := &stallingWriter{after: 4 << 20, stall: func() {
 			time.Sleep(time.Second) // the stall itself
 			during = hostMemory(t, pid)
 		}}
 		require.NoError(t, c.stream(remotecommand.StreamOptions{Stdout: out}, testimage.HelperPath, "gen", strconv.Itoa(32<<20), "13"))
-		require.Equal(t, pattern.Sum(13, 32<<20), fmt.Sprintf("%x", out.h.Sum(nil)))
+		require.Equal(t, pattern.Sum(13, 32<<20), out.sum.String())
 		require.Less(t, during-before, int64(8<<20))
 	})
 }

@@ -15,15 +15,21 @@ source "$repo/hack/lib.sh"
 
 nodes=/var/tmp/chv
 
-# remove_nodes: never through a mount, as a live node's mounts lead elsewhere.
+# remove_nodes: not those that run, and never through a mount, which leads elsewhere.
 remove_nodes() {
-	[[ -e $nodes ]] || return 0
-	if grep -q " $nodes/" /proc/self/mountinfo; then
-		warn "$nodes has mounts in it, so a node runs there or died there: left alone"
-		return
+	local dir
+	for dir in "$nodes"/*/; do
+		[[ -d $dir ]] || continue
+		if grep -q " $dir" /proc/self/mountinfo || { [[ -e ${dir}lock ]] && ! as_root flock -n "${dir}lock" true; }; then
+			warn "$dir belongs to a node that runs, or that died with its mounts in place: left alone"
+			continue
+		fi
+		announce "rm -r $dir"
+		as_root rm -rf "$dir"
+	done
+	if [[ -d $nodes ]]; then
+		as_root rmdir --ignore-fail-on-non-empty "$nodes"
 	fi
-	announce "rm -r $nodes"
-	as_root rm -rf "$nodes"
 }
 
 step "Clean"

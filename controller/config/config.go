@@ -40,6 +40,11 @@ type Config struct {
 	// when the pod's config states no overhead of its own.
 	MemoryOverhead Text `toml:"memory_overhead"`
 
+	// BootParallel is how many VMs may start at a time; others wait for their
+	// turn, which serves all of them sooner. 0 stands for one a processor of the
+	// host in software emulation, and four with hardware virtualization.
+	BootParallel Count `toml:"boot_parallel"`
+
 	// StateDir holds a directory for each sandbox: record, sockets, logs.
 	StateDir Text `toml:"state_dir"`
 	// CacheDir holds the file systems of images, and scratch disks.
@@ -123,6 +128,7 @@ func Default() *Config {
 		MaxMemory:               "0",
 		BaseMemory:              "128MiB",
 		MemoryOverhead:          "64MiB",
+		BootParallel:            0,
 		StateDir:                "/run/cloudhv",
 		CacheDir:                "/var/lib/cloudhv",
 		Shim:                    "containerd-shim-cloudhv-v1",
@@ -135,9 +141,9 @@ func Default() *Config {
 		EnableUnprivilegedICMP:  true,
 		RootFSBuilder:           RootFSBuilder{Memory: "1GiB", ImageSize: "64GiB", Parallel: 2},
 		Timeouts: Timeouts{
-			Boot:        "60s",
-			AgentCall:   "10s",
-			HotPlug:     "15s",
+			Boot:        "90s",
+			AgentCall:   "30s",
+			HotPlug:     "30s",
 			PowerOff:    "5s",
 			Cleanup:     "30s",
 			RootFSBuild: "10m",

@@ -65,7 +65,7 @@ func TestDefaultsAreOverriddenOneByOne(t *testing.T) {
 	require.NoError(t, toml.Unmarshal([]byte("default_vcpus = 3\n[timeouts]\nboot = '5s'\n"), c))
 	require.Equal(t, Count(3), c.DefaultVCPUs)
 	require.Equal(t, Text("5s"), c.Timeouts.Boot)
-	require.Equal(t, Text("10s"), c.Timeouts.AgentCall)
+	require.Equal(t, Text("30s"), c.Timeouts.AgentCall)
 }
 
 func TestValidateNamesFieldValueAndRemedy(t *testing.T) {

@@ -53,6 +53,8 @@ type Settings struct {
 	DefaultVCPUs, MaxVCPUs     int
 	DefaultMemory, MaxMemory   int64
 	BaseMemory, MemoryOverhead int64
+	// BootParallel is 0 where the accelerator decides.
+	BootParallel int
 
 	StateDir, CacheDir, Shim string
 	ScratchSize              int64
@@ -217,6 +219,7 @@ func (v *validator) limits(c *Config, s *Settings) {
 	s.ConsoleLogLimit = v.atLeast("console_log_limit", c.ConsoleLogLimit, minConsole)
 	s.BuilderMemory = v.atLeast("rootfs_builder.memory", c.RootFSBuilder.Memory, minBuilder)
 	s.BuilderImageSize = v.atLeast("rootfs_builder.image_size", c.RootFSBuilder.ImageSize, minScratch)
+	s.BootParallel = v.count("boot_parallel", c.BootParallel, 0, 1024)
 	s.BuilderParallel = v.count("rootfs_builder.parallel", c.RootFSBuilder.Parallel, 1, 64)
 	if c.RootFSBuilder.Binary != "" {
 		s.BuilderBinary = v.program("rootfs_builder.binary", c.RootFSBuilder.Binary)

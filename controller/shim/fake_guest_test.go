@@ -4,7 +4,7 @@
 package shim
 
 import (
-	"bufio"
+	"bytes"
 	"context"
 	"encoding/json"
 	"errors"
@@ -424,36 +424,47 @@ func (g *fakeGuest) State(context.Context, *guestv1.StateRequest) (*guestv1.Stat
 	return nil, errgrpc.ToGRPC(errdefs.ErrNotImplemented)
 }
 
-// patternByte is byte i of what the process "bytes" writes.
-func patternByte(i int) byte { return byte(i ^ i>>8 ^ i>>16) }
+// pattern is what the process "bytes" writes, over and over. Its length is a
+// prime, so that no buffer's size hides a byte that is lost.
+var pattern = func() []byte {
+	p := make([]byte, 65521)
+	for i := range p {
+		p[i] = byte(i ^ i>>8)
+	}
+	return p
+}()
 
 func writePattern(w io.Writer, n int) error {
-	buf := bufio.NewWriterSize(w, 64<<10)
-	for i := range n {
-		if err := buf.WriteByte(patternByte(i)); err != nil {
+	for n > 0 {
+		chunk := pattern[:min(n, len(pattern))]
+		if _, err := w.Write(chunk); err != nil {
 			return err
 		}
+		n -= len(chunk)
 	}
-	return buf.Flush()
+	return nil
 }
 
-// checkPattern reads to the end and returns how many bytes came.
-func checkPattern(r io.Reader) (int, error) {
+// checkPattern reads to the end, and returns at which byte of the pattern's
+// output that is. at is where r begins.
+func checkPattern(r io.Reader, at int) (int, error) {
 	buf := make([]byte, 64<<10)
-	total := 0
 	for {
 		n, err := r.Read(buf)
-		for i, b := range buf[:n] {
-			if b != patternByte(total+i) {
-				return total + i, fmt.Errorf("byte %d is wrong", total+i)
+		for got := buf[:n]; len(got) > 0; {
+			want := pattern[at%len(pattern):]
+			want = want[:min(len(want), len(got))]
+			if !bytes.Equal(want, got[:len(want)]) {
+				return at, fmt.Errorf("wrong after byte %d", at)
 			}
+			at += len(want)
+			got = got[len(want):]
 		}
-		total += n
 		if errors.Is(err, io.EOF) {
-			return total, nil
+			return at, nil
 		}
 		if err != nil {
-			return total, err
+			return at, err
 		}
 	}
 }

@@ -4,6 +4,7 @@
 package shim
 
 import (
+	"bytes"
 	"io"
 	"os"
 	"path/filepath"
@@ -37,42 +38,13 @@ func TestStalledReader(t *testing.T) {
 	time.Sleep(2 * time.Second)
 	runtime.ReadMemStats(&after)
 	assert.Less(t, int64(after.HeapAlloc)-int64(before.HeapAlloc), int64(8<<20))
-	for i, b := range half {
-		if b != patternByte(i) {
-			t.Fatalf("byte %d is wrong", i)
-		}
-	}
-	rest := &shifted{r: s.out, at: len(half)}
-	n, err := rest.check()
+	_, err = checkPattern(bytes.NewReader(half), 0)
+	require.NoError(t, err)
+	n, err := checkPattern(s.out, len(half))
 	require.NoError(t, err)
 	assert.Equal(t, size, n)
 	assert.Zero(t, p.wait("c", "").ExitStatus)
 	p.delete("c", "")
-}
-
-// shifted checks a pattern from a byte in the middle.
-type shifted struct {
-	r  io.Reader
-	at int
-}
-
-func (s *shifted) check() (int, error) {
-	buf := make([]byte, 64<<10)
-	for {
-		n, err := s.r.Read(buf)
-		for i, b := range buf[:n] {
-			if b != patternByte(s.at+i) {
-				return s.at + i, io.ErrUnexpectedEOF
-			}
-		}
-		s.at += n
-		if err == io.EOF { //nolint:errorlint // the reader's own
-			return s.at, nil
-		}
-		if err != nil {
-			return s.at, err
-		}
-	}
 }
 
 // 50 MB of input arrive whole and end when both have closed: containerd its end
@@ -89,7 +61,7 @@ func TestStdin(t *testing.T) {
 		_, err := p.client.CloseIO(testContext(t), &taskapi.CloseIORequest{ID: "c", Stdin: true})
 		assert.NoError(t, err)
 	}()
-	n, err := checkPattern(s.out)
+	n, err := checkPattern(s.out, 0)
 	require.NoError(t, err)
 	assert.Equal(t, size, n)
 	assert.Zero(t, p.wait("c", "").ExitStatus)
@@ -147,7 +119,7 @@ func TestTailWaitsForItsReader(t *testing.T) {
 		require.NoError(t, err)
 		require.NoError(t, r.Close())
 	}
-	n, err := (&shifted{r: p.fifo(s.paths[1], syscall.O_RDONLY), at: 20000}).check()
+	n, err := checkPattern(p.fifo(s.paths[1], syscall.O_RDONLY), 20000)
 	require.NoError(t, err)
 	assert.Equal(t, 40000, n)
 	p.delete("c", "")

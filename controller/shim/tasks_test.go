@@ -163,7 +163,7 @@ func TestManyAtOnce(t *testing.T) {
 			id := fmt.Sprintf("c%d", i)
 			s := p.stdio(id, false)
 			p.run(id, s, "bytes", "100000")
-			got, err := checkPattern(s.out)
+			got, err := checkPattern(s.out, 0)
 			assert.NoError(t, err)
 			assert.Equal(t, 100_000, got)
 			p.wait(id, "")

@@ -16,6 +16,7 @@ import (
 	"regexp"
 	"slices"
 	"strings"
+	"time"
 
 	"github.com/containerd/errdefs"
 	"github.com/vishvananda/netlink"
@@ -69,10 +70,15 @@ func (c Census) Count(class string) int {
 	return sum
 }
 
+// settleLimit is how long things may take that are cleaned up after a call has
+// returned.
+const settleLimit = 30 * time.Second
+
 // AwaitCensus waits until the census is as before, and says how it differs if
-// that does not happen before ctx ends: some things are cleaned up after a call
-// has returned.
+// that does not happen soon.
 func (n *Node) AwaitCensus(ctx context.Context, before Census) error {
+	ctx, cancel := context.WithTimeout(ctx, Scale(settleLimit))
+	defer cancel()
 	return Eventually(ctx, func(ctx context.Context) error {
 		now, err := n.Census(ctx)
 		if err != nil {

@@ -114,7 +114,12 @@ func (n *Node) ready(ctx context.Context) error {
 		return err
 	}
 	rt := runtimeapi.NewRuntimeServiceClient(n.conn)
-	st, err := rt.Status(ctx, &runtimeapi.StatusRequest{}, grpc.WaitForReady(true))
+	var st *runtimeapi.StatusResponse
+	// The socket opens before CRI has taken up its pods, and nothing tells when it has.
+	err := Eventually(ctx, func(ctx context.Context) (err error) {
+		st, err = rt.Status(ctx, &runtimeapi.StatusRequest{}, grpc.WaitForReady(true))
+		return err
+	})
 	if err != nil {
 		return fmt.Errorf("asking CRI's status: %w", err)
 	}

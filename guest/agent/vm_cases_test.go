@@ -5,10 +5,8 @@ package main
 
 import (
 	"bytes"
-	"crypto/sha256"
 	"fmt"
 	"io"
-	"math/rand"
 	"net"
 	"strings"
 	"testing"
@@ -32,6 +30,7 @@ var testCases = []testCase{
 	{"timing", (*vm).timing, false},
 	{"container", (*vm).container, true},
 	{"files", (*vm).files, false},
+	{"footprint", (*vm).footprint, true},
 	{"exit codes", (*vm).exitCodes, false},
 	{"input and output", (*vm).inputOutput, false},
 	{"stalled reader", (*vm).stalled, true},
@@ -48,6 +47,7 @@ var testCases = []testCase{
 	{"bad requests", (*vm).badRequests, false},
 	{"network", (*vm).network, true},
 	{"resize", (*vm).resize, true},
+	{"hot-plug", (*vm).hotPlug, true},
 }
 
 func (v *vm) runCases(t *testing.T, real bool) {
@@ -83,11 +83,13 @@ func TestVM(t *testing.T) {
 // nothingLeft looks for what containers leave, as far as a container can see it.
 func (v *vm) nothingLeft() {
 	v.t.Helper()
-	out, _ := v.run("census", "cd /sys; for d in pod run run/scratch/layers; do (cd /$d && echo */); done", func(r *guestv1.CreateRequest) {
+	out, _ := v.run("census", "for d in /pod /run /run/crun /run/containers /run/scratch/layers; do (cd $d && echo */); done; cd /vmtmp; echo runc-process* pty*", func(r *guestv1.CreateRequest) {
 		r.Spec = bytes.Replace(r.Spec, []byte(`"mounts":[`), []byte(`"mounts":[{"destination":"/pod","type":"bind","source":"/sys/fs/cgroup/pod","options":["rbind","ro"]},
+			{"destination":"/vmtmp","type":"bind","source":"/tmp","options":["rbind","ro"]},
 			{"destination":"/run","type":"bind","source":"/run","options":["rbind","ro"]},`), 1)
 	})
-	require.Equal(v.t, "census/\ncontainers/ crun/ images/ pod/ scratch/\ncensus/ trash/\n", out, "other containers have left something")
+	want := []string{"census/", "containers/ crun/ images/ pod/ scratch/", "census/", "census/", "census/ trash/", "runc-process* pty*", ""}
+	require.Equal(v.t, want, strings.Split(out, "\n"), "other containers have left something")
 }
 
 func (v *vm) start(id, execID string) {
@@ -141,6 +143,15 @@ func (v *vm) container(t *testing.T) {
 	}
 }
 
+// footprint shows what the agent itself takes.
+func (v *vm) footprint(t *testing.T) {
+	out, st := v.run("top", "grep -E '^(VmRSS|RssAnon|RssFile|Threads)' /vmproc/1/status; ls /vmproc/1/fd | wc -l", func(r *guestv1.CreateRequest) {
+		r.Spec = bytes.Replace(r.Spec, []byte(`"mounts":[`), []byte(`"mounts":[{"destination":"/vmproc","type":"bind","source":"/proc","options":["rbind","ro"]},`), 1)
+	})
+	require.EqualValues(t, 0, st, out)
+	t.Log(out)
+}
+
 func (v *vm) files(t *testing.T) {
 	script := "ls -l /etc/hosts /data/a /run/b; cat /etc/hosts /data/a; echo x > /etc/hostname || echo refused; touch /x || echo refused; df /dev/shm; mount | grep shm"
 	out, st := v.run("files", script, func(r *guestv1.CreateRequest) {
@@ -186,97 +197,6 @@ func up(t *testing.T, r io.Reader) {
 	_, err := io.ReadFull(r, b)
 	require.NoError(t, err)
 	require.Equal(t, "up", strings.TrimSpace(string(b)))
-}
-
-func (v *vm) inputOutput(t *testing.T) {
-	in, inConn := v.stream()
-	errID, errConn := v.stream()
-	outConn := v.create("cat", "cat; echo done >&2", func(r *guestv1.CreateRequest) {
-		r.Stdio.Stdin, r.Stdio.Stderr = in, errID
-	})
-	v.start("cat", "")
-	data := make([]byte, 8<<20)
-	_, _ = rand.New(rand.NewSource(1)).Read(data) //nolint:gosec // any bytes do
-	go func() {
-		_, _ = inConn.Write(data)
-		_ = inConn.(interface{ CloseWrite() error }).CloseWrite()
-	}()
-	got, err := io.ReadAll(outConn)
-	require.NoError(t, err)
-	require.Equal(t, sha256.Sum256(data), sha256.Sum256(got))
-	stderr, err := io.ReadAll(errConn)
-	require.NoError(t, err)
-	require.Equal(t, "done\n", string(stderr))
-	require.EqualValues(t, 0, v.wait("cat", "").GetExitStatus())
-	v.delete("cat", "")
-}
-
-func (v *vm) stalled(t *testing.T) {
-	before := v.freeMemory()
-	conn := v.create("flood", "dd if=/dev/zero bs=65536 count=800 2>/dev/null | cat")
-	v.start("flood", "")
-	time.Sleep(2 * time.Second)
-	require.Less(t, int64(before)-int64(v.freeMemory()), int64(24<<20), "the guest buffers output")
-	_, err := v.tasks.State(v.ctx(), &guestv1.StateRequest{Id: "flood"})
-	require.NoError(t, err, "others are held up")
-	n, err := io.Copy(io.Discard, conn)
-	require.NoError(t, err)
-	require.EqualValues(t, 800*65536, n)
-	v.wait("flood", "")
-	v.delete("flood", "")
-}
-
-// freeMemory is the VM's available memory in bytes.
-func (v *vm) freeMemory() uint64 {
-	out, _ := v.run("free", "grep MemAvailable /proc/meminfo")
-	var kb uint64
-	_, err := fmt.Sscanf(strings.TrimSpace(strings.TrimPrefix(out, "MemAvailable:")), "%d", &kb)
-	require.NoError(v.t, err, out)
-	return kb << 10
-}
-
-func (v *vm) terminal(t *testing.T) {
-	in, inConn := v.stream()
-	out := v.create("tty", "stty size; read x; echo got-$x; stty size; read y", func(r *guestv1.CreateRequest) {
-		r.Spec = testSpec("true", "stty size; read x; echo got-$x; stty size; read y")
-		r.Stdio.Terminal, r.Stdio.Stdin = true, in
-	})
-	_, err := v.tasks.ResizePty(v.ctx(), &guestv1.ResizePtyRequest{Id: "tty", Width: 80, Height: 25})
-	require.NoError(t, err)
-	v.start("tty", "")
-	var text bytes.Buffer
-	until := func(want string) {
-		buf := make([]byte, 256)
-		for !strings.Contains(text.String(), want) {
-			n, err := out.Read(buf)
-			require.NoError(t, err, text.String())
-			text.Write(buf[:n])
-		}
-	}
-	until("25 80")
-	_, err = v.tasks.ResizePty(v.ctx(), &guestv1.ResizePtyRequest{Id: "tty", Width: 132, Height: 50})
-	require.NoError(t, err)
-	_, err = inConn.Write([]byte("hello\n"))
-	require.NoError(t, err)
-	until("got-hello\r\n50 132\r\n")
-	// The end of input hangs the terminal up.
-	require.NoError(t, inConn.(interface{ CloseWrite() error }).CloseWrite())
-	w := v.wait("tty", "")
-	require.NotZero(t, w.GetExitStatus())
-	_, _ = io.Copy(io.Discard, out)
-	v.delete("tty", "")
-
-	// A child that keeps the terminal open does not keep the stream open.
-	v.create("host", "sleep 1000")
-	v.start("host", "")
-	conn := v.execute("host", "bg", "(trap '' HUP; sleep 500) & echo up", true)
-	v.start("host", "bg")
-	got, err := io.ReadAll(conn)
-	require.NoError(t, err)
-	require.Contains(t, string(got), "up")
-	require.EqualValues(t, 0, v.wait("host", "bg").GetExitStatus())
-	v.delete("host", "bg")
-	v.end("host")
 }
 
 func (v *vm) exec(t *testing.T) {
@@ -354,90 +274,6 @@ func (v *vm) failures(t *testing.T) {
 	}
 }
 
-func (v *vm) kill(t *testing.T) {
-	conn := v.create("k", "trap 'echo term; exit 3' TERM; echo up; while :; do sleep 0.1; done")
-	require.Equal(t, codes.NotFound, status.Code(v.signal("none", "", 15, false)))
-	require.Equal(t, codes.NotFound, status.Code(v.signal("k", "none", 15, false)))
-	v.start("k", "")
-	up(t, conn)
-	require.Equal(t, codes.InvalidArgument, status.Code(v.signal("k", "", 999, false)))
-	require.NoError(t, v.signal("k", "", 15, false))
-	require.EqualValues(t, 3, v.wait("k", "").GetExitStatus())
-	require.Equal(t, codes.NotFound, status.Code(v.signal("k", "", 15, false)))
-	v.delete("k", "")
-
-	conn = v.create("all", "sleep 1000 & sleep 1000 & echo up; wait")
-	v.start("all", "")
-	up(t, conn)
-	require.NoError(t, v.signal("all", "", 9, true))
-	require.EqualValues(t, 137, v.wait("all", "").GetExitStatus())
-	v.delete("all", "")
-}
-
-func (v *vm) podPids(t *testing.T) {
-	one := v.create("one", "(sleep 1000 &) ; echo up; exec sleep 1000", inPodPids)
-	v.start("one", "")
-	up(t, one)
-	out, _ := v.run("two", "ps", inPodPids)
-	require.Contains(t, out, "pod-pause")
-	require.Contains(t, out, "sleep 1000")
-	st, err := v.tasks.State(v.ctx(), &guestv1.StateRequest{Id: "one"})
-	require.NoError(t, err)
-	out, _ = v.run("three", "ps", func(r *guestv1.CreateRequest) {
-		r.PidNamespace, r.TargetPid = guestv1.PidNamespace_PID_TARGET, st.GetPid()
-	})
-	require.Contains(t, out, "sleep 1000")
-	// The first process's end ends the container's others, but nobody else.
-	require.NoError(t, v.signal("one", "", 9, false))
-	v.wait("one", "")
-	_, err = io.ReadAll(one)
-	require.NoError(t, err)
-	v.delete("one", "")
-	out, _ = v.run("four", "kill -TERM 1; kill -HUP 1; sleep 0.2; ps", inPodPids)
-	require.Contains(t, out, "pod-pause")
-	require.NotContains(t, out, "sleep 1000")
-	_, err = v.tasks.Create(v.ctx(), &guestv1.CreateRequest{
-		Id: "five", Spec: testSpec("false", "true"), Rootfs: &guestv1.RootFS{ImageSerial: testImage},
-		PidNamespace: guestv1.PidNamespace_PID_TARGET, TargetPid: 1,
-	})
-	require.Equal(t, codes.NotFound, status.Code(err), "%v", err)
-}
-
-func (v *vm) pause(t *testing.T) {
-	conn := v.create("p", "echo up; while :; do echo .; sleep 0.05; done")
-	v.start("p", "")
-	up(t, conn)
-	go func() { _, _ = io.Copy(io.Discard, conn) }()
-	_, err := v.tasks.Pause(v.ctx(), &guestv1.PauseRequest{Id: "p"})
-	require.NoError(t, err)
-	st, err := v.tasks.State(v.ctx(), &guestv1.StateRequest{Id: "p"})
-	require.NoError(t, err)
-	require.Equal(t, guestv1.Status_STATUS_PAUSED, st.GetStatus())
-	_, err = v.tasks.Pause(v.ctx(), &guestv1.PauseRequest{Id: "p"})
-	require.Equal(t, codes.FailedPrecondition, status.Code(err))
-	_, err = v.tasks.Resume(v.ctx(), &guestv1.ResumeRequest{Id: "p"})
-	require.NoError(t, err)
-	_, err = v.tasks.Pause(v.ctx(), &guestv1.PauseRequest{Id: "p"})
-	require.NoError(t, err)
-	v.end("p") // killed while paused
-}
-
-func (v *vm) update(t *testing.T) {
-	v.create("u", "echo hello > /file; sleep 1000")
-	v.start("u", "")
-	_, err := v.tasks.Update(v.ctx(), &guestv1.UpdateRequest{Id: "u", Resources: []byte(`{"memory":{"limit":33554432},"pids":{"limit":77},"cpu":{"quota":20000,"period":100000}}`)})
-	require.NoError(t, err)
-	stats, err := v.tasks.Stats(v.ctx(), &guestv1.StatsRequest{Id: "u"})
-	require.NoError(t, err)
-	require.EqualValues(t, 33554432, stats.GetMemory().GetUsageLimit())
-	require.EqualValues(t, 77, stats.GetPids().GetLimit())
-	require.NotZero(t, stats.GetCpu().GetUsageUsec())
-	require.NotZero(t, stats.GetMemory().GetUsage())
-	require.NotEmpty(t, stats.GetMemory().GetStat())
-	require.NotZero(t, stats.GetWritableInodes())
-	v.end("u")
-}
-
 // network looks at what Configure made, with tools of its own.
 func (v *vm) network(t *testing.T) {
 	out, st := v.run("net", "ip addr; ip route; ip -6 route; ip neigh; cat /proc/sys/net/ipv4/ping_group_range")
@@ -450,20 +286,6 @@ func (v *vm) network(t *testing.T) {
 	} {
 		require.Contains(t, out, want)
 	}
-}
-
-func (v *vm) outOfMemory(t *testing.T) {
-	v.create("oom", "x=a; while :; do x=$x$x; done", func(r *guestv1.CreateRequest) {
-		r.Spec = bytes.Replace(r.Spec, []byte(`"limit":67108864`), []byte(`"limit":8388608`), 1)
-	})
-	v.start("oom", "")
-	w := v.wait("oom", "")
-	require.EqualValues(t, 137, w.GetExitStatus())
-	require.NotZero(t, w.GetOomKills())
-	stats, err := v.tasks.Stats(v.ctx(), &guestv1.StatsRequest{Id: "oom"})
-	require.NoError(t, err)
-	require.NotZero(t, stats.GetMemory().GetOomKill())
-	v.delete("oom", "")
 }
 
 func (v *vm) createdOnly(t *testing.T) {

@@ -104,7 +104,7 @@ func busyboxImage(t *testing.T, dir string) string {
 	b, err := os.ReadFile(tool(t, "busybox"))
 	require.NoError(t, err)
 	require.NoError(t, os.WriteFile(filepath.Join(root, "bin/busybox"), b, 0o755))
-	for _, applet := range strings.Fields("sh cat echo sleep ls id hostname head dd md5sum stty ps kill mount grep true false env pwd test touch df seq wc nproc free date ip ping") {
+	for applet := range strings.FieldsSeq("sh cat echo sleep ls id hostname head dd md5sum stty ps kill mount grep true false env pwd test touch df seq wc nproc free date ip ping") {
 		require.NoError(t, os.Link(filepath.Join(root, "bin/busybox"), filepath.Join(root, "bin", applet)))
 	}
 	require.NoError(t, os.WriteFile(filepath.Join(root, "etc/passwd"), []byte("root:x:0:0:root:/:/bin/sh\n"), 0o644))
@@ -126,13 +126,11 @@ func scratchImage(t *testing.T, dir string) string {
 func bootVM(t *testing.T) *vm {
 	t.Helper()
 	qemu := tool(t, "qemu-system-x86_64")
-	dir, err := os.MkdirTemp("", "agentvm")
-	require.NoError(t, err)
-	t.Cleanup(func() { _ = os.RemoveAll(dir) })
+	dir := t.TempDir()
 	kernel, image := build(t, dir)
 	v := &vm{t: t, dir: dir, dead: make(chan struct{})}
 	args := []string{
-		"-M", "q35", "-accel", "tcg", "-cpu", "max", "-smp", "2", "-m", "256M",
+		"-M", "q35", "-accel", "tcg", "-cpu", "max", "-smp", "2", "-m", "256M,slots=4,maxmem=4G",
 		"-nodefaults", "-no-user-config", "-display", "none", "-no-reboot",
 		"-serial", "file:" + filepath.Join(dir, "console"),
 		"-kernel", kernel,
@@ -146,6 +144,7 @@ func bootVM(t *testing.T) *vm {
 		args = append(args, "-drive", "if=none,format=raw,id="+d.serial+",file="+d.file+d.opts,
 			"-device", "virtio-blk-pci,drive="+d.serial+",serial="+d.serial)
 	}
+	args = append(args, plugArgs(dir)...)
 	for _, p := range []string{transport.PortVM, transport.PortPod} {
 		args = append(args, "-chardev", "socket,server=on,wait=off,id="+p+",path="+filepath.Join(dir, p),
 			"-device", "virtserialport,chardev="+p+",name="+p)

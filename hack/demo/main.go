@@ -62,7 +62,7 @@ func run(ctx context.Context, out *printer, image string) (retErr error) {
 	}
 	defer func() {
 		if retErr != nil && ctx.Err() == nil {
-			fmt.Fprintf(os.Stderr, "\nThe end of containerd's log:\n%s\n", node.LogTail(4096))
+			fmt.Fprintf(os.Stderr, "\nThe end of containerd's log:\n%s\n", node.LogTail(2048))
 		}
 		retErr = errors.Join(retErr, closeNode())
 	}()

@@ -133,7 +133,11 @@ func (d *Driver) Attach(ctx context.Context, state vmm.State) (_ vmm.VM, retErr 
 	if err := vm.openLogs(ctx); err != nil {
 		return nil, errors.Join(err, vm.Close())
 	}
-	go vm.watch(nil)
+	var cmd *exec.Cmd
+	if ours, ok := children.LoadAndDelete(id); ok {
+		cmd = ours.(*exec.Cmd)
+	}
+	vm.watched.Go(func() { vm.watch(cmd) })
 	if err := vm.control(ctx); err != nil {
 		return nil, errors.Join(vm.explain(err), vm.Close())
 	}
@@ -174,7 +178,7 @@ func (vm *machine) spawn(ctx context.Context, host vmm.Host, cfg vmm.Config) (re
 		return vm.explain(fmt.Errorf("qemu: ended at once: %w", err))
 	}
 	vm.identity = identity
-	go vm.watch(cmd)
+	vm.watched.Go(func() { vm.watch(cmd) })
 	if err := vm.cgroup.Add(identity.Pid); err != nil {
 		log.G(ctx).WithError(err).WithField("vm", vm.id).Warn("VM runs outside a cgroup of its own")
 	}

@@ -15,6 +15,7 @@ import (
 
 	"github.com/cloudhv/containerd-cloudhv/vmpool/vmm"
 	"github.com/containerd/errdefs"
+	"golang.org/x/sys/unix"
 )
 
 const (
@@ -138,6 +139,9 @@ func (vm *machine) AddNIC(ctx context.Context, nic vmm.NIC) (retErr error) {
 // addNetdev hands QEMU the TAP's files, and makes its end of the network of them.
 func (vm *machine) addNetdev(ctx context.Context, id string, queues []*os.File) (retErr error) {
 	names := make([]string, len(queues))
+	if err := attachQueues(queues); err != nil {
+		return err
+	}
 	for i, f := range queues {
 		names[i] = id + "-" + strconv.Itoa(i)
 		// A file of that name which an earlier call left is replaced.
@@ -160,6 +164,28 @@ func (vm *machine) addNetdev(ctx context.Context, id string, queues []*os.File) 
 	// One may be left of a call that was given up half-way.
 	_ = vm.call(ctx, "netdev_del", object{"id": id}, nil)
 	return vm.call(ctx, "netdev_add", netdev, nil)
+}
+
+// attachQueues makes all queues of a TAP active. QEMU leaves them detached where
+// a guest did not use them, and aborts if it then gets such files once more.
+func attachQueues(queues []*os.File) error {
+	if len(queues) < 2 {
+		return nil
+	}
+	req, err := unix.NewIfreq("tap")
+	if err != nil {
+		return err
+	}
+	req.SetUint16(unix.IFF_ATTACH_QUEUE)
+	return withFDs(queues, nil, func(fds []int) error {
+		for _, fd := range fds {
+			// EINVAL: it is active.
+			if err := unix.IoctlIfreq(fd, unix.TUNSETQUEUE, req); err != nil && !errors.Is(err, unix.EINVAL) {
+				return fmt.Errorf("attach a queue of the TAP: %w", err)
+			}
+		}
+		return nil
+	})
 }
 
 // RemoveNIC unplugs a network device.
@@ -205,26 +231,23 @@ func (vm *machine) lock(ctx context.Context, id string) (unlock func(), _ error)
 }
 
 // claim is lock for a device that must not exist yet.
-func (vm *machine) claim(ctx context.Context, id string) (unlock func(), retErr error) {
+func (vm *machine) claim(ctx context.Context, id string) (unlock func(), _ error) {
 	unlock, err := vm.lock(ctx, id)
 	if err != nil {
 		return nil, err
 	}
-	defer func() {
-		if retErr != nil {
-			unlock()
-		}
-	}()
 	var devices []struct {
 		Name string `json:"name"`
 	}
-	if err := vm.call(ctx, "qom-list", object{"path": peripherals}, &devices); err != nil {
-		return nil, err
-	}
+	err = vm.call(ctx, "qom-list", object{"path": peripherals}, &devices)
 	for _, d := range devices {
 		if d.Name == id {
-			return nil, fmt.Errorf("device %s: %w", id, errdefs.ErrAlreadyExists)
+			err = fmt.Errorf("device %s: %w", id, errdefs.ErrAlreadyExists)
 		}
+	}
+	if err != nil {
+		unlock()
+		return nil, err
 	}
 	return unlock, nil
 }

@@ -31,6 +31,10 @@ const (
 	vmmLogLimit = 64 << 10
 	// tailBytes is how much of that log tells how a VM ended.
 	tailBytes = 1 << 10
+	// consoleTail is where a guest's panic is looked for: it comes with a stack.
+	consoleTail = 16 << 10
+	// consolePause bounds how often console output is read.
+	consolePause = 5 * time.Millisecond
 	// cleanLimit bounds the clean-up after a VM's end.
 	cleanLimit = 10 * time.Second
 )
@@ -64,7 +68,7 @@ type machine struct {
 var _ vmm.VM = (*machine)(nil)
 
 func newVM(id, dir, group string, own data) (*machine, error) {
-	guest, err := transport.Open(transport.SerialEndpoint(filepath.Join(dir, vmSocket)))
+	guest, err := openGuest(dir)
 	if err != nil {
 		return nil, err
 	}
@@ -104,11 +108,37 @@ func (vm *machine) control(ctx context.Context) error {
 	return nil
 }
 
-// monitor is nil before control.
-func (vm *machine) monitor() *monitor {
+// monitor is the connection to the monitor, made anew if it was lost.
+// ErrUnavailable means that the VM has gone.
+func (vm *machine) monitor(ctx context.Context) (*monitor, error) {
+	select {
+	case <-vm.done:
+		return nil, vm.gone()
+	default:
+	}
+	unlock, err := vm.lock(ctx, monitorSocket)
+	if err != nil {
+		return nil, err
+	}
+	defer unlock()
+	vm.mu.Lock()
+	mon, closed := vm.mon, vm.closed
+	vm.mu.Unlock()
+	select {
+	case <-mon.done:
+	default:
+		return mon, nil
+	}
+	if closed {
+		return nil, fmt.Errorf("qemu: VM %s was let go: %w", vm.id, errdefs.ErrUnavailable)
+	}
+	// As a rule QEMU is about to end.
+	if err := vm.control(ctx); err != nil {
+		return nil, fmt.Errorf("%w: %w", err, errdefs.ErrUnavailable)
+	}
 	vm.mu.Lock()
 	defer vm.mu.Unlock()
-	return vm.mon
+	return vm.mon, nil
 }
 
 // openLogs copies the console and what QEMU prints to their bounded logs. While
@@ -120,7 +150,7 @@ func (vm *machine) openLogs(ctx context.Context) error {
 		return err
 	}
 	vm.pipe = pipe
-	if err := vm.copyLog(pipe, vmm.VMMLog, vmmLogLimit); err != nil {
+	if err := vm.copyLog(pipe, vmm.VMMLog, vmmLogLimit, 0); err != nil {
 		return err
 	}
 	var d net.Dialer
@@ -129,17 +159,19 @@ func (vm *machine) openLogs(ctx context.Context) error {
 		return fmt.Errorf("qemu: connect to the console: %w", err)
 	}
 	vm.con = con
-	return vm.copyLog(con, vmm.ConsoleLog, vm.own.ConsoleLimit)
+	return vm.copyLog(con, vmm.ConsoleLog, vm.own.ConsoleLimit, consolePause)
 }
 
-func (vm *machine) copyLog(from io.Reader, name string, limit int64) error {
+// copyLog copies until there is no more. It pauses after each read, so that a
+// guest that prints without end costs little here; it is the guest that waits.
+func (vm *machine) copyLog(from io.Reader, name string, limit int64, pause time.Duration) error {
 	to, err := vmm.OpenLog(filepath.Join(vm.dir, name), limit)
 	if err != nil {
 		return fmt.Errorf("qemu: open log: %w", err)
 	}
 	vm.logs.Go(func() {
 		defer to.Close() //nolint:errcheck // a log
-		buf := make([]byte, 4<<10)
+		buf := make([]byte, 8<<10)
 		for {
 			n, err := from.Read(buf)
 			// A full disk costs the log, not the VM.
@@ -147,26 +179,35 @@ func (vm *machine) copyLog(from io.Reader, name string, limit int64) error {
 			if err != nil {
 				return
 			}
+			time.Sleep(pause)
 		}
 	})
 	return nil
 }
 
+// children are the processes that this one started and let go of: it still has
+// to reap them when they end, which Attach takes over.
+var children sync.Map // process.Identity to *exec.Cmd
+
 // watch waits for QEMU's end; cmd is nil for a process of an earlier containerd.
 func (vm *machine) watch(cmd *exec.Cmd) {
-	<-vm.proc.Done()
+	select {
+	case <-vm.letGo:
+		if cmd != nil {
+			children.Store(vm.identity, cmd)
+		}
+		return
+	case <-vm.proc.Done():
+	}
 	exit := vmm.Exit{At: time.Now(), Cause: "the VMM's process ended"}
 	if cmd != nil {
 		_ = cmd.Wait()
-		exit.At, exit.Cause = time.Now(), describe(cmd.ProcessState)
+		exit.Cause = describe(cmd.ProcessState)
 	}
 	vm.mu.Lock()
-	closed, mon := vm.closed, vm.mon
+	mon, guest := vm.mon, vm.guest
 	vm.mu.Unlock()
-	if closed {
-		return
-	}
-	_ = vm.guest.Close()
+	_ = guest.Close()
 	// What QEMU said last is in the connections.
 	if mon != nil {
 		<-mon.done
@@ -185,17 +226,30 @@ func (vm *machine) watch(cmd *exec.Cmd) {
 
 // judge completes exit by what QEMU and the caller said before.
 func (vm *machine) judge(exit vmm.Exit) vmm.Exit {
-	switch {
-	case vm.requested:
-		exit.Requested, exit.Cause = true, "killed on request"
-	case vm.shutdown == "guest-shutdown":
+	switch vm.shutdown {
+	case "guest-shutdown":
 		exit.Requested, exit.Cause = true, "guest powered off"
-	case vm.shutdown == "guest-reset", vm.shutdown == "guest-panic":
-		exit.Cause = "guest kernel panic or reset" + quote(vmm.Tail(filepath.Join(vm.dir, vmm.ConsoleLog), tailBytes))
+	case "guest-reset", "guest-panic":
+		exit.Cause = whyReset(string(vmm.Tail(filepath.Join(vm.dir, vmm.ConsoleLog), consoleTail)))
 	default:
+		if vm.requested {
+			exit.Requested, exit.Cause = true, "killed on request"
+			break
+		}
 		exit.Cause += quote(vmm.Tail(filepath.Join(vm.dir, vmm.VMMLog), tailBytes))
 	}
 	return exit
+}
+
+// whyReset tells a guest's panic, after which it resets, from a reboot.
+func whyReset(console string) string {
+	const panicked = "Kernel panic - not syncing: "
+	i := strings.LastIndex(console, panicked)
+	if i < 0 {
+		return "guest rebooted"
+	}
+	reason, _, _ := strings.Cut(console[i+len(panicked):], "\n")
+	return "guest kernel panic" + quote([]byte(reason[:min(len(reason), tailBytes)]))
 }
 
 func describe(state *os.ProcessState) string {
@@ -245,12 +299,11 @@ func (vm *machine) onEvent(e event) {
 
 // Dial connects to a port of the guest's agent.
 func (vm *machine) Dial(ctx context.Context, port uint32) (net.Conn, error) {
-	select {
-	case <-vm.done:
-		return nil, vm.gone()
-	default:
+	client, err := vm.client()
+	if err != nil {
+		return nil, err
 	}
-	conn, err := vm.guest.Dial(ctx, port)
+	conn, err := client.Dial(ctx, port)
 	if err != nil {
 		select {
 		case <-vm.proc.Done():
@@ -259,6 +312,36 @@ func (vm *machine) Dial(ctx context.Context, port uint32) (net.Conn, error) {
 		}
 	}
 	return conn, err
+}
+
+// client is the way to the guest, opened anew if the guest has broken it off.
+func (vm *machine) client() (*transport.Client, error) {
+	select {
+	case <-vm.done:
+		return nil, vm.gone()
+	default:
+	}
+	vm.mu.Lock()
+	defer vm.mu.Unlock()
+	select {
+	case <-vm.guest.Done():
+	default:
+		return vm.guest, nil
+	}
+	if vm.closed {
+		return nil, fmt.Errorf("qemu: VM %s was let go: %w", vm.id, errdefs.ErrUnavailable)
+	}
+	_ = vm.guest.Close()
+	guest, err := openGuest(vm.dir)
+	if err != nil {
+		return nil, err
+	}
+	vm.guest = guest
+	return guest, nil
+}
+
+func openGuest(dir string) (*transport.Client, error) {
+	return transport.Open(transport.SerialEndpoint(filepath.Join(dir, vmSocket)))
 }
 
 func (vm *machine) gone() error {
@@ -313,10 +396,13 @@ func (vm *machine) clean(ctx context.Context) error {
 // Close lets go of the VM.
 func (vm *machine) Close() error {
 	vm.mu.Lock()
-	vm.closed = true
-	mon := vm.mon
+	if !vm.closed {
+		vm.closed = true
+		close(vm.letGo)
+	}
+	mon, guest := vm.mon, vm.guest
 	vm.mu.Unlock()
-	_ = vm.guest.Close()
+	_ = guest.Close()
 	if mon != nil {
 		mon.close()
 	}
@@ -326,19 +412,29 @@ func (vm *machine) Close() error {
 	if vm.pipe != nil {
 		_ = vm.pipe.Close()
 	}
+	vm.logs.Wait()
+	vm.watched.Wait()
 	if vm.proc != nil {
 		vm.proc.Close()
 	}
-	vm.logs.Wait()
 	return nil
 }
 
 // call runs a monitor command. ErrUnavailable means that the VM has gone.
 func (vm *machine) call(ctx context.Context, command string, args, result any, files ...*os.File) error {
-	select {
-	case <-vm.done:
-		return vm.gone()
-	default:
-		return vm.monitor().call(ctx, command, args, result, files...)
+	mon, err := vm.monitor(ctx)
+	if err != nil {
+		return err
 	}
+	return mon.call(ctx, command, args, result, files...)
+}
+
+// expect begins to wait for an event; see monitor.expect.
+func (vm *machine) expect(ctx context.Context, match func(event) bool) (found <-chan event, stop func(), _ error) {
+	mon, err := vm.monitor(ctx)
+	if err != nil {
+		return nil, nil, err
+	}
+	found, stop = mon.expect(match)
+	return found, stop, nil
 }

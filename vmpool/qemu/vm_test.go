@@ -138,7 +138,10 @@ func (v *testVM) end() {
 		v.t.Errorf("end VM: %v", err)
 	}
 	if v.t.Failed() {
-		v.t.Logf("console: %s", vmm.Tail(filepath.Join(v.cfg.Dir, vmm.ConsoleLog), 4<<10))
+		for _, name := range []string{vmm.ConsoleLog, vmm.VMMLog} {
+			v.t.Logf("%s: %s", name, vmm.Tail(filepath.Join(v.cfg.Dir, name), 4<<10))
+		}
+		v.t.Logf("exit: %+v", v.Exit())
 	}
 }
 

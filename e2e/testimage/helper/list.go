@@ -6,8 +6,6 @@ package main
 import (
 	"bufio"
 	"bytes"
-	"crypto/sha256"
-	"encoding/hex"
 	"errors"
 	"fmt"
 	"io"
@@ -18,6 +16,8 @@ import (
 	"strings"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/cloudhv/containerd-cloudhv/e2e/testimage/pattern"
 )
 
 // inode identifies a file, whatever it is called.
@@ -94,11 +94,11 @@ func digestOf(path string) (string, error) {
 		return "", err
 	}
 	defer f.Close()
-	h := sha256.New()
-	if _, err := io.Copy(h, f); err != nil {
+	var c pattern.Checksum
+	if _, err := io.Copy(&c, f); err != nil {
 		return "", err
 	}
-	return hex.EncodeToString(h.Sum(nil)), nil
+	return c.String(), nil
 }
 
 // xattrs returns name=hex pairs, in order and separated by commas, or "-".

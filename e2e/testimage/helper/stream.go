@@ -4,7 +4,6 @@
 package main
 
 import (
-	"crypto/sha256"
 	"errors"
 	"fmt"
 	"io"
@@ -32,11 +31,10 @@ func gen(args []string) (int, error) {
 	if err != nil {
 		return 0, err
 	}
-	h := sha256.New()
-	if _, err := io.Copy(io.MultiWriter(os.Stdout, h), pattern.New(seed, n)); err != nil {
+	if _, err := io.Copy(os.Stdout, pattern.New(seed, n)); err != nil {
 		return 0, err
 	}
-	_, err = fmt.Fprintf(os.Stderr, "%d %x\n", n, h.Sum(nil))
+	_, err = fmt.Fprintln(os.Stderr, pattern.Line(seed, n))
 	return 0, err
 }
 

@@ -8,8 +8,6 @@ package pattern
 
 import (
 	"bufio"
-	"crypto/sha256"
-	"encoding/hex"
 	"errors"
 	"fmt"
 	"io"
@@ -71,12 +69,12 @@ func (r *reader) Read(p []byte) (int, error) {
 	return n, nil
 }
 
-// Sum returns the SHA-256 of New(seed, n), in hexadecimal digits.
+// Sum returns the Checksum of New(seed, n).
 func Sum(seed uint64, n int64) string {
-	h := sha256.New()
-	// Neither reader nor hash can fail.
-	_, _ = io.Copy(h, New(seed, n))
-	return hex.EncodeToString(h.Sum(nil))
+	var c Checksum
+	// Neither reader nor checksum can fail.
+	_, _ = io.Copy(&c, New(seed, n))
+	return c.String()
 }
 
 // Line is what Digest returns for New(seed, n).
@@ -132,14 +130,14 @@ func Send(addr string, n int64, seed uint64) error {
 	return nil
 }
 
-// Digest returns "COUNT SHA256" of all that r gives.
+// Digest returns the count and the Checksum of all that r gives.
 func Digest(r io.Reader) (string, error) {
-	h := sha256.New()
-	n, err := io.Copy(h, r)
+	var c Checksum
+	n, err := io.Copy(&c, r)
 	if err != nil {
 		return "", fmt.Errorf("after %d bytes: %w", n, err)
 	}
-	return fmt.Sprintf("%d %x", n, h.Sum(nil)), nil
+	return fmt.Sprintf("%d %s", n, &c), nil
 }
 
 // Answer reads a line from a connection and answers it: "GEN bytes seed" with

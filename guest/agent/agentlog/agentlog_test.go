@@ -38,9 +38,9 @@ func TestLimiter(t *testing.T) {
 		_, err := l.Write([]byte("line\n"))
 		require.NoError(t, err)
 	}
-	require.Equal(t, "line\nline\n", out.String())
+	require.Equal(t, strings.Repeat("line\n", 2), out.String())
 	now = now.Add(time.Second)
 	_, err := l.Write([]byte("more\n"))
 	require.NoError(t, err)
-	require.Equal(t, "line\nline\nagent: warning 3 log lines dropped\nmore\n", out.String())
+	require.Equal(t, strings.Repeat("line\n", 2)+"agent: warning 3 log lines dropped\nmore\n", out.String())
 }

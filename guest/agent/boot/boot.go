@@ -19,16 +19,6 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/cloudhv/containerd-cloudhv/guest/agent/cgroup"
-	"github.com/cloudhv/containerd-cloudhv/guest/agent/disk"
-)
-
-const (
-	// ScratchSerial is the serial of the VM's writable disk.
-	ScratchSerial = "scratch"
-	// Scratch is where it is mounted.
-	Scratch = "/run/scratch"
-	// scratchLimit is how long the disk may take to appear. It is there at boot.
-	scratchLimit = 10 * time.Second
 )
 
 // mount is one of the kernel's file systems.
@@ -190,28 +180,6 @@ func loopbackUp() error {
 		return fmt.Errorf("bring up lo: %w", err)
 	}
 	return nil
-}
-
-// ScratchDisk mounts the VM's writable disk at target, and says whether it
-// accounts by project.
-func ScratchDisk(ctx context.Context, target string) (quota bool, _ error) {
-	node, err := disk.Finder{}.Wait(ctx, ScratchSerial, scratchLimit)
-	if err != nil {
-		return false, fmt.Errorf("scratch disk: %w", err)
-	}
-	if err := os.MkdirAll(target, 0o711); err != nil {
-		return false, fmt.Errorf("scratch disk: %w", err)
-	}
-	// Nothing on it outlives the VM: no barriers, no access times, lazy commits.
-	const flags = unix.MS_NOATIME
-	if err := unix.Mount(node, target, "ext4", flags, "nobarrier,prjquota"); err == nil {
-		return true, nil
-	}
-	// A disk, or a kernel, without quotas.
-	if err := unix.Mount(node, target, "ext4", flags, "nobarrier"); err != nil {
-		return false, fmt.Errorf("mount scratch disk %s: %w", node, err)
-	}
-	return false, nil
 }
 
 // Uptime is the time since the kernel started.

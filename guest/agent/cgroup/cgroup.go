@@ -43,7 +43,7 @@ func (g Group) EnableControllers() error {
 		return err
 	}
 	var all []string
-	for _, c := range strings.Fields(string(b)) {
+	for c := range strings.FieldsSeq(string(b)) {
 		all = append(all, "+"+c)
 	}
 	if len(all) == 0 {

@@ -64,7 +64,7 @@ func totalRAM() uint64 {
 	if err := unix.Sysinfo(&i); err != nil {
 		return 0
 	}
-	return uint64(i.Totalram) * uint64(i.Unit)
+	return i.Totalram * uint64(i.Unit)
 }
 
 // parseIomem adds up the machine's RAM, rounded up to whole MiB, as small holes

@@ -23,12 +23,17 @@ type Pod struct {
 	Dir string
 }
 
-// Paths of the files and the directory that containers get at /etc/hostname,
-// /etc/hosts, /etc/resolv.conf and /dev/shm.
-func (p Pod) Hostname() string   { return filepath.Join(p.Dir, "hostname") }
-func (p Pod) Hosts() string      { return filepath.Join(p.Dir, "hosts") }
+// Hostname is the path of what containers get at /etc/hostname.
+func (p Pod) Hostname() string { return filepath.Join(p.Dir, "hostname") }
+
+// Hosts is the path of what containers get at /etc/hosts.
+func (p Pod) Hosts() string { return filepath.Join(p.Dir, "hosts") }
+
+// ResolvConf is the path of what containers get at /etc/resolv.conf.
 func (p Pod) ResolvConf() string { return filepath.Join(p.Dir, "resolv.conf") }
-func (p Pod) Shm() string        { return filepath.Join(p.Dir, "shm") }
+
+// Shm is the directory that containers get at /dev/shm.
+func (p Pod) Shm() string { return filepath.Join(p.Dir, "shm") }
 
 // defaultShm is the size that CRI gives to a pod's /dev/shm.
 const defaultShm = 64 << 20

@@ -24,7 +24,9 @@ const child = "AGENT_TEST_REAP"
 
 func TestReaper(t *testing.T) {
 	if os.Getenv(child) == "" {
-		cmd := exec.CommandContext(t.Context(), os.Args[0], "-test.run=^TestReaper$", "-test.v")
+		self, err := os.Executable()
+		require.NoError(t, err)
+		cmd := exec.CommandContext(t.Context(), self, "-test.run=^TestReaper$", "-test.v")
 		cmd.Env = append(os.Environ(), child+"=1")
 		cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
 		out, err := cmd.CombinedOutput()

@@ -138,11 +138,7 @@ func (p *IO) Copy(ctx context.Context, master *os.File) {
 		if o.from == nil {
 			continue
 		}
-		p.output.Add(1)
-		go func() {
-			defer p.output.Done()
-			p.copyOut(ctx, o.from, o.to)
-		}()
+		p.output.Go(func() { p.copyOut(ctx, o.from, o.to) })
 	}
 	go func() {
 		p.output.Wait()
@@ -177,7 +173,7 @@ func (p *IO) copyOut(ctx context.Context, from *os.File, to *stream) {
 			_ = to.Close()
 		}
 	}()
-	var w io.Writer = io.Discard
+	w := io.Discard
 	if to != nil {
 		w = to
 	}

@@ -6,13 +6,13 @@ package task
 import (
 	"context"
 	"encoding/json"
-	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
 	"strconv"
 
 	"github.com/containerd/errdefs"
+	"github.com/containerd/log"
 	specs "github.com/opencontainers/runtime-spec/specs-go"
 	"google.golang.org/protobuf/types/known/emptypb"
 
@@ -133,8 +133,9 @@ func (c *container) startExec(ctx context.Context, p *process) (retErr error) {
 		return fmt.Errorf("make directory of a process: %w", err)
 	}
 	defer func() {
+		// The process may run well; what is left goes with the container.
 		if err := os.RemoveAll(dir); err != nil {
-			retErr = errors.Join(retErr, err)
+			log.G(ctx).WithError(err).Warn("cannot remove the directory of a process")
 		}
 	}()
 	spec := p.spec

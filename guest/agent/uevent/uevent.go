@@ -12,6 +12,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"slices"
 	"strings"
 	"time"
 
@@ -99,10 +100,8 @@ func next(ctx context.Context, l *os.File, buf []byte, again time.Duration, subs
 		if !ok {
 			continue
 		}
-		for _, s := range subsystems {
-			if e.Subsystem == s {
-				return nil
-			}
+		if slices.Contains(subsystems, e.Subsystem) {
+			return nil
 		}
 	}
 }

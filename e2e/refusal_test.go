@@ -1,0 +1,212 @@
+// SPDX-License-Identifier: Apache-2.0
+// Copyright The containerd-cloudhv Authors
+
+package e2e
+
+import (
+	"bytes"
+	"context"
+	"flag"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"testing"
+	"time"
+
+	"github.com/pelletier/go-toml/v2"
+	"github.com/stretchr/testify/require"
+	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
+
+	"github.com/cloudhv/containerd-cloudhv/e2e/testimage"
+	"github.com/cloudhv/containerd-cloudhv/e2e/testnode"
+)
+
+var update = flag.Bool("update", false, "write the golden files anew")
+
+// TestUnfit configures our plugin wrongly, in several ways at once: a runc pod
+// runs all the same, and a pod for us gets every reason.
+func TestUnfit(t *testing.T) {
+	requireCloudHV(t)
+	opts := nodeOptions("e2eunfit")
+	opts.CloudHV = map[string]any{
+		"vmm":            "no-such-hypervisor",
+		"kernel":         "/no/such/vmlinux",
+		"default_memory": "1KiB",
+		"max_vcpus":      1,
+		"default_vcpus":  3,
+		"cache_dir":      "a/relative/path",
+	}
+	n, err := testnode.New(opts)
+	require.NoError(t, err)
+	t.Cleanup(func() {
+		ctx, cancel := context.WithTimeout(context.Background(), testnode.Scale(time.Minute))
+		defer cancel()
+		require.NoError(t, n.Close(ctx))
+	})
+	ctx := testContext(t)
+	require.NoError(t, n.Start(ctx), n.LogTail(4000))
+
+	_, err = n.RunPod(ctx, n.PodConfig("ours"), testnode.CloudHV)
+	require.Error(t, err)
+	log, readErr := os.ReadFile(n.LogPath())
+	require.NoError(t, readErr)
+	for _, part := range []string{"no-such-hypervisor", "/no/such/vmlinux", "default_memory", "1KiB", "default_vcpus", "a/relative/path"} {
+		require.ErrorContains(t, err, part)
+		require.Contains(t, string(log), part)
+	}
+	cfg := n.PodConfig("theirs")
+	id, err := n.RunPod(ctx, cfg, testnode.RunC)
+	require.NoError(t, err)
+	require.NoError(t, n.StopPod(ctx, id))
+	require.NoError(t, n.RemovePod(ctx, id))
+}
+
+// TestHostNetwork checks that a pod in the host's network is refused by us, as
+// no machine can have it, with the reason; and leaves nothing.
+func TestHostNetwork(t *testing.T) {
+	forHandlers(t, func(t *testing.T, h string) {
+		n := node(t)
+		before, err := settled(testContext(t), n)
+		require.NoError(t, err)
+		cfg := podConfig(t, func(cfg *runtimeapi.PodSandboxConfig) {
+			cfg.Hostname = ""
+			cfg.Linux.SecurityContext.NamespaceOptions.Network = runtimeapi.NamespaceMode_NODE
+		})
+		id, err := n.RunPod(testContext(t), cfg, h)
+		if h == testnode.RunC {
+			require.NoError(t, err)
+			require.NoError(t, n.RemovePod(testContext(t), id))
+			return
+		}
+		require.ErrorContains(t, err, "hostNetwork")
+		require.NoError(t, n.RemoveAllPods(testContext(t)))
+		require.NoError(t, n.AwaitCensus(testContext(t), before))
+	})
+}
+
+// TestMounts checks what may be bind mounted: for us a small file, and nothing
+// that would be dropped in silence.
+func TestMounts(t *testing.T) {
+	forHandlers(t, func(t *testing.T, h string) {
+		dir := t.TempDir()
+		file := filepath.Join(dir, "small file")
+		require.NoError(t, os.WriteFile(file, []byte("carried over\n"), 0o640))
+		require.NoError(t, os.Chown(file, 12, 34))
+		p := newPod(t, h)
+
+		cfg := idleConfig("file")
+		cfg.Mounts = []*runtimeapi.Mount{{ContainerPath: "/etc/carried", HostPath: file, Readonly: true}, {ContainerPath: "/new/dir/carried", HostPath: file}}
+		c := p.start(cfg)
+		require.Equal(t, "carried over\ncarried over\n", c.sh("cat /etc/carried /new/dir/carried"))
+		require.Equal(t, "640 12 34\n", c.sh("stat -c '%a %u %g' /etc/carried"))
+		require.Equal(t, "refused\n", c.sh("echo x 2>/dev/null > /etc/carried || echo refused"))
+
+		for name, host := range map[string]string{"directory": dir, "device": "/dev/null", "missing": filepath.Join(dir, "missing")} {
+			cfg := idleConfig(name)
+			cfg.Mounts = []*runtimeapi.Mount{{ContainerPath: "/mnt/" + name, HostPath: host}}
+			id, err := p.n.CreateContainer(testContext(t), p.id, p.cfg, cfg)
+			if err == nil {
+				err = p.n.StartContainer(testContext(t), id)
+			}
+			if h == testnode.RunC {
+				require.NoError(t, err, name)
+				continue
+			}
+			// CRI makes what is missing a directory.
+			require.ErrorContains(t, err, "/mnt/"+name)
+			require.ErrorContains(t, err, host)
+		}
+		c.exec("true")
+	})
+}
+
+// TestConfigDefault compares what `containerd config default` shows of our plugin
+// with a golden file.
+func TestConfigDefault(t *testing.T) {
+	requireCloudHV(t)
+	bin := os.Getenv("E2E_BIN")
+	if bin == "" {
+		bin = filepath.Join(node(t).Repo(), "build", "bin")
+	}
+	out, err := exec.Command(filepath.Join(bin, "containerd"), "config", "default").Output()
+	require.NoError(t, err)
+	var cfg struct {
+		Plugins map[string]map[string]any `toml:"plugins"`
+	}
+	require.NoError(t, toml.Unmarshal(out, &cfg))
+	section := cfg.Plugins["io.containerd.sandbox.controller.v1.cloudhv"]
+	require.NotEmpty(t, section)
+	var got bytes.Buffer
+	enc := toml.NewEncoder(&got)
+	enc.SetIndentTables(true)
+	require.NoError(t, enc.Encode(section))
+	const golden = "testdata/config-default.toml"
+	if *update {
+		require.NoError(t, os.MkdirAll("testdata", 0o755))
+		require.NoError(t, os.WriteFile(golden, got.Bytes(), 0o644))
+	}
+	want, err := os.ReadFile(golden)
+	require.NoError(t, err)
+	require.Equal(t, string(want), got.String(), "-update writes it anew")
+}
+
+// TestAnnotations checks the pod's size by annotations of ours and of Kata's.
+func TestAnnotations(t *testing.T) {
+	requireCloudHV(t)
+	for name, tc := range map[string]struct {
+		annotations map[string]string
+		vcpus       int
+		memory      int64
+	}{
+		"none":          {nil, 1, 512 << 20},
+		"ours":          {map[string]string{"io.cloudhv.default_vcpus": "2", "io.cloudhv.default_memory": "768MiB"}, 2, 768 << 20},
+		"Kata's":        {map[string]string{"io.katacontainers.config.hypervisor.default_vcpus": "2", "io.katacontainers.config.hypervisor.default_memory": "640"}, 2, 640 << 20},
+		"ours go first": {map[string]string{"io.cloudhv.default_vcpus": "1", "io.katacontainers.config.hypervisor.default_vcpus": "2"}, 1, 512 << 20},
+	} {
+		t.Run(name, func(t *testing.T) {
+			p := newPod(t, testnode.CloudHV, func(cfg *runtimeapi.PodSandboxConfig) { cfg.Annotations = tc.annotations })
+			i := p.info()
+			require.Equal(t, tc.vcpus, i.VCPUs)
+			require.Equal(t, tc.memory, i.MemoryBytes)
+			c := p.start(idleConfig("c"))
+			total, cpus := c.machine()
+			require.Equal(t, tc.vcpus, cpus)
+			require.InDelta(t, tc.memory, total, float64(tc.memory)/4)
+			require.LessOrEqual(t, total, tc.memory)
+		})
+	}
+}
+
+// TestAnnotationsRefused checks that a wrong annotation is an error that names it.
+func TestAnnotationsRefused(t *testing.T) {
+	requireCloudHV(t)
+	n := node(t)
+	for key, value := range map[string]string{
+		"io.cloudhv.default_vcpus":                          "many",
+		"io.cloudhv.default_memory":                         "-5",
+		"io.cloudhv.no_such_annotation":                     "1",
+		"io.katacontainers.config.hypervisor.default_vcpus": "0",
+	} {
+		_, err := n.RunPod(testContext(t), podConfig(t, func(cfg *runtimeapi.PodSandboxConfig) { cfg.Annotations = map[string]string{key: value} }), testnode.CloudHV)
+		require.ErrorContains(t, err, key)
+	}
+	require.NoError(t, n.RemoveAllPods(testContext(t)))
+}
+
+// machine asks for the memory, in bytes, and the processors of a container's machine.
+func (c *container) machine() (memory int64, cpus int) {
+	c.t.Helper()
+	var available int64
+	_, err := fmt.Sscan(c.exec(testimage.HelperPath, "mem"), &memory, &available, &cpus)
+	require.NoError(c.t, err)
+	return memory, cpus
+}
+
+// TestUnknownHandler checks that a handler nobody has is refused as ever.
+func TestUnknownHandler(t *testing.T) {
+	n := node(t)
+	_, err := n.RunPod(testContext(t), podConfig(t), "no-such-handler")
+	require.ErrorContains(t, err, "no-such-handler")
+	require.NoError(t, n.RemoveAllPods(testContext(t)))
+}
