@@ -19,6 +19,7 @@ import (
 	"github.com/containerd/typeurl/v2"
 	"github.com/stretchr/testify/require"
 	"golang.org/x/sys/unix"
+	"google.golang.org/protobuf/types/known/anypb"
 	runtime "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	"github.com/cloudhv/containerd-cloudhv/controller/config"
@@ -201,15 +202,12 @@ func extension(t *testing.T, res, overhead *runtime.LinuxContainerResources) san
 	t.Helper()
 	data, err := json.Marshal(updatedResources{Overhead: overhead, Resources: res})
 	require.NoError(t, err)
-	return sandbox.Sandbox{Extensions: map[string]typeurl.Any{resourcesKey: rawAny{data}}}
+	return sandbox.Sandbox{Extensions: map[string]typeurl.Any{resourcesKey: criAny(data)}}
 }
 
-type rawAny struct{ value []byte }
-
-func (rawAny) GetTypeUrl() string {
-	return "github.com/containerd/cri/pkg/server/podsandbox/UpdatedResources"
+func criAny(data []byte) typeurl.Any {
+	return &anypb.Any{TypeUrl: "github.com/containerd/cri/pkg/server/podsandbox/UpdatedResources", Value: data}
 }
-func (a rawAny) GetValue() []byte { return a.value }
 
 func TestUpdateResizesTheVM(t *testing.T) {
 	n := newNode(t)
@@ -247,7 +245,7 @@ func TestUpdateResizesTheVM(t *testing.T) {
 
 	require.NoError(t, n.Update(n.ctx(), "a", sandbox.Sandbox{}, "labels"))
 	require.NoError(t, n.Update(n.ctx(), "a", extension(t, nil, nil), "labels"))
-	bad := sandbox.Sandbox{Extensions: map[string]typeurl.Any{resourcesKey: rawAny{[]byte("{")}}}
+	bad := sandbox.Sandbox{Extensions: map[string]typeurl.Any{resourcesKey: criAny([]byte("{"))}}
 	require.ErrorIs(t, n.Update(n.ctx(), "a", bad), errdefs.ErrInvalidArgument)
 	m.agent.resize = nil
 	require.NoError(t, n.Stop(n.ctx(), "a"))

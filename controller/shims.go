@@ -117,8 +117,7 @@ func holdShim(cmd *exec.Cmd) (*shim, error) {
 // reap waits for a killed child; how it ended is no news.
 func reap(cmd *exec.Cmd) error {
 	err := cmd.Wait()
-	var exit *exec.ExitError
-	if errors.As(err, &exit) {
+	if _, ok := errors.AsType[*exec.ExitError](err); ok {
 		return nil
 	}
 	return err

@@ -18,8 +18,12 @@ import (
 	"github.com/cloudhv/containerd-cloudhv/vmpool/vmm"
 )
 
-// infoKey is the key of Info in a verbose status. CRI owns the key "info".
-const infoKey = "cloudhv"
+const (
+	// infoKey is the key of Info in a verbose status.
+	infoKey = "cloudhv"
+	// criInfoKey is CRI's own.
+	criInfoKey = "info"
+)
 
 // Info is what a verbose Status tells, as JSON under the key "cloudhv".
 type Info struct {
@@ -79,8 +83,20 @@ func (c *Controller) Status(_ context.Context, id string, verbose bool) (sandbox
 	if err != nil {
 		return sandbox.ControllerStatus{}, fmt.Errorf("encode status: %w: %w", err, errdefs.ErrInternal)
 	}
-	status.Info = map[string]string{infoKey: string(info)}
+	own, err := json.Marshal(criInfo{Pid: status.Pid, Status: string(rec.State), RuntimeType: runtimeType})
+	if err != nil {
+		return sandbox.ControllerStatus{}, fmt.Errorf("encode status: %w: %w", err, errdefs.ErrInternal)
+	}
+	status.Info = map[string]string{infoKey: string(info), criInfoKey: string(own)}
 	return status, nil
+}
+
+// criInfo is what we can tell of CRI's own information on a sandbox. CRI decodes
+// it into its type, adds to it, and encodes it again.
+type criInfo struct {
+	Pid         uint32 `json:"pid"`
+	Status      string `json:"processStatus"`
+	RuntimeType string `json:"runtimeType"`
 }
 
 func (c *Controller) info(p *pod, rec *record) Info {

@@ -48,7 +48,14 @@ func listing(t *testing.T, h string) []string {
 	var out, errOut strings.Builder
 	err := c.stream(remotecommand.StreamOptions{Stdout: &out, Stderr: &errOut}, append([]string{testimage.HelperPath, "list", "/"}, notTheImages...)...)
 	require.NoError(t, err, "%s", &errOut)
-	return strings.Split(strings.TrimSuffix(out.String(), "\n"), "\n")
+	lines := strings.Split(strings.TrimSuffix(out.String(), "\n"), "\n")
+	for i, l := range lines {
+		// The runtime puts files into these two, which changes their times.
+		if strings.HasPrefix(l, `"/" `) || strings.HasPrefix(l, `"/etc" `) {
+			lines[i] = l[:strings.LastIndexByte(l, ' ')]
+		}
+	}
+	return lines
 }
 
 // checkListing makes sure that the yardstick is right itself: it shows what the

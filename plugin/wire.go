@@ -61,12 +61,10 @@ func build(ctx context.Context, ic *plugin.InitContext) *controller.Controller {
 	var driverErr error
 	opts.Drivers, opts.Driver, opts.Host, driverErr = chooseDriver(ctx, settings)
 	opts.Unfit = allOf(unfit, lockErr, storeErr, imageErr, driverErr)
-	for key, value := range map[string]string{
+	maps.Copy(ic.Meta.Exports, map[string]string{
 		"hypervisor": opts.Host.Driver, "hypervisor_version": opts.Host.Version,
 		"accelerator": opts.Host.Accelerator, "accelerator_reason": opts.Host.Reason,
-	} {
-		ic.Meta.Exports[key] = value
-	}
+	})
 	c := controller.New(opts)
 	if opts.Images != nil { // without its directories there is nothing to recover
 		recoverAll(ctx, c, images, stores)

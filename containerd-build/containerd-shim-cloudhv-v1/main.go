@@ -15,7 +15,6 @@ import (
 	"os/signal"
 	"path/filepath"
 	"runtime"
-	"runtime/debug"
 	"syscall"
 
 	"github.com/containerd/log"
@@ -95,7 +94,9 @@ func run(opts *options, stdout io.Writer) error {
 
 // serve is the life of a pod's shim.
 func serve(opts *options) error {
-	tune()
+	if err := tune(); err != nil {
+		return fmt.Errorf("start again with other settings: %w", err)
+	}
 	log.L.Logger.SetOutput(shim.NewLogWriter(os.Stderr))
 	if err := log.SetFormat(log.TextFormat); err != nil {
 		return err
@@ -127,11 +128,4 @@ func serve(opts *options) error {
 	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGTERM, syscall.SIGINT)
 	defer stop()
 	return shim.Serve(ctx, *cfg, dir, listener, guest)
-}
-
-// tune trades processor time, of which a shim uses little, for memory, which
-// every pod pays for.
-func tune() {
-	runtime.GOMAXPROCS(maxProcs)
-	debug.SetGCPercent(gcPercent)
 }

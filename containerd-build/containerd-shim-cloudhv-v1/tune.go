@@ -3,7 +3,49 @@
 
 package main
 
-const (
-	maxProcs  = 2
-	gcPercent = 25
+import (
+	"os"
+	"runtime/debug"
+	"strings"
+
+	"golang.org/x/sys/unix"
 )
+
+// A shim's memory is paid for in every pod, and most of it is the Go runtime's:
+// of some 2.5 MB with two containers 0.3 MB are live. Measured as private
+// anonymous memory, in this order: idle, two containers started, after twenty
+// execs, and throughput of output.
+//
+//	GOMAXPROCS  GOGC   idle    started  later   output
+//	2           100    1.2 MB  2.4 MB   3.7 MB  200 MB/s
+//	2            25    1.8     3.3      3.7     200
+//	1           100    1.0     2.5      3.3     300
+//	1            50    1.0     2.1      3.2     300
+//	1            10    1.5     3.1      3.5     300
+//
+// A processor of Go's has caches of its own for each size of object, so one is
+// cheaper than two, and the work is copying, which one does well. A first
+// collection costs some 0.3 MB for good, so it is not to come before it has
+// something to collect.
+const (
+	maxProcs  = "1"
+	gcPercent = 50
+)
+
+// tune sets the runtime up. GOMAXPROCS counts from the start only: lowered
+// later, what the other processors have allocated stays. So if whoever started
+// this process has not set it, the process begins again.
+func tune() error {
+	debug.SetGCPercent(gcPercent)
+	const name = "GOMAXPROCS"
+	if os.Getenv(name) == maxProcs {
+		return nil
+	}
+	env := []string{name + "=" + maxProcs}
+	for _, e := range os.Environ() {
+		if !strings.HasPrefix(e, name+"=") {
+			env = append(env, e)
+		}
+	}
+	return unix.Exec("/proc/self/exe", os.Args, env)
+}

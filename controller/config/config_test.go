@@ -94,7 +94,7 @@ func TestValidateNamesFieldValueAndRemedy(t *testing.T) {
 		"default above max":       {func(c *Config) { c.MaxMemory = "256MiB" }, []string{`default_memory = "512MiB"`, `max_memory = "256MiB"`}},
 		"base above default":      {func(c *Config) { c.BaseMemory = "1GiB" }, []string{`base_memory = "1GiB"`, `default_memory = "512MiB"`}},
 		"vcpus above max":         {func(c *Config) { c.DefaultVCPUs, c.MaxVCPUs = 3, 2 }, []string{`default_vcpus = "3"`, "max_vcpus = 2"}},
-		"no vcpus":                {func(c *Config) { c.DefaultVCPUs = 0 }, []string{`default_vcpus = "0"`, "from 1 to 255"}},
+		"no vcpus":                {func(c *Config) { c.DefaultVCPUs = 0 }, []string{`default_vcpus = "0"`, "from 1 to 64"}},
 		"vcpus no number":         {func(c *Config) { c.DefaultVCPUs = NotANumber }, []string{"default_vcpus", "whole number"}},
 		"scratch too small":       {func(c *Config) { c.ScratchSize = "1MiB" }, []string{`scratch_size = "1MiB"`, `"64MiB"`}},
 		"negative size":           {func(c *Config) { c.ImageCacheLimit = "-1" }, []string{`image_cache_limit = "-1"`}},

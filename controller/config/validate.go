@@ -21,21 +21,22 @@ import (
 	"github.com/cloudhv/containerd-cloudhv/vmpool/vmm"
 )
 
-// Granule is what sizes of memory are multiples of, in bytes: the largest
-// block that a guest's virtio-mem driver plugs at a time.
+// Granule is what sizes of memory are multiples of, in bytes. It is twice
+// vmm.MemoryUnit: a guest's virtio-mem driver plugs whole page blocks, which
+// are as large without huge pages in its kernel.
 const Granule = 4 << 20
 
 const (
-	// minBaseMemory is less than what a guest needs to boot.
-	minBaseMemory = 64 << 20
+	// minBaseMemory is about what a guest needs to boot.
+	minBaseMemory = max(64<<20, vmm.MinMemory)
 	minScratch    = 64 << 20
-	minConsole    = 4 << 10
+	minConsole    = vmm.MinConsoleLimit
 	minBuilder    = 64 << 20
 	// maxSandboxID and maxSocketPath bound the state directory's length: a
 	// sandbox's sockets lie two levels below it.
 	maxSandboxID  = 64
 	maxSocketPath = 107
-	maxVCPUs      = 255
+	maxVCPUs      = vmm.MaxVCPUs
 )
 
 // MaxStateDirLen is the longest state_dir, in bytes.

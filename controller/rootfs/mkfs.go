@@ -106,8 +106,7 @@ func (b Builder) limit(pid int) error {
 
 // classOf tells a host that lacks something from a failure of the program.
 func classOf(err error) error {
-	var exit *exec.ExitError
-	if errors.As(err, &exit) {
+	if exit, ok := errors.AsType[*exec.ExitError](err); ok {
 		if ws, ok := exit.Sys().(syscall.WaitStatus); ok && ws.Signaled() && ws.Signal() == syscall.SIGXFSZ {
 			return errdefs.ErrResourceExhausted
 		}

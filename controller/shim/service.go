@@ -36,8 +36,10 @@ const (
 	defaultDrainLimit = 2 * time.Second
 	// cutLimit is how long it then waits for what is on its way.
 	cutLimit = time.Second
-	// quietDelay is how long after the last change freed memory goes back to the host.
+	// quietDelay is how long after the last change freed memory goes back to the
+	// host, and stirDelay how long after a request at most.
 	quietDelay = 2 * time.Second
+	stirDelay  = 30 * time.Second
 )
 
 // taskService is the name that containerd calls the Task API by.
@@ -64,7 +66,9 @@ type service struct {
 	killLimit  time.Duration
 	// silent is set while the guest owes an answer about figures.
 	silent atomic.Bool
-	calm   *time.Timer
+	calm   *time.Timer // gives memory back
+	stir   *time.Timer // does so in the end, however often requests come
+	stirs  atomic.Bool // stir runs
 
 	mu    sync.Mutex
 	tasks map[string]*task // nil entries are being created
@@ -82,7 +86,13 @@ func newService(ctx context.Context, cfg Config, dir string, transport Guest) *s
 		tasks: make(map[string]*task),
 	}
 	s.guest = newGuestClient(transport, s.vmLost)
-	s.calm = time.AfterFunc(quietDelay, debug.FreeOSMemory)
+	s.calm = time.AfterFunc(time.Hour, debug.FreeOSMemory)
+	s.calm.Stop()
+	s.stir = time.AfterFunc(time.Hour, func() {
+		s.stirs.Store(false)
+		debug.FreeOSMemory()
+	})
+	s.stir.Stop()
 	s.running.Go(func() { s.events.run(ctx) })
 	s.running.Go(func() { s.guest.run(ctx) })
 	return s
@@ -96,6 +106,7 @@ func (s *service) close(limit time.Duration) {
 	cancel()
 	s.cancel()
 	s.calm.Stop()
+	s.stir.Stop()
 	s.daemon.close()
 	s.guest.close()
 	for _, t := range s.all() {
@@ -108,6 +119,14 @@ func (s *service) close(limit time.Duration) {
 
 // quiet gives memory back some time after the last change.
 func (s *service) quiet() { s.calm.Reset(quietDelay) }
+
+// stirred is quiet for requests that change nothing, such as the statistics of
+// each second.
+func (s *service) stirred() {
+	if s.stirs.CompareAndSwap(false, true) {
+		s.stir.Reset(stirDelay)
+	}
+}
 
 // vmLost ends every process: there is nothing left that could run it.
 func (s *service) vmLost(reason error) {
@@ -238,7 +257,7 @@ func method[Req, Resp any](verb func(context.Context, *Req) (*Resp, error)) ttrp
 // intercept sees every request: it shows that containerd is there.
 func (s *service) intercept(ctx context.Context, unmarshal ttrpc.Unmarshaler, info *ttrpc.UnaryServerInfo, call ttrpc.Method) (any, error) {
 	s.daemon.poke()
-	s.quiet()
+	s.stirred()
 	ctx = log.WithLogger(ctx, log.G(s.ctx))
 	began := time.Now()
 	resp, err := call(ctx, unmarshal)

@@ -15,6 +15,7 @@ import (
 	"path/filepath"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/containerd/errdefs"
@@ -47,7 +48,6 @@ type processIO struct {
 	streams *guestv1.Stdio
 	stdin   *input
 	outputs []*output
-	copies  sync.WaitGroup
 	drained chan struct{} // closed when all output is where it belongs
 }
 
@@ -101,17 +101,19 @@ func (p *processIO) start(ctx context.Context) {
 	if p.stdin != nil {
 		go p.stdin.copy(ctx)
 	}
+	left := int32(len(p.outputs))
+	if left == 0 {
+		close(p.drained)
+		return
+	}
 	for _, o := range p.outputs {
-		p.copies.Add(1)
 		go func() {
-			defer p.copies.Done()
 			o.copy(ctx)
+			if atomic.AddInt32(&left, -1) == 0 {
+				close(p.drained)
+			}
 		}()
 	}
-	go func() {
-		p.copies.Wait()
-		close(p.drained)
-	}()
 }
 
 // closeStdin ends the shim's own hold of the FIFO: once containerd's is closed

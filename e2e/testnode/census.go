@@ -18,6 +18,7 @@ import (
 	"strings"
 	"time"
 
+	"github.com/containerd/containerd/v2/core/leases"
 	"github.com/containerd/errdefs"
 	"github.com/vishvananda/netlink"
 )
@@ -94,6 +95,11 @@ func (n *Node) AwaitCensus(ctx context.Context, before Census) error {
 // Census counts. Where containerd does not run, its own things are left out.
 func (n *Node) Census(ctx context.Context) (Census, error) {
 	c := Census{Items: map[string]int{}, Own: map[string]int{}, pid: n.Pid()}
+	if c.pid != 0 {
+		if err := n.collectGarbage(ctx); err != nil {
+			return Census{}, err
+		}
+	}
 	errs := []error{n.countProcesses(c.Items), n.countMounts(c.Items), n.countLinks(c.Items), n.countCgroups(c.Items), n.countLoops(c.Items), n.countFiles(c.Items)}
 	if c.pid != 0 {
 		errs = append(errs, n.countRecords(ctx, c.Items), n.countOpenFiles(c), n.countGoroutines(ctx, c.Own))
@@ -102,6 +108,22 @@ func (n *Node) Census(ctx context.Context) (Census, error) {
 		return Census{}, fmt.Errorf("taking a census of node %s: %w", n.opts.Name, err)
 	}
 	return c, nil
+}
+
+// collectGarbage makes containerd remove what nothing refers to, snapshots above
+// all: it would do so some time later.
+func (n *Node) collectGarbage(ctx context.Context) error {
+	ctx, cancel := limited(n.Context(ctx))
+	defer cancel()
+	svc := n.Containerd().LeasesService()
+	l, err := svc.Create(ctx, leases.WithRandomID())
+	if err == nil {
+		err = svc.Delete(ctx, l, leases.SynchronousDelete)
+	}
+	if err != nil {
+		return fmt.Errorf("collecting garbage: %w", err)
+	}
+	return nil
 }
 
 var (

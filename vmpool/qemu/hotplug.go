@@ -62,7 +62,8 @@ func (vm *machine) AddDisk(ctx context.Context, disk vmm.Disk) (retErr error) {
 	}
 	defer vm.undoOnError(ctx, &retErr, "blockdev-del", node)
 	device := object{
-		"driver": "virtio-blk-pci", "id": id, "drive": id, "serial": disk.Serial,
+		"driver": "virtio-blk-pci", "id": id, "bus": hotplugBus, "disable-legacy": "on",
+		"drive": id, "serial": disk.Serial,
 		"werror": "report", "rerror": "report",
 	}
 	if err := vm.call(ctx, "device_add", device, nil); err != nil {
@@ -124,7 +125,7 @@ func (vm *machine) AddNIC(ctx context.Context, nic vmm.NIC) (retErr error) {
 	}
 	defer vm.undoOnError(ctx, &retErr, "netdev_del", object{"id": id})
 	device := object{
-		"driver": "virtio-net-pci", "id": id, "netdev": id, "mac": nic.MAC.String(), "romfile": "",
+		"driver": "virtio-net-pci", "id": id, "bus": hotplugBus, "disable-legacy": "on", "netdev": id, "mac": nic.MAC.String(), "romfile": "",
 		"mq": len(nic.Queues) > 1, "vectors": 2*len(nic.Queues) + 2,
 	}
 	if nic.MTU > 0 {

@@ -37,17 +37,23 @@ const (
 // memoryGap is room for QEMU to align the hot-plugged region in.
 const memoryGap = 1 << 30
 
+// hotplugBus is the bridge that disks and NICs are hot-plugged to: it has 31 slots.
+const hotplugBus = "hotplug"
+
+// modern devices lack the registers of virtio before 1.0, which take I/O ports.
+const modern = ",disable-legacy=on"
+
 // memoryDevice is the virtio-mem device's ID.
 const memoryDevice = "vmem0"
 
-// commandLine is QEMU's, without the binary. The machine is a bare PC: each
-// device is a virtio function on the root bus, where ACPI hot-plugs more.
+// commandLine is QEMU's, without the binary. What is there from the start sits on
+// the root bus; what is hot-plugged goes to a bridge whose slots ACPI knows.
 func commandLine(cfg vmm.Config, accel string) []string {
 	args := []string{
 		"-name", "cloudhv-" + escape(cfg.ID),
 		"-no-user-config", "-nodefaults", "-display", "none", "-no-reboot",
 		"-sandbox", "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny",
-		"-machine", "pc,hpet=off,vmport=off,i8042=off,dump-guest-core=off,memory-backend=ram",
+		"-machine", "q35,sata=off,smbus=off,hpet=off,vmport=off,i8042=off,dump-guest-core=off,memory-backend=ram",
 		// qboot does what a kernel given to QEMU needs, in a tenth of SeaBIOS's time.
 		"-bios", "qboot.rom",
 		"-smp", strconv.Itoa(cfg.Max.VCPUs),
@@ -70,7 +76,9 @@ func commandLine(cfg vmm.Config, accel string) []string {
 			"-object", fmt.Sprintf("memory-backend-ram,id=vmem,size=%d,reserve=off", room),
 			"-device", "virtio-mem-pci,id="+memoryDevice+",memdev=vmem,requested-size=0")
 	}
-	args = append(args, "-device", "virtio-rng-pci", "-device", "virtio-serial-pci,id=serial,max_ports=3")
+	args = append(args,
+		"-device", "pci-bridge,id="+hotplugBus+",bus=pcie.0,chassis_nr=1,shpc=off",
+		"-device", "virtio-rng-pci"+modern, "-device", "virtio-serial-pci,id=serial,max_ports=3"+modern)
 	args = append(args, chardev(fdMonitor, "monitor", "-mon", "chardev=monitor,mode=control")...)
 	args = append(args, chardev(fdConsole, "console", "-serial", "chardev:console")...)
 	args = append(args, chardev(fdVM, "vm", "-device", "virtserialport,bus=serial.0,nr=1,chardev=vm,name=io.cloudhv.vm")...)
@@ -93,7 +101,7 @@ func diskArgs(id, serial, path string, readOnly bool) []string {
 	}
 	return []string{
 		"-blockdev", blockdev,
-		"-device", fmt.Sprintf("virtio-blk-pci,drive=%s,serial=%s,werror=report,rerror=report", id, serial),
+		"-device", fmt.Sprintf("virtio-blk-pci,drive=%s,serial=%s,werror=report,rerror=report", id, serial) + modern,
 	}
 }
 
@@ -107,6 +115,9 @@ func onOff(b bool) string {
 // escape doubles the commas that separate QEMU's options.
 func escape(s string) string { return strings.ReplaceAll(s, ",", ",,") }
 
+// guestHZ is the guest kernel's CONFIG_HZ.
+const guestHZ = 100
+
 // hostTSC is measured once.
 var hostTSC = sync.OnceValue(tscKHz)
 
@@ -116,14 +127,17 @@ func kernelParams(cfg vmm.Config, accel string) string {
 	params := []string{
 		"console=ttyS0", "quiet", "panic=-1",
 		"root=/dev/vda", "rootfstype=erofs", "ro", "init=/init",
-		"maxcpus=1", "memhp_default_state=online",
-		"tsc=reliable", "no_timer_check", "random.trust_cpu=on", "rcupdate.rcu_expedited=1",
+		// noreplace-smp: no patching of kernel text when a second processor comes.
+		"maxcpus=1", "noreplace-smp", "memhp_default_state=online",
+		"random.trust_cpu=on", "rcupdate.rcu_expedited=1",
 	}
 	if accel == accelTCG {
 		// An emulated processor does not speculate.
-		params = append(params, "mitigations=off")
+		params = append(params, "mitigations=off", "tsc=reliable", "no_timer_check")
 		if khz := hostTSC(); khz > 0 {
-			params = append(params, fmt.Sprintf("tsc_early_khz=%d", khz))
+			// The counter's frequency, and from it the delay loop's, which each
+			// processor would calibrate anew.
+			params = append(params, fmt.Sprintf("tsc_early_khz=%d", khz), fmt.Sprintf("lpj=%d", khz*1000/guestHZ))
 		}
 	}
 	return strings.Join(append(params, cfg.KernelParams...), " ")

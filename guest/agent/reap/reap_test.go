@@ -40,6 +40,8 @@ func TestReaper(t *testing.T) {
 	t.Run("exits", func(t *testing.T) { exits(t, r) })
 	t.Run("races", func(t *testing.T) { races(t, r) })
 	t.Run("orphans", func(t *testing.T) { orphans(t, r) })
+	r.mu.Lock()
+	defer r.mu.Unlock()
 	require.Empty(t, r.births)
 	require.Empty(t, r.watched)
 }

@@ -33,9 +33,12 @@ type host struct {
 	addr    string
 }
 
-func newHost(t *testing.T) *host {
+func newHost(t *testing.T, change ...func(*Streams)) *host {
 	t.Helper()
 	h := &host{t: t, streams: NewStreams(), addr: filepath.Join(t.TempDir(), "s")}
+	for _, c := range change {
+		c(h.streams)
+	}
 	l, err := net.Listen("unix", h.addr)
 	require.NoError(t, err)
 	var wg sync.WaitGroup
@@ -119,8 +122,7 @@ func TestStreams(t *testing.T) {
 }
 
 func TestStreamsExpire(t *testing.T) {
-	h := newHost(t)
-	h.streams.claim, h.streams.header = 10*time.Millisecond, 10*time.Millisecond
+	h := newHost(t, func(s *Streams) { s.claim, s.header = 50*time.Millisecond, 50*time.Millisecond })
 	refused(t, h.open(id))
 	refused(t, h.dial("")) // says nothing
 	require.Eventually(t, func() bool {
