@@ -9,6 +9,7 @@ import (
 	"os"
 	"path/filepath"
 	"runtime/debug"
+	"runtime/metrics"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -86,11 +87,11 @@ func newService(ctx context.Context, cfg Config, dir string, transport Guest) *s
 		tasks: make(map[string]*task),
 	}
 	s.guest = newGuestClient(transport, s.vmLost)
-	s.calm = time.AfterFunc(time.Hour, debug.FreeOSMemory)
+	s.calm = time.AfterFunc(time.Hour, freeMemory)
 	s.calm.Stop()
 	s.stir = time.AfterFunc(time.Hour, func() {
 		s.stirs.Store(false)
-		debug.FreeOSMemory()
+		freeMemory()
 	})
 	s.stir.Stop()
 	s.running.Go(func() { s.events.run(ctx) })
@@ -115,6 +116,19 @@ func (s *service) close(limit time.Duration) {
 		}
 	}
 	s.running.Wait()
+}
+
+// freeAbove is how much the heap must hold before a collection is worth what it
+// costs: a first one takes some 0.3 MB for good.
+const freeAbove = 1 << 20
+
+// freeMemory collects garbage and gives memory back to the host.
+func freeMemory() {
+	heap := []metrics.Sample{{Name: "/memory/classes/heap/objects:bytes"}, {Name: "/memory/classes/heap/free:bytes"}}
+	metrics.Read(heap)
+	if heap[0].Value.Uint64()+heap[1].Value.Uint64() > freeAbove {
+		debug.FreeOSMemory()
+	}
 }
 
 // quiet gives memory back some time after the last change.
