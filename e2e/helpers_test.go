@@ -164,6 +164,15 @@ func (p *pod) start(cfg *runtimeapi.ContainerConfig) *container {
 	return c
 }
 
+// idle starts a container that waits for SIGTERM, and waits until it does: the
+// first process of a PID namespace gets no signal that it does not handle.
+func (p *pod) idle(name string) *container {
+	p.t.Helper()
+	c := p.start(idleConfig(name))
+	c.awaitLine("ready")
+	return c
+}
+
 // ips are the pod's addresses.
 func (p *pod) ips() []string {
 	p.t.Helper()

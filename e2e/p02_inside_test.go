@@ -75,7 +75,7 @@ func TestInsideMachine(t *testing.T) {
 func TestInsideNetwork(t *testing.T) {
 	forHandlers(t, func(t *testing.T, h string) {
 		p := newPod(t, h)
-		c := p.start(idleConfig("c"))
+		c := p.idle("c")
 		addrs := c.sh("ip addr show eth0")
 		require.Contains(t, addrs, fmt.Sprintf("mtu %d", testnode.PodMTU))
 		for _, ip := range p.ips() {
@@ -107,7 +107,7 @@ func TestInsidePIDNamespaces(t *testing.T) {
 		a, b := inPod("a"), inPod("b")
 		require.Equal(t, ns(a), ns(b))
 		require.Equal(t, "2\n", a.sh("ls -l /proc/[0-9]*/exe 2>/dev/null | grep -c /helper"), "each sees the other")
-		own := p.start(idleConfig("own"))
+		own := p.idle("own")
 		require.NotEqual(t, ns(a), ns(own))
 		cfg := idleConfig("target")
 		cfg.Linux.SecurityContext.NamespaceOptions.Pid = runtimeapi.NamespaceMode_TARGET
@@ -234,7 +234,7 @@ func TestInsideSysctls(t *testing.T) {
 		p := newPod(t, h, func(cfg *runtimeapi.PodSandboxConfig) {
 			cfg.Linux.Sysctls = map[string]string{"kernel.shm_rmid_forced": "1", "net.ipv4.ip_local_port_range": "10000 20000"}
 		})
-		c := p.start(idleConfig("c"))
+		c := p.idle("c")
 		require.Equal(t, "1\n10000\t20000\n0\n", c.sh("cat /proc/sys/kernel/shm_rmid_forced /proc/sys/net/ipv4/ip_local_port_range /proc/sys/net/ipv4/ip_unprivileged_port_start"))
 		after, err := os.ReadFile("/proc/sys/kernel/shm_rmid_forced")
 		require.NoError(t, err)

@@ -142,8 +142,8 @@ func TestRootFSImages(t *testing.T) {
 	}
 	for range 2 {
 		p := newPod(t, testnode.CloudHV)
-		p.start(idleConfig("a"))
-		p.start(idleConfig("b"))
+		p.idle("a")
+		p.idle("b")
 	}
 	require.Equal(t, before, images())
 }

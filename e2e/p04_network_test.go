@@ -28,7 +28,7 @@ func TestNetwork(t *testing.T) {
 		a, b := newPod(t, h), newPod(t, h)
 		server := a.start(helperConfig("server", "serve", port))
 		server.awaitLine("listening")
-		beside, other := a.start(idleConfig("beside")), b.start(idleConfig("other"))
+		beside, other := a.idle("beside"), b.idle("other")
 
 		t.Run("localhost", func(t *testing.T) {
 			for _, ip := range []string{"127.0.0.1", "::1"} {

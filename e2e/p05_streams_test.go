@@ -63,7 +63,7 @@ func (c *container) guestMemory() int64 {
 func TestOutputToStallingReader(t *testing.T) {
 	forHandlers(t, func(t *testing.T, h string) {
 		p := newPod(t, h)
-		c := p.start(idleConfig("c"))
+		c := p.idle("c")
 		before := c.guestMemory()
 		var least int64
 		out := &stallingWriter{after: 10 << 20, stall: func() {
@@ -116,7 +116,7 @@ func TestLogToStoppedContainerd(t *testing.T) {
 func TestInput(t *testing.T) {
 	forHandlers(t, func(t *testing.T, h string) {
 		p := newPod(t, h)
-		c := p.start(idleConfig("c"))
+		c := p.idle("c")
 		var out strings.Builder
 		require.NoError(t, c.stream(remotecommand.StreamOptions{Stdin: pattern.New(11, inputBytes), Stdout: &out}, testimage.HelperPath, "sink"))
 		require.Equal(t, pattern.Line(11, inputBytes)+"\n", out.String())
@@ -135,7 +135,7 @@ func TestInput(t *testing.T) {
 func TestInputUnread(t *testing.T) {
 	forHandlers(t, func(t *testing.T, h string) {
 		p := newPod(t, h)
-		c := p.start(idleConfig("c"))
+		c := p.idle("c")
 		pr, pw := io.Pipe()
 		defer pw.Close()
 		var out bytes.Buffer
@@ -151,7 +151,7 @@ func TestInputUnread(t *testing.T) {
 func TestBinaryStreams(t *testing.T) {
 	forHandlers(t, func(t *testing.T, h string) {
 		p := newPod(t, h)
-		c := p.start(idleConfig("c"))
+		c := p.idle("c")
 		data := make([]byte, 1<<20)
 		for i := range data {
 			data[i] = byte(i * 7 / 5)
@@ -168,7 +168,7 @@ func TestBinaryStreams(t *testing.T) {
 func TestBackgroundHoldsOutput(t *testing.T) {
 	forHandlers(t, func(t *testing.T, h string) {
 		p := newPod(t, h)
-		c := p.start(idleConfig("c"))
+		c := p.idle("c")
 		ctx, cancel := context.WithTimeout(testContext(t), testnode.Scale(20*time.Second))
 		defer cancel()
 		var out bytes.Buffer
@@ -204,7 +204,7 @@ func hostMemory(t *testing.T, pid int) int64 {
 func TestShimMemoryBounded(t *testing.T) {
 	forHandlers(t, func(t *testing.T, h string) {
 		p := newPod(t, h)
-		c := p.start(idleConfig("c"))
+		c := p.idle("c")
 		pid := p.shimPid()
 		before := hostMemory(t, pid)
 		var during int64

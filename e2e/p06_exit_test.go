@@ -96,7 +96,7 @@ func TestStopSignal(t *testing.T) {
 func TestMissingBinary(t *testing.T) {
 	forHandlers(t, func(t *testing.T, h string) {
 		p := newPod(t, h)
-		idle := p.start(idleConfig("idle"))
+		idle := p.idle("idle")
 		before, err := settled(testContext(t), p.n)
 		require.NoError(t, err)
 		for _, tc := range []struct{ name, path, text string }{
@@ -130,7 +130,7 @@ func TestMissingBinary(t *testing.T) {
 func TestExecExit(t *testing.T) {
 	forHandlers(t, func(t *testing.T, h string) {
 		p := newPod(t, h)
-		c := p.start(idleConfig("c"))
+		c := p.idle("c")
 		for _, code := range []int{0, 1, 42, 255} {
 			_, _, got, err := p.n.ExecSync(testContext(t), c.id, testimage.HelperPath, "exit", strconv.Itoa(code))
 			require.NoError(t, err)
@@ -164,7 +164,7 @@ func TestOOM(t *testing.T) {
 		st := c.awaitExit()
 		require.Equal(t, int32(137), st.GetExitCode())
 		require.Equal(t, "OOMKilled", st.GetReason())
-		after := p.start(idleConfig("after"))
+		after := p.idle("after")
 		after.exec("true")
 	})
 }

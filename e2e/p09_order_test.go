@@ -33,7 +33,7 @@ func TestOrder(t *testing.T) {
 		})
 		t.Run("twice", func(t *testing.T) {
 			p := newPod(t, h)
-			c := p.start(idleConfig("c"))
+			c := p.idle("c")
 			ctx := testContext(t)
 			require.Error(t, p.n.StartContainer(ctx, c.id), "it runs")
 			for range 2 {
@@ -53,16 +53,16 @@ func TestOrder(t *testing.T) {
 		})
 		t.Run("in parallel", func(t *testing.T) {
 			p := newPod(t, h)
-			c := p.start(idleConfig("c"))
+			c := p.idle("c")
 			ctx := testContext(t)
 			together(t, 4, func() error { return p.n.StopContainer(ctx, c.id, 10*time.Second) })
 			together(t, 4, func() error { return p.n.StopPod(ctx, p.id) })
 		})
 		t.Run("remove what runs", func(t *testing.T) {
 			p := newPod(t, h)
-			c := p.start(idleConfig("c"))
+			c := p.idle("c")
 			require.NoError(t, p.n.RemoveContainer(testContext(t), c.id))
-			p.start(idleConfig("d"))
+			p.idle("d")
 			require.NoError(t, p.n.RemovePod(testContext(t), p.id))
 		})
 		t.Run("stop the pod during a container's start", func(t *testing.T) { stopDuringStart(t, h) })
@@ -115,7 +115,7 @@ func stopDuringStart(t *testing.T, h string) {
 func TestOrderMachineGone(t *testing.T) {
 	requireCloudHV(t)
 	for name, calls := range map[string]func(ctx context.Context, p *pod, c *container) error{
-		"stop, remove": func(ctx context.Context, p *pod, _ *container) error {
+		"stop and remove": func(ctx context.Context, p *pod, _ *container) error {
 			return errors.Join(p.n.StopPod(ctx, p.id), p.n.StopPod(ctx, p.id), p.n.RemovePod(ctx, p.id), p.n.RemovePod(ctx, p.id))
 		},
 		"remove": func(ctx context.Context, p *pod, _ *container) error { return p.n.RemovePod(ctx, p.id) },
@@ -125,7 +125,7 @@ func TestOrderMachineGone(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			p := newPod(t, testnode.CloudHV)
-			c := p.start(idleConfig("c"))
+			c := p.idle("c")
 			p.create(idleConfig("created"))
 			require.NoError(t, testnode.Kill9(testContext(t), p.info().VMMPid))
 			require.NoError(t, calls(testContext(t), p, c))
@@ -167,7 +167,7 @@ func TestOrderCancelledStart(t *testing.T) {
 func TestOrderDuplicate(t *testing.T) {
 	forHandlers(t, func(t *testing.T, h string) {
 		p := newPod(t, h)
-		c := p.start(idleConfig("c"))
+		c := p.idle("c")
 		_, err := p.n.RunPod(testContext(t), p.cfg, h)
 		require.ErrorContains(t, err, "is reserved")
 		_, err = p.n.CreateContainer(testContext(t), p.id, p.cfg, idleConfig("c"))

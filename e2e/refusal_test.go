@@ -161,7 +161,7 @@ func TestAnnotations(t *testing.T) {
 	}{
 		"none":          {nil, 1, 512 << 20},
 		"ours":          {map[string]string{"io.cloudhv.default_vcpus": "2", "io.cloudhv.default_memory": "768MiB"}, 2, 768 << 20},
-		"Kata's":        {map[string]string{"io.katacontainers.config.hypervisor.default_vcpus": "2", "io.katacontainers.config.hypervisor.default_memory": "640"}, 2, 640 << 20},
+		"of Kata":       {map[string]string{"io.katacontainers.config.hypervisor.default_vcpus": "2", "io.katacontainers.config.hypervisor.default_memory": "640"}, 2, 640 << 20},
 		"ours go first": {map[string]string{"io.cloudhv.default_vcpus": "1", "io.katacontainers.config.hypervisor.default_vcpus": "2"}, 1, 512 << 20},
 	} {
 		t.Run(name, func(t *testing.T) {
@@ -169,7 +169,7 @@ func TestAnnotations(t *testing.T) {
 			i := p.info()
 			require.Equal(t, tc.vcpus, i.VCPUs)
 			require.Equal(t, tc.memory, i.MemoryBytes)
-			c := p.start(idleConfig("c"))
+			c := p.idle("c")
 			total, cpus := c.machine()
 			require.Equal(t, tc.vcpus, cpus)
 			require.InDelta(t, tc.memory, total, float64(tc.memory)/4)

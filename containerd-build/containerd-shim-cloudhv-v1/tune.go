@@ -20,7 +20,7 @@ import (
 //	2           100    1.2 MB  2.4 MB   3.7 MB  200 MB/s
 //	2            25    1.8     3.3      3.7     200
 //	1           100    1.0     2.5      3.3     300
-//	1            50    1.0     2.1      3.2     300
+//	1            50    1.0     2.1      3.3     300
 //	1            10    1.5     3.1      3.5     300
 //
 // A processor of Go's has caches of its own for each size of object, so one is
@@ -47,5 +47,9 @@ func tune() error {
 			env = append(env, e)
 		}
 	}
-	return unix.Exec("/proc/self/exe", os.Args, env)
+	self, err := os.Executable()
+	if err != nil {
+		return err
+	}
+	return unix.Exec(self, os.Args, env)
 }

@@ -147,7 +147,7 @@ func (s *service) vmLost(reason error) {
 	if s.ctx.Err() != nil {
 		return
 	}
-	log.G(s.ctx).WithError(reason).Error("the pod's VM is lost")
+	s.logLost(reason)
 	text := cleanText(reason.Error(), maxGuestText) + "\n"
 	if err := os.WriteFile(filepath.Join(s.dir, VMLostFile), []byte(text), 0o600); err != nil {
 		log.G(s.ctx).WithError(err).Warn("cannot note that the VM is lost")
@@ -167,6 +167,22 @@ func (s *service) vmLost(reason error) {
 			})
 		}
 	}
+}
+
+// logLost tells an accident from the end of every pod, which comes when no
+// container runs any more.
+func (s *service) logLost(reason error) {
+	running := 0
+	for _, t := range s.all() {
+		if t.init.info().state == stateRunning {
+			running++
+		}
+	}
+	if running == 0 {
+		log.G(s.ctx).WithError(reason).Info("the pod's VM has ended")
+		return
+	}
+	log.G(s.ctx).WithError(reason).WithField("running", running).Error("the pod's VM is lost while containers run")
 }
 
 // lostGrace is how long the watch of a process may take to see that the VM is lost.

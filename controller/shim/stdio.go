@@ -42,8 +42,8 @@ type stdioPaths struct {
 }
 
 // processIO carries one process's input and output between containerd's FIFOs
-// and streams of the guest. A copy waits for whoever is slower, so that a reader
-// that stalls stalls the process in the end, and nothing is kept but one buffer.
+// and streams of the guest. A copy waits for whoever is slower, so that in
+// the end a process waits for its reader, and nothing is kept but one buffer.
 type processIO struct {
 	streams *guestv1.Stdio
 	stdin   *input
@@ -131,20 +131,13 @@ func (p *processIO) abortStdin() {
 	}
 }
 
-// wait reports whether all output was delivered within limit.
-func (p *processIO) wait(limit time.Duration) bool {
-	select {
-	case <-p.drained:
-		return true
-	default:
-	}
+// wait returns when all output was delivered, or after limit.
+func (p *processIO) wait(limit time.Duration) {
 	timer := time.NewTimer(limit)
 	defer timer.Stop()
 	select {
 	case <-p.drained:
-		return true
 	case <-timer.C:
-		return false
 	}
 }
 

@@ -165,8 +165,11 @@ func (n *Node) countMounts(items map[string]int) error {
 	return nil
 }
 
-// countLinks counts the bridge's ports, and virtual links of the host that are
-// on no bridge: a TAP or veth that has lost its way.
+// strayTAP begins the names of our TAPs, which have no business in the host's
+// own network namespace.
+const strayTAP = "tap_chv"
+
+// countLinks counts the bridge's ports, and TAPs of ours that have lost their way.
 func (n *Node) countLinks(items map[string]int) error {
 	links, err := netlink.LinkList()
 	if err != nil && !errors.Is(err, netlink.ErrDumpInterrupted) {
@@ -180,7 +183,7 @@ func (n *Node) countLinks(items map[string]int) error {
 	}
 	for _, l := range links {
 		a := l.Attrs()
-		stray := a.MasterIndex == 0 && (l.Type() == "tuntap" || l.Type() == "tun" || l.Type() == "macvtap")
+		stray := l.Type() == "tuntap" && strings.HasPrefix(a.Name, strayTAP)
 		if a.MasterIndex == bridge || stray {
 			items["link "+l.Type()]++
 		}
@@ -218,8 +221,9 @@ func (n *Node) countLoops(items map[string]int) error {
 	return nil
 }
 
-// uncounted are directories that grow with images or logs, by design.
-var uncounted = []string{"logs", "root/io.containerd.content.v1.content", "root/io.containerd.metadata.v1.bolt"}
+// uncounted are directories that grow with images or logs, by design, and "s",
+// where runc's shim leaves its socket when it is killed.
+var uncounted = []string{"logs", "s", "root/io.containerd.content.v1.content", "root/io.containerd.metadata.v1.bolt"}
 
 // snapshotDepth is how far below its root a snapshotter's directory is looked at.
 const snapshotDepth = 4

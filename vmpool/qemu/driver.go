@@ -138,7 +138,11 @@ func (d *Driver) Attach(ctx context.Context, state vmm.State) (_ vmm.VM, retErr 
 		cmd = ours.(*exec.Cmd)
 	}
 	vm.watched.Go(func() { vm.watch(cmd) })
-	if err := vm.control(ctx); err != nil {
+	err = vm.control(ctx)
+	if err == nil {
+		err = vm.findSlots(ctx)
+	}
+	if err != nil {
 		return nil, errors.Join(vm.explain(err), vm.Close())
 	}
 	return vm, nil

@@ -42,11 +42,11 @@ func (vm *machine) AddDisk(ctx context.Context, disk vmm.Disk) (retErr error) {
 		return fmt.Errorf("qemu: %w", err)
 	}
 	id := diskID(disk.Serial)
-	unlock, err := vm.claim(ctx, id)
+	release, err := vm.claim(ctx, id)
 	if err != nil {
 		return fmt.Errorf("add disk %s: %w", disk.Serial, err)
 	}
-	defer unlock()
+	defer func() { release(retErr) }()
 	args := object{
 		"driver": "raw", "node-name": id, "read-only": disk.ReadOnly, "discard": "unmap",
 		"file": object{"driver": "file", "filename": disk.Path, "locking": "off"},
@@ -62,7 +62,7 @@ func (vm *machine) AddDisk(ctx context.Context, disk vmm.Disk) (retErr error) {
 	}
 	defer vm.undoOnError(ctx, &retErr, "blockdev-del", node)
 	device := object{
-		"driver": "virtio-blk-pci", "id": id, "bus": hotplugBus, "disable-legacy": "on",
+		"driver": "virtio-blk-pci", "id": id, "bus": vm.slotOf(id), "disable-legacy": "on",
 		"drive": id, "serial": disk.Serial,
 		"werror": "report", "rerror": "report",
 	}
@@ -115,17 +115,17 @@ func (vm *machine) AddNIC(ctx context.Context, nic vmm.NIC) (retErr error) {
 		return fmt.Errorf("qemu: %w", err)
 	}
 	id := nicID(nic.ID)
-	unlock, err := vm.claim(ctx, id)
+	release, err := vm.claim(ctx, id)
 	if err != nil {
 		return fmt.Errorf("add NIC %s: %w", nic.ID, err)
 	}
-	defer unlock()
+	defer func() { release(retErr) }()
 	if err := vm.addNetdev(ctx, id, nic.Queues); err != nil {
 		return fmt.Errorf("add NIC %s: %w", nic.ID, err)
 	}
 	defer vm.undoOnError(ctx, &retErr, "netdev_del", object{"id": id})
 	device := object{
-		"driver": "virtio-net-pci", "id": id, "bus": hotplugBus, "disable-legacy": "on", "netdev": id, "mac": nic.MAC.String(), "romfile": "",
+		"driver": "virtio-net-pci", "id": id, "bus": vm.slotOf(id), "disable-legacy": "on", "netdev": id, "mac": nic.MAC.String(), "romfile": "",
 		"mq": len(nic.Queues) > 1, "vectors": 2*len(nic.Queues) + 2,
 	}
 	if nic.MTU > 0 {
@@ -205,56 +205,8 @@ func (vm *machine) RemoveNIC(ctx context.Context, id string) error {
 	return nil
 }
 
-// lock keeps calls about one device apart. The caller calls the function that it
-// returns.
-func (vm *machine) lock(ctx context.Context, id string) (unlock func(), _ error) {
-	for {
-		vm.mu.Lock()
-		other := vm.busy[id]
-		if other == nil {
-			mine := make(chan struct{})
-			vm.busy[id] = mine
-			vm.mu.Unlock()
-			return func() {
-				vm.mu.Lock()
-				delete(vm.busy, id)
-				vm.mu.Unlock()
-				close(mine)
-			}, nil
-		}
-		vm.mu.Unlock()
-		select {
-		case <-other:
-		case <-ctx.Done():
-			return nil, context.Cause(ctx)
-		}
-	}
-}
-
-// claim is lock for a device that must not exist yet.
-func (vm *machine) claim(ctx context.Context, id string) (unlock func(), _ error) {
-	unlock, err := vm.lock(ctx, id)
-	if err != nil {
-		return nil, err
-	}
-	var devices []struct {
-		Name string `json:"name"`
-	}
-	err = vm.call(ctx, "qom-list", object{"path": peripherals}, &devices)
-	for _, d := range devices {
-		if d.Name == id {
-			err = fmt.Errorf("device %s: %w", id, errdefs.ErrAlreadyExists)
-		}
-	}
-	if err != nil {
-		unlock()
-		return nil, err
-	}
-	return unlock, nil
-}
-
 // unplug asks the guest to give a device back and waits until it has.
-func (vm *machine) unplug(ctx context.Context, id string) error {
+func (vm *machine) unplug(ctx context.Context, id string) (retErr error) {
 	deleted, stop, err := vm.expect(ctx, func(e event) bool {
 		var about struct {
 			Device string `json:"device"`
@@ -265,6 +217,11 @@ func (vm *machine) unplug(ctx context.Context, id string) error {
 		return err
 	}
 	defer stop()
+	defer func() {
+		if retErr == nil {
+			vm.freeSlot(id)
+		}
+	}()
 	for {
 		err := vm.call(ctx, "device_del", object{"id": id}, nil)
 		switch {

@@ -58,6 +58,7 @@ type machine struct {
 	guest     *transport.Client
 	mon       *monitor
 	busy      map[string]chan struct{} // devices that a call is about
+	slots     [slots]string            // the device in each
 	own       data
 	closed    bool
 	requested bool   // Kill was called

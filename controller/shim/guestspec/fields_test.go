@@ -238,8 +238,8 @@ func find(v reflect.Value, typ reflect.Type) reflect.Value {
 		if v.Type() == typ {
 			return v
 		}
-		for i := range v.NumField() {
-			if f := find(v.Field(i), typ); f.IsValid() {
+		for _, field := range v.Fields() {
+			if f := find(field, typ); f.IsValid() {
 				return f
 			}
 		}
