@@ -84,7 +84,8 @@ func startShim(ctx context.Context, p *pod, program string, cfg shimapi.Config) 
 	defer logFile.Close()
 
 	cmd := exec.Command(program, "-sandbox", p.dir)
-	cmd.Env = []string{"PATH=" + os.Getenv("PATH")}
+	// The runtime reads GOMAXPROCS before main; the shim's tune.go says why one.
+	cmd.Env = []string{"PATH=" + os.Getenv("PATH"), "GOMAXPROCS=1"}
 	cmd.Stdout, cmd.Stderr = logFile, logFile
 	cmd.ExtraFiles = []*os.File{socket} // becomes shimapi.ListenFD
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true}

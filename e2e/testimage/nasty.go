@@ -93,12 +93,12 @@ func names(a *archive) {
 		"ünïcödé", "日本語", "invalid\xff\xfeutf8", "\x01\x1b[31m", strings.Repeat("l", 254), "wh.not", ".wh", "a:b", "%00", "$HOME"} {
 		a.file("n/names/"+n, 0o644, []byte(n))
 	}
-	deep := "n/names"
-	for range 12 {
-		deep += "/" + strings.Repeat("d", 200)
-		a.dir(deep, 0o755)
+	const levels = 12
+	step := "/" + strings.Repeat("d", 200)
+	for i := range levels {
+		a.dir("n/names"+strings.Repeat(step, i+1), 0o755)
 	}
-	a.file(deep+"/bottom", 0o644, []byte("deep\n"))
+	a.file("n/names"+strings.Repeat(step, levels)+"/bottom", 0o644, []byte("deep\n"))
 }
 
 func attributes(a *archive) {

@@ -91,9 +91,10 @@ func limited(ctx context.Context) (context.Context, context.CancelFunc) {
 	return context.WithTimeout(ctx, Scale(callLimit))
 }
 
-// RunPod runs a pod by the handler and returns its ID.
+// RunPod runs a pod by the handler and returns its ID. It waits twice as long as
+// the other calls, as kubelet does.
 func (n *Node) RunPod(ctx context.Context, pod *runtimeapi.PodSandboxConfig, handler string) (string, error) {
-	ctx, cancel := limited(ctx)
+	ctx, cancel := context.WithTimeout(ctx, Scale(2*callLimit))
 	defer cancel()
 	if err := os.MkdirAll(pod.GetLogDirectory(), 0o755); err != nil {
 		return "", err

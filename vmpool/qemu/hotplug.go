@@ -13,9 +13,10 @@ import (
 	"strings"
 	"time"
 
-	"github.com/cloudhv/containerd-cloudhv/vmpool/vmm"
 	"github.com/containerd/errdefs"
 	"golang.org/x/sys/unix"
+
+	"github.com/cloudhv/containerd-cloudhv/vmpool/vmm"
 )
 
 const (

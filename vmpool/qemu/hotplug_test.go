@@ -31,7 +31,7 @@ func testContext(t testing.TB) context.Context {
 func (v *testVM) disks() map[string]string {
 	v.t.Helper()
 	disks := make(map[string]string)
-	for _, path := range strings.Fields(v.mustRun("ls /sys/block/vd*/serial")) {
+	for path := range strings.FieldsSeq(v.mustRun("ls /sys/block/vd*/serial")) {
 		serial, err := v.run("cat " + path)
 		if err == nil {
 			disks[serial] = "/dev/" + filepath.Base(filepath.Dir(path))

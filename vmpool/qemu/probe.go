@@ -15,9 +15,10 @@ import (
 	"strconv"
 	"strings"
 
-	"github.com/cloudhv/containerd-cloudhv/vmpool/vmm"
 	"github.com/containerd/errdefs"
 	"golang.org/x/sys/unix"
+
+	"github.com/cloudhv/containerd-cloudhv/vmpool/vmm"
 )
 
 const (

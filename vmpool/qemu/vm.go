@@ -18,12 +18,13 @@ import (
 	"syscall"
 	"time"
 
-	"github.com/cloudhv/containerd-cloudhv/guest/api/transport"
-	"github.com/cloudhv/containerd-cloudhv/vmpool/process"
-	"github.com/cloudhv/containerd-cloudhv/vmpool/vmm"
 	"github.com/containerd/errdefs"
 	"github.com/containerd/log"
 	"golang.org/x/sys/unix"
+
+	"github.com/cloudhv/containerd-cloudhv/guest/api/transport"
+	"github.com/cloudhv/containerd-cloudhv/vmpool/process"
+	"github.com/cloudhv/containerd-cloudhv/vmpool/vmm"
 )
 
 const (

@@ -34,7 +34,7 @@ const (
 )
 
 // limit bounds a step of a test. VMs may be emulated, on a busy host.
-const limit = time.Minute
+const limit = 2 * time.Minute
 
 func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
 

@@ -73,7 +73,7 @@ func describe(path string, first map[inode]string) (string, error) {
 		}
 	}
 	if st.Mode&unix.S_IFMT != unix.S_IFDIR {
-		id := inode{uint64(st.Dev), st.Ino}
+		id := inode{st.Dev, st.Ino}
 		if p, ok := first[id]; ok {
 			same = p
 		} else {

@@ -49,7 +49,7 @@ func answer(n nonce) []byte {
 // nonce. It reads nothing beyond them.
 func scanPreamble(r *bufio.Reader) (nonce, error) {
 	var n nonce
-	if _, err := skipPast(r, []byte(magic), 0); err != nil {
+	if err := skipPast(r, []byte(magic), 0); err != nil {
 		return n, err
 	}
 	_, err := io.ReadFull(r, n[:])
@@ -58,25 +58,25 @@ func scanPreamble(r *bufio.Reader) (nonce, error) {
 
 // scanAnswer reads up to the end of the answer to n, at most maxStale bytes.
 func scanAnswer(r *bufio.Reader, n nonce) error {
-	if _, err := skipPast(r, answer(n), maxStale); err != nil {
+	if err := skipPast(r, answer(n), maxStale); err != nil {
 		return fmt.Errorf("wait for the guest's answer: %w", err)
 	}
 	return nil
 }
 
-// skipPast reads up to the end of the next pattern and returns how many bytes
-// that were. A limit of 0 is none. The reader's buffer must hold the pattern.
-func skipPast(r *bufio.Reader, pattern []byte, limit int64) (int64, error) {
+// skipPast reads up to the end of the next pattern, and gives up after limit
+// bytes without it; 0 is no limit. The reader's buffer must hold the pattern.
+func skipPast(r *bufio.Reader, pattern []byte, limit int64) error {
 	var skipped int64
 	for {
 		// One byte more than is buffered is never asked for, so that what lies in
 		// the buffer is looked at first.
 		if _, err := r.Peek(len(pattern)); err != nil {
-			return skipped, err
+			return err
 		}
 		buf, err := r.Peek(r.Buffered())
 		if err != nil {
-			return skipped, err
+			return err
 		}
 		i := bytes.Index(buf, pattern)
 		drop := i + len(pattern)
@@ -85,14 +85,14 @@ func skipPast(r *bufio.Reader, pattern []byte, limit int64) (int64, error) {
 			drop = len(buf) - len(pattern) + 1
 		}
 		if _, err := r.Discard(drop); err != nil {
-			return skipped, err
+			return err
 		}
 		skipped += int64(drop)
 		if i >= 0 {
-			return skipped, nil
+			return nil
 		}
 		if limit > 0 && skipped > limit {
-			return skipped, errNoAnswer
+			return errNoAnswer
 		}
 	}
 }

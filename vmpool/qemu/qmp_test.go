@@ -1,0 +1,144 @@
+// SPDX-License-Identifier: Apache-2.0
+// Copyright The containerd-cloudhv Authors
+
+package qemu
+
+import (
+	"bufio"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"os"
+	"path/filepath"
+	"testing"
+	"time"
+
+	"github.com/containerd/errdefs"
+	"github.com/stretchr/testify/assert"
+	"github.com/stretchr/testify/require"
+)
+
+// fakeMonitor answers each command by f; an empty answer is none.
+func fakeMonitor(t *testing.T, f func(command string) string) string {
+	t.Helper()
+	dir, err := os.MkdirTemp("", "qmp")
+	require.NoError(t, err)
+	t.Cleanup(func() { _ = os.RemoveAll(dir) })
+	path := filepath.Join(dir, monitorSocket)
+	l, err := net.Listen("unix", path)
+	require.NoError(t, err)
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		conn, err := l.Accept()
+		if err != nil {
+			return
+		}
+		defer conn.Close() //nolint:errcheck
+		_, _ = io.WriteString(conn, `{"QMP": {"version": {}, "capabilities": []}}`+"\r\n")
+		lines := bufio.NewScanner(conn)
+		for lines.Scan() {
+			var m struct{ Execute, ID string }
+			if json.Unmarshal(lines.Bytes(), &m) != nil {
+				return
+			}
+			switch answer := f(m.Execute); answer {
+			case "":
+			case "hang up":
+				return
+			default:
+				_, _ = fmt.Fprintf(conn, answer+"\n", m.ID)
+			}
+		}
+	}()
+	t.Cleanup(func() {
+		_ = l.Close()
+		<-done
+	})
+	return path
+}
+
+func TestMonitor(t *testing.T) {
+	t.Parallel()
+	path := fakeMonitor(t, func(command string) string {
+		switch command {
+		case "qmp_capabilities":
+			return `{"return": {}, "id": %q}`
+		case "query":
+			return `{"event": "SOMETHING", "data": {"device": "d"}}` + "\n" + `{"return": {"n": 7}, "id": %q}`
+		case "missing":
+			return `{"error": {"class": "DeviceNotFound", "desc": "Device 'x' not found"}, "id": %q}`
+		case "end":
+			return "hang up"
+		}
+		return ""
+	})
+	ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
+	defer cancel()
+	seen := make(chan string, 1)
+	m, err := dialMonitor(ctx, path, func(e event) { seen <- e.Name })
+	require.NoError(t, err)
+	defer m.close()
+
+	found, stop := m.expect(func(e event) bool { return e.Name == "SOMETHING" })
+	defer stop()
+	var result struct{ N int }
+	require.NoError(t, m.call(ctx, "query", nil, &result))
+	assert.Equal(t, 7, result.N)
+	assert.Equal(t, "SOMETHING", <-seen)
+	assert.JSONEq(t, `{"device": "d"}`, string((<-found).Data))
+
+	err = m.call(ctx, "missing", nil, nil)
+	require.ErrorIs(t, err, errdefs.ErrNotFound)
+	var answer *qmpError
+	require.True(t, errors.As(err, &answer))
+	assert.Equal(t, "qemu: missing: Device 'x' not found (DeviceNotFound)", answer.Error())
+
+	short, stopShort := context.WithTimeout(ctx, 20*time.Millisecond)
+	defer stopShort()
+	require.ErrorIs(t, m.call(short, "silence", nil, nil), context.DeadlineExceeded)
+	require.ErrorIs(t, m.call(ctx, "end", nil, nil), errdefs.ErrUnavailable)
+	require.ErrorIs(t, m.call(ctx, "query", nil, nil), errdefs.ErrUnavailable)
+}
+
+// TestMonitorGarbage has a monitor that speaks no QMP: the connection ends.
+func TestMonitorGarbage(t *testing.T) {
+	t.Parallel()
+	path := fakeMonitor(t, func(string) string { return "%s is no JSON" })
+	_, err := dialMonitor(context.Background(), path, func(event) {})
+	require.ErrorIs(t, err, errdefs.ErrUnavailable)
+}
+
+func TestWhyReset(t *testing.T) {
+	t.Parallel()
+	tests := map[string]string{
+		"":            "guest rebooted",
+		"bye\n":       "guest rebooted",
+		"[    1.0] x": "guest rebooted",
+		"[    1.0] Kernel panic - not syncing: VFS: no root\r\n[ 1.1] CPU: 0": `guest kernel panic: "VFS: no root"`,
+		"Kernel panic - not syncing: ":                                        "guest kernel panic",
+	}
+	for console, want := range tests {
+		assert.Equal(t, want, whyReset(console))
+	}
+}
+
+func TestVirtualization(t *testing.T) {
+	t.Parallel()
+	for text, want := range map[string]bool{
+		"processor\t: 0\nflags\t\t: fpu svm npt\n":    true,
+		"flags\t\t: fpu vmx ept\n":                    true,
+		"flags\t\t: fpu hypervisor svm_lock vmxnet\n": false,
+		"model name\t: svm vmx\nflags\t\t: fpu\n":     false,
+		"": false,
+	} {
+		path := filepath.Join(t.TempDir(), "cpuinfo")
+		require.NoError(t, os.WriteFile(path, []byte(text), 0o600))
+		got, err := hasVirtualization(path)
+		require.NoError(t, err)
+		assert.Equal(t, want, got, "%q", text)
+	}
+}
