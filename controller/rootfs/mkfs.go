@@ -49,14 +49,17 @@ func (b Builder) Run(ctx context.Context, dir, out, key string) error {
 		return fmt.Errorf("%w (package erofs-utils): %w", err, errdefs.ErrFailedPrecondition)
 	}
 	output := &tail{limit: maxOutput}
-	cmd := exec.CommandContext(ctx, path, "--quiet", "--preserve-mtime", "-U", imageUUID(key), out, dir)
+	args := append(b.limits(), path, "--quiet", "--preserve-mtime", "-U", imageUUID(key), out, dir)
+	// The limits hold from the program's first instruction, so prlimit (util-linux)
+	// sets them, and not we after its start.
+	cmd := exec.CommandContext(ctx, "prlimit", args...)
 	cmd.Env = []string{"LC_ALL=C"}
 	cmd.Stdout, cmd.Stderr = output, output
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true, Pdeathsig: syscall.SIGKILL}
 	cmd.Cancel = func() error { return unix.Kill(-cmd.Process.Pid, unix.SIGKILL) }
 	cmd.WaitDelay = killWait
 
-	if err := b.wait(cmd); err != nil {
+	if err := wait(cmd); err != nil {
 		if ctx.Err() != nil {
 			return fmt.Errorf("mkfs.erofs: %w", context.Cause(ctx))
 		}
@@ -67,7 +70,7 @@ func (b Builder) Run(ctx context.Context, dir, out, key string) error {
 
 // wait runs the child from a thread of its own: the kernel sends the parent
 // death signal when the thread that forked ends.
-func (b Builder) wait(cmd *exec.Cmd) error {
+func wait(cmd *exec.Cmd) error {
 	result := make(chan error, 1)
 	go func() {
 		runtime.LockOSThread()
@@ -76,32 +79,26 @@ func (b Builder) wait(cmd *exec.Cmd) error {
 			result <- err
 			return
 		}
-		limitErr := b.limit(cmd.Process.Pid)
-		if limitErr != nil {
-			_ = cmd.Cancel()
+		// A child that has ended already needs no priority.
+		niceErr := unix.Setpriority(unix.PRIO_PROCESS, cmd.Process.Pid, niceness)
+		if errors.Is(niceErr, unix.ESRCH) {
+			niceErr = nil
 		}
-		result <- errors.Join(limitErr, cmd.Wait())
+		result <- errors.Join(niceErr, cmd.Wait())
 	}()
 	return <-result
 }
 
-// limit bounds a child that has just started. A child that has ended already
-// needs no bounds.
-func (b Builder) limit(pid int) error {
-	limits := map[int]int64{unix.RLIMIT_AS: b.Memory, unix.RLIMIT_FSIZE: b.ImageSize}
-	for resource, n := range limits {
-		if n <= 0 {
-			continue
-		}
-		lim := unix.Rlimit{Cur: uint64(n), Max: uint64(n)}
-		if err := unix.Prlimit(pid, resource, &lim, nil); err != nil && !errors.Is(err, unix.ESRCH) {
-			return fmt.Errorf("set limits: %w", err)
-		}
+// limits are prlimit's arguments for the child's bounds.
+func (b Builder) limits() []string {
+	var args []string
+	if b.Memory > 0 {
+		args = append(args, fmt.Sprintf("--as=%d", b.Memory))
 	}
-	if err := unix.Setpriority(unix.PRIO_PROCESS, pid, niceness); err != nil && !errors.Is(err, unix.ESRCH) {
-		return fmt.Errorf("set priority: %w", err)
+	if b.ImageSize > 0 {
+		args = append(args, fmt.Sprintf("--fsize=%d", b.ImageSize))
 	}
-	return nil
+	return args
 }
 
 // classOf tells a host that lacks something from a failure of the program.

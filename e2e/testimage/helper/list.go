@@ -32,7 +32,7 @@ func list(args []string) (int, error) {
 		return 0, errors.New("no root")
 	}
 	out := bufio.NewWriterSize(os.Stdout, 1<<16)
-	first := map[inode]string{}
+	l := &lister{first: map[inode]string{}, buf: make([]byte, 1<<17)}
 	err := filepath.WalkDir(args[0], func(path string, d fs.DirEntry, err error) error {
 		if err != nil {
 			return err
@@ -43,7 +43,7 @@ func list(args []string) (int, error) {
 			}
 			return nil
 		}
-		line, err := describe(path, first)
+		line, err := l.describe(path)
 		if err != nil {
 			return fmt.Errorf("%q: %w", path, err)
 		}
@@ -53,7 +53,15 @@ func list(args []string) (int, error) {
 	return 0, errors.Join(err, out.Flush())
 }
 
-func describe(path string, first map[inode]string) (string, error) {
+// lister describes files. Its buffer is used for all of them: in software
+// emulation a new one for each of many files takes longer than the files.
+type lister struct {
+	// first is the first path of each file.
+	first map[inode]string
+	buf   []byte
+}
+
+func (l *lister) describe(path string) (string, error) {
 	var st unix.Stat_t
 	if err := unix.Lstat(path, &st); err != nil {
 		return "", err
@@ -68,19 +76,19 @@ func describe(path string, first map[inode]string) (string, error) {
 			return "", err
 		}
 	case unix.S_IFREG:
-		if digest, err = digestOf(path); err != nil {
+		if digest, err = l.digestOf(path); err != nil {
 			return "", err
 		}
 	}
 	if st.Mode&unix.S_IFMT != unix.S_IFDIR {
 		id := inode{st.Dev, st.Ino}
-		if p, ok := first[id]; ok {
+		if p, ok := l.first[id]; ok {
 			same = p
 		} else {
-			first[id] = path
+			l.first[id] = path
 		}
 	}
-	attrs, err := xattrs(path)
+	attrs, err := l.xattrs(path)
 	if err != nil {
 		return "", err
 	}
@@ -88,23 +96,30 @@ func describe(path string, first map[inode]string) (string, error) {
 		st.Mtim.Sec, st.Mtim.Nsec), nil
 }
 
-func digestOf(path string) (string, error) {
+func (l *lister) digestOf(path string) (string, error) {
 	f, err := os.Open(path)
 	if err != nil {
 		return "", err
 	}
 	defer f.Close()
 	var c pattern.Checksum
-	if _, err := io.Copy(&c, f); err != nil {
-		return "", err
+	for {
+		n, err := f.Read(l.buf)
+		// It cannot fail.
+		_, _ = c.Write(l.buf[:n])
+		if errors.Is(err, io.EOF) {
+			return c.String(), nil
+		}
+		if err != nil {
+			return "", err
+		}
 	}
-	return c.String(), nil
 }
 
 // xattrs returns name=hex pairs, in order and separated by commas, or "-".
-func xattrs(path string) (string, error) {
-	buf := make([]byte, 1<<16)
-	n, err := unix.Llistxattr(path, buf)
+func (l *lister) xattrs(path string) (string, error) {
+	list, val := l.buf[:len(l.buf)/2], l.buf[len(l.buf)/2:]
+	n, err := unix.Llistxattr(path, list)
 	if errors.Is(err, unix.ENOTSUP) || n == 0 {
 		return "-", nil
 	}
@@ -112,8 +127,7 @@ func xattrs(path string) (string, error) {
 		return "", err
 	}
 	var pairs []string
-	for name := range bytes.SplitSeq(bytes.TrimSuffix(buf[:n], []byte{0}), []byte{0}) {
-		val := make([]byte, 1<<16)
+	for name := range bytes.SplitSeq(bytes.TrimSuffix(list[:n], []byte{0}), []byte{0}) {
 		n, err := unix.Lgetxattr(path, string(name), val)
 		if err != nil {
 			return "", fmt.Errorf("%s: %w", name, err)
