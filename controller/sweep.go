@@ -9,6 +9,7 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"maps"
 	"os"
 	"path/filepath"
 	"slices"
@@ -25,11 +26,9 @@ import (
 // directories are locked, so nobody else's are in them.
 func (c *Controller) sweep(ctx context.Context) error {
 	claimed := map[string]bool{c.scratch.templatePath(): true}
-	c.mu.Lock()
-	for _, p := range c.pods {
+	for _, p := range c.allPods() {
 		claimed[p.snapshot().Scratch] = true
 	}
-	c.mu.Unlock()
 
 	c.killStrays(ctx, c.cfg.StateDir, c.scratch.dir)
 	entries, err := os.ReadDir(c.scratch.dir)
@@ -80,11 +79,16 @@ func (c *Controller) killStrays(ctx context.Context, paths ...string) {
 	_ = g.Wait()
 }
 
-func (c *Controller) claimedPids() map[int]bool {
+// allPods is a copy, as a pod's lock is never taken under the controller's.
+func (c *Controller) allPods() []*pod {
 	c.mu.Lock()
 	defer c.mu.Unlock()
+	return slices.Collect(maps.Values(c.pods))
+}
+
+func (c *Controller) claimedPids() map[int]bool {
 	claimed := map[int]bool{}
-	for _, p := range c.pods {
+	for _, p := range c.allPods() {
 		rec := p.snapshot()
 		if rec.VM != nil {
 			claimed[rec.VM.Pid] = true

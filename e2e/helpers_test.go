@@ -274,8 +274,10 @@ func readLog(path string) ([]logLine, error) {
 // awaitLog waits until the log has what done wants, and returns it.
 func (c *container) awaitLog(done func([]logLine) bool) []logLine {
 	c.t.Helper()
+	ctx, cancel := context.WithTimeout(context.Background(), testnode.Scale(time.Minute))
+	defer cancel()
 	var lines []logLine
-	require.NoError(c.t, testnode.Eventually(testContext(c.t), func(context.Context) error {
+	require.NoError(c.t, testnode.Eventually(ctx, func(context.Context) error {
 		var err error
 		if lines, err = readLog(c.log); err != nil && !errors.Is(err, fs.ErrNotExist) {
 			return err
@@ -299,6 +301,20 @@ func (c *container) awaitLine(text string) {
 		}
 		return false
 	})
+}
+
+// hasLineSoon tells whether the log has a line, or gets it within seconds.
+func (c *container) hasLineSoon(text string) bool {
+	c.t.Helper()
+	ctx, cancel := context.WithTimeout(context.Background(), testnode.Scale(5*time.Second))
+	defer cancel()
+	return testnode.Eventually(ctx, func(context.Context) error {
+		lines, err := readLog(c.log)
+		if err != nil || !slices.ContainsFunc(lines, func(l logLine) bool { return l.text == text }) {
+			return errors.Join(err, errors.New("not yet"))
+		}
+		return nil
+	}) == nil
 }
 
 // field returns the rest of the line of text that begins with name.

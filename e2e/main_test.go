@@ -153,7 +153,7 @@ func prepare(ctx context.Context, n *testnode.Node) error {
 		return err
 	}
 	images := map[string]func([]byte) (v1.Image, error){testimage.HelperRef: testimage.Helper}
-	if run := flag.Lookup("test.run").Value.String(); run == "" || strings.Contains(run, "RootFS") {
+	if run := flag.Lookup("test.run").Value.String(); run == "" || run == "." || strings.Contains(run, "RootFS") {
 		images[testimage.NastyRef] = testimage.Nasty // half a minute's work
 	}
 	for ref, build := range images {

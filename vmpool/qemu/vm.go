@@ -36,6 +36,8 @@ const (
 	consoleTail = 16 << 10
 	// consolePause bounds how often console output is read.
 	consolePause = 5 * time.Millisecond
+	// guestWriteLimit bounds a write to a guest that may have stopped reading.
+	guestWriteLimit = 10 * time.Second
 	// cleanLimit bounds the clean-up after a VM's end.
 	cleanLimit = 10 * time.Second
 )
@@ -343,7 +345,7 @@ func (vm *machine) client() (*transport.Client, error) {
 }
 
 func openGuest(dir string) (*transport.Client, error) {
-	return transport.Open(transport.SerialEndpoint(filepath.Join(dir, vmSocket)))
+	return transport.Open(transport.SerialEndpoint(filepath.Join(dir, vmSocket)), transport.WithWriteTimeout(guestWriteLimit))
 }
 
 func (vm *machine) gone() error {
