@@ -5,9 +5,11 @@ package controller
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"net"
 	"os"
+	"os/exec"
 	"os/signal"
 	"path/filepath"
 	"sync"
@@ -25,6 +27,7 @@ import (
 
 	"github.com/cloudhv/containerd-cloudhv/guest/api"
 	guestv1 "github.com/cloudhv/containerd-cloudhv/guest/api/v1"
+	"github.com/cloudhv/containerd-cloudhv/vmpool/process"
 	"github.com/cloudhv/containerd-cloudhv/vmpool/vmm"
 )
 
@@ -42,22 +45,30 @@ func TestMain(m *testing.M) {
 
 var errInjected = fmt.Errorf("injected: %w", errdefs.ErrResourceExhausted)
 
-// fakeDriver runs machines that are goroutines. They outlive a Controller, as
-// processes outlive containerd.
+// fakeDriver runs machines that are goroutines, with a process each to be
+// identified by. They outlive a Controller, as VMMs outlive containerd.
 type fakeDriver struct {
 	mu       sync.Mutex
 	machines map[int]*fakeMachine
-	nextPid  int
 	// bootErr, attachErr make these fail; agent is what new machines' guests do.
 	bootErr, attachErr error
-	agent              fakeAgent
-	vm                 vmFaults
-	boots              int
+	// bootGate, if set, is what a Boot waits for, whatever its caller does.
+	bootGate chan struct{}
+	// mute makes Attach get no answer until its caller gives up.
+	mute     bool
+	agent    fakeAgent
+	vm       vmFaults
+	boots    int
+	attaches int
 }
 
 // vmFaults make a machine's methods fail.
 type vmFaults struct {
-	nic, resize, disk error
+	nic, resize, disk, unplug error
+	// diskStays makes a failed AddDisk leave the disk.
+	diskStays bool
+	// stuckDial makes Dial wait for the machine's end, whatever its caller does.
+	stuckDial bool
 	// kill fails as often as it says.
 	kill atomic.Int32
 	// dieInBoot ends the machine when the guest is dialled first.
@@ -68,6 +79,8 @@ type vmFaults struct {
 type fakeAgent struct {
 	info, configure, resize error
 	version                 uint32
+	// raw is sent in answer to whatever arrives.
+	raw []byte
 	// silent calls never answer.
 	silentInfo, silentConfigure, silentPowerOff bool
 	// slowConfigure delays the answer.
@@ -75,7 +88,7 @@ type fakeAgent struct {
 }
 
 func newFakeDriver() *fakeDriver {
-	return &fakeDriver{machines: map[int]*fakeMachine{}, nextPid: 1 << 30, agent: fakeAgent{version: api.Version}}
+	return &fakeDriver{machines: map[int]*fakeMachine{}, agent: fakeAgent{version: api.Version}}
 }
 
 func (d *fakeDriver) Name() string { return "fake" }
@@ -86,19 +99,34 @@ func (d *fakeDriver) Probe(context.Context) (vmm.Host, error) {
 
 func (d *fakeDriver) Boot(_ context.Context, cfg vmm.Config) (vmm.VM, error) {
 	d.mu.Lock()
-	defer d.mu.Unlock()
 	d.boots++
+	gate := d.bootGate
+	d.mu.Unlock()
+	if gate != nil {
+		<-gate
+	}
+	d.mu.Lock()
+	defer d.mu.Unlock()
 	if d.bootErr != nil {
 		return nil, d.bootErr
 	}
 	if _, err := os.Stat(cfg.Scratch); err != nil {
 		return nil, err
 	}
-	d.nextPid++
+	cmd := exec.Command("sleep", "1000")
+	if err := cmd.Start(); err != nil {
+		return nil, err
+	}
+	id, err := process.Identify(cmd.Process.Pid)
+	if err != nil {
+		return nil, errors.Join(err, cmd.Process.Kill(), cmd.Wait())
+	}
 	m := &fakeMachine{
-		driver: d, cfg: cfg, size: cfg.Size, pid: d.nextPid, agent: d.agent, done: make(chan struct{}), disks: map[string]int{},
+		driver: d, cfg: cfg, size: cfg.Size, pid: id.Pid, id: id, cmd: cmd, agent: d.agent,
+		done: make(chan struct{}), disks: map[string]int{},
 	}
 	d.machines[m.pid] = m
+	go m.run()
 	return &fakeVM{fakeMachine: m}, nil
 }
 
@@ -106,7 +134,15 @@ func (d *fakeDriver) Restore(context.Context, vmm.Config, vmm.Snapshot) (vmm.VM,
 	return nil, errdefs.ErrNotImplemented
 }
 
-func (d *fakeDriver) Attach(_ context.Context, s vmm.State) (vmm.VM, error) {
+func (d *fakeDriver) Attach(ctx context.Context, s vmm.State) (vmm.VM, error) {
+	d.mu.Lock()
+	d.attaches++
+	mute := d.mute
+	d.mu.Unlock()
+	if mute {
+		<-ctx.Done()
+		return nil, fmt.Errorf("ask the monitor: %w", ctx.Err())
+	}
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	if d.attachErr != nil {
@@ -141,6 +177,8 @@ type fakeMachine struct {
 	driver *fakeDriver
 	cfg    vmm.Config
 	pid    int
+	id     process.Identity
+	cmd    *exec.Cmd
 	agent  fakeAgent
 	done   chan struct{}
 
@@ -153,17 +191,29 @@ type fakeMachine struct {
 	exit       vmm.Exit
 }
 
-// die ends the machine.
-func (m *fakeMachine) die(cause string, requested bool) {
+// run waits for the end of the machine's process.
+func (m *fakeMachine) run() {
+	_ = m.cmd.Wait()
 	m.driver.mu.Lock()
 	delete(m.driver.machines, m.pid)
 	m.driver.mu.Unlock()
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	if !isClosed(m.done) {
-		m.exit = vmm.Exit{At: time.Now(), Cause: cause, Requested: requested}
-		close(m.done)
+	if m.exit.Cause == "" {
+		m.exit = vmm.Exit{At: time.Now(), Cause: "killed by somebody"}
 	}
+	close(m.done)
+}
+
+// die ends the machine.
+func (m *fakeMachine) die(cause string, requested bool) {
+	m.mu.Lock()
+	if m.exit.Cause == "" {
+		m.exit = vmm.Exit{At: time.Now(), Cause: cause, Requested: requested}
+	}
+	m.mu.Unlock()
+	_ = m.cmd.Process.Kill()
+	<-m.done
 }
 
 // fakeVM is one process's handle of a machine.
@@ -174,19 +224,42 @@ type fakeVM struct {
 func (v *fakeVM) ID() string { return v.cfg.ID }
 
 func (v *fakeVM) State() vmm.State {
-	return vmm.State{Driver: "fake", ID: v.cfg.ID, Dir: v.cfg.Dir, Pid: v.pid, BootID: "boot", Cgroup: v.cfg.CgroupPath}
+	return vmm.State{
+		Driver: "fake", ID: v.cfg.ID, Dir: v.cfg.Dir, Pid: v.pid, StartTime: v.id.StartTime, BootID: v.id.BootID,
+		Cgroup: v.cfg.CgroupPath,
+	}
 }
 
 func (v *fakeVM) Dial(ctx context.Context, port uint32) (net.Conn, error) {
 	if v.driver.vm.dieInBoot {
 		v.die("triple fault", false)
 	}
+	if v.driver.vm.stuckDial {
+		<-v.done
+	}
 	if isClosed(v.done) || port != api.PortRPC {
 		return nil, fmt.Errorf("dial: %w", errdefs.ErrUnavailable)
 	}
 	host, guest := net.Pipe()
+	if v.agent.raw != nil {
+		go v.babble(guest)
+		return host, nil
+	}
 	go v.serve(guest) //nolint:gosec // a guest outlives the request that dials it
 	return host, nil
+}
+
+// babble sends what a guest should not.
+func (v *fakeVM) babble(conn net.Conn) {
+	defer conn.Close()
+	if _, err := conn.Read(make([]byte, 4<<10)); err != nil {
+		return
+	}
+	for {
+		if _, err := conn.Write(v.agent.raw); err != nil {
+			return
+		}
+	}
 }
 
 // serve answers on one connection until its other end is closed.
@@ -216,11 +289,14 @@ func (v *fakeVM) AddDisk(_ context.Context, disk vmm.Disk) error {
 	if err := v.alive(); err != nil {
 		return err
 	}
-	if err := v.driver.vm.disk; err != nil {
-		return err
-	}
 	v.mu.Lock()
 	defer v.mu.Unlock()
+	if err := v.driver.vm.disk; err != nil {
+		if v.driver.vm.diskStays {
+			v.disks[disk.Serial]++
+		}
+		return err
+	}
 	if v.disks[disk.Serial] > 0 {
 		return fmt.Errorf("disk %s: %w", disk.Serial, errdefs.ErrAlreadyExists)
 	}
@@ -231,6 +307,9 @@ func (v *fakeVM) AddDisk(_ context.Context, disk vmm.Disk) error {
 func (v *fakeVM) RemoveDisk(_ context.Context, serial string) error {
 	v.mu.Lock()
 	defer v.mu.Unlock()
+	if err := v.driver.vm.unplug; err != nil {
+		return err
+	}
 	delete(v.disks, serial)
 	return nil
 }
@@ -273,7 +352,10 @@ func (v *fakeVM) alive() error {
 func (v *fakeVM) Pause(context.Context) error  { return nil }
 func (v *fakeVM) Resume(context.Context) error { return nil }
 
-func (v *fakeVM) Snapshot(context.Context, string) (vmm.Snapshot, error) {
+func (v *fakeVM) Disconnect(context.Context) error        { return nil }
+func (v *fakeVM) SetCgroup(context.Context, string) error { return nil }
+
+func (v *fakeVM) Snapshot(context.Context) (vmm.Snapshot, error) {
 	return vmm.Snapshot{}, errdefs.ErrNotImplemented
 }
 

@@ -55,23 +55,48 @@ func Identify(pid int) (Identity, error) {
 // startTime reads field 22 of /proc/pid/stat. It returns ErrNotFound if there
 // is no such process, or only its corpse.
 func startTime(pid int) (uint64, error) {
+	fields, err := stat(pid)
+	if err != nil {
+		return 0, err
+	}
+	return number(pid, fields[19])
+}
+
+// Ticks is the processor time that process pid has used, in clock ticks (100 a
+// second): fields 14 and 15 of /proc/pid/stat. ErrNotFound means that it has ended.
+func Ticks(pid int) (uint64, error) {
+	fields, err := stat(pid)
+	if err != nil {
+		return 0, err
+	}
+	user, err1 := number(pid, fields[11])
+	system, err2 := number(pid, fields[12])
+	return user + system, errors.Join(err1, err2)
+}
+
+// stat reads the fields of /proc/pid/stat from the third on.
+func stat(pid int) ([][]byte, error) {
 	data, err := os.ReadFile(filepath.Join("/proc", strconv.Itoa(pid), "stat"))
 	if err != nil {
-		return 0, fmt.Errorf("process %d: %w: %w", pid, err, errdefs.ErrNotFound)
+		return nil, fmt.Errorf("process %d: %w: %w", pid, err, errdefs.ErrNotFound)
 	}
 	// The second field is the command in parentheses and may contain anything.
 	fields := bytes.Fields(data[bytes.LastIndexByte(data, ')')+1:])
 	if len(fields) < 20 {
-		return 0, fmt.Errorf("process %d: unexpected stat: %w", pid, errdefs.ErrInternal)
+		return nil, fmt.Errorf("process %d: unexpected stat: %w", pid, errdefs.ErrInternal)
 	}
 	if state := fields[0][0]; state == 'Z' || state == 'X' {
-		return 0, fmt.Errorf("process %d has ended: %w", pid, errdefs.ErrNotFound)
+		return nil, fmt.Errorf("process %d has ended: %w", pid, errdefs.ErrNotFound)
 	}
-	start, err := strconv.ParseUint(string(fields[19]), 10, 64)
+	return fields, nil
+}
+
+func number(pid int, field []byte) (uint64, error) {
+	n, err := strconv.ParseUint(string(field), 10, 64)
 	if err != nil {
 		return 0, fmt.Errorf("process %d: unexpected stat: %w", pid, errdefs.ErrInternal)
 	}
-	return start, nil
+	return n, nil
 }
 
 // Handle is a process that cannot turn into another: signals reach it or nobody.

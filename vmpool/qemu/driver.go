@@ -64,10 +64,21 @@ type data struct {
 	Max          vmm.Size `json:"max"`
 	ConsoleLimit int64    `json:"console_limit"`
 	Base         int64    `json:"base_memory"`
+	MemoryFile   string   `json:"memory_file,omitempty"`
 }
 
 // Boot starts QEMU and takes control of it.
-func (d *Driver) Boot(ctx context.Context, cfg vmm.Config) (_ vmm.VM, retErr error) {
+func (d *Driver) Boot(ctx context.Context, cfg vmm.Config) (vmm.VM, error) {
+	vm, err := d.start(ctx, cfg, nil)
+	if err != nil {
+		return nil, err
+	}
+	return vm, nil
+}
+
+// start starts QEMU, with the guest's RAM a copy of a snapshot's unless from is
+// nil, and takes control of it.
+func (d *Driver) start(ctx context.Context, cfg vmm.Config, from *vmm.Snapshot) (_ *machine, retErr error) {
 	if err := cfg.Validate(); err != nil {
 		return nil, fmt.Errorf("qemu: %w", err)
 	}
@@ -75,7 +86,10 @@ func (d *Driver) Boot(ctx context.Context, cfg vmm.Config) (_ vmm.VM, retErr err
 	if err != nil {
 		return nil, err
 	}
-	own := data{Size: cfg.Size, Max: cfg.Max, ConsoleLimit: cfg.ConsoleLimit, Base: cfg.Size.MemoryBytes}
+	own := data{
+		Size: cfg.Size, Max: cfg.Max, ConsoleLimit: cfg.ConsoleLimit, Base: cfg.Size.MemoryBytes,
+		MemoryFile: cfg.MemoryFile,
+	}
 	vm, err := newVM(cfg.ID, cfg.Dir, cfg.CgroupPath, own)
 	if err != nil {
 		return nil, err
@@ -90,10 +104,16 @@ func (d *Driver) Boot(ctx context.Context, cfg vmm.Config) (_ vmm.VM, retErr err
 	if err := vm.cgroup.Make(); err != nil {
 		return nil, err
 	}
-	if err := vm.spawn(ctx, host, cfg); err != nil {
+	if err := vm.spawn(ctx, host, cfg, from); err != nil {
 		return nil, err
 	}
 	if err := vm.control(ctx); err != nil {
+		return nil, vm.explain(err)
+	}
+	if from == nil {
+		return vm, nil
+	}
+	if err := vm.load(ctx, from.Dir); err != nil {
 		return nil, vm.explain(err)
 	}
 	return vm, nil
@@ -108,11 +128,6 @@ func (d *Driver) probed(ctx context.Context) (vmm.Host, error) {
 		return host, nil
 	}
 	return d.Probe(ctx)
-}
-
-// Restore is not there yet.
-func (d *Driver) Restore(context.Context, vmm.Config, vmm.Snapshot) (vmm.VM, error) {
-	return nil, fmt.Errorf("qemu: restore: %w", errdefs.ErrNotImplemented)
 }
 
 // Attach takes up a VM that runs already.
@@ -150,7 +165,7 @@ func (d *Driver) Attach(ctx context.Context, state vmm.State) (_ vmm.VM, retErr 
 }
 
 // spawn starts the process, in its cgroup, with its sockets made.
-func (vm *machine) spawn(ctx context.Context, host vmm.Host, cfg vmm.Config) (retErr error) {
+func (vm *machine) spawn(ctx context.Context, host vmm.Host, cfg vmm.Config, from *vmm.Snapshot) (retErr error) {
 	files, err := listen(cfg.Dir)
 	defer closeAll(files)
 	if err != nil {
@@ -164,7 +179,7 @@ func (vm *machine) spawn(ctx context.Context, host vmm.Host, cfg vmm.Config) (re
 	if err := vm.openLogs(ctx); err != nil {
 		return err
 	}
-	cmd := exec.Command(host.Binary, commandLine(cfg, host.Accelerator)...)
+	cmd := exec.Command(host.Binary, commandLine(cfg, host.Accelerator, from)...)
 	cmd.Dir = cfg.Dir
 	cmd.Env = []string{"PATH=/usr/sbin:/usr/bin:/sbin:/bin"}
 	cmd.Stdout, cmd.Stderr = printed, printed

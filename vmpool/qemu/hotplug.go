@@ -8,6 +8,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"math"
 	"os"
 	"strconv"
 	"strings"
@@ -25,10 +26,18 @@ const (
 	// askAgain is after how long a guest that has not given a device back is asked
 	// again: one that was still starting loses the request.
 	askAgain = 2 * time.Second
+	// shrinkLimit is how long Resize waits for a guest to give memory back, and
+	// shrinkPause how often it looks. QEMU's own event for it may come a second late.
+	shrinkLimit = 3 * time.Second
+	shrinkPause = 100 * time.Millisecond
 )
 
-// peripherals is where QEMU lists the devices that have IDs.
-const peripherals = "/machine/peripheral"
+const (
+	// peripherals is where QEMU lists the devices that have IDs.
+	peripherals = "/machine/peripheral"
+	// memoryPlug is what plugs memory.
+	memoryPlug = peripherals + "/" + memoryDevice
+)
 
 // object is QMP arguments.
 type object map[string]any
@@ -260,16 +269,65 @@ func (vm *machine) Resize(ctx context.Context, size vmm.Size) error {
 	if err := vmm.CheckResize(size, vmm.Size{VCPUs: 1, MemoryBytes: own.Base}, own.Max); err != nil {
 		return fmt.Errorf("qemu: %w", err)
 	}
-	if own.Max.MemoryBytes > own.Base {
-		args := object{"path": peripherals + "/" + memoryDevice, "property": "requested-size", "value": size.MemoryBytes - own.Base}
-		if err := vm.call(ctx, "qom-set", args, nil); err != nil {
+	unlock, err := vm.lock(ctx, memoryDevice)
+	if err != nil {
+		return fmt.Errorf("resize memory: %w", err)
+	}
+	defer unlock()
+	plug := size.MemoryBytes - own.Base
+	hasMore := own.Max.MemoryBytes > own.Base
+	if hasMore {
+		if err := vm.requestMemory(ctx, plug); err != nil {
 			return fmt.Errorf("resize memory: %w", err)
 		}
 	}
 	vm.mu.Lock()
-	defer vm.mu.Unlock()
 	vm.own.Size = size
+	vm.mu.Unlock()
+	if hasMore {
+		if err := vm.awaitShrink(ctx, plug); err != nil {
+			return fmt.Errorf("resize memory: %w", err)
+		}
+	}
 	return nil
+}
+
+// requestMemory asks the guest to have so many bytes plugged.
+func (vm *machine) requestMemory(ctx context.Context, bytes int64) error {
+	return vm.call(ctx, "qom-set", object{"path": memoryPlug, "property": "requested-size", "value": bytes}, nil)
+}
+
+// awaitShrink waits until no more than so many bytes are plugged, for at most
+// shrinkLimit. A guest's driver that meets a page in use tries again after 50 s,
+// or at once when it is told of a change, which QEMU does although there is none.
+func (vm *machine) awaitShrink(ctx context.Context, bytes int64) error {
+	look := time.NewTicker(shrinkPause)
+	defer look.Stop()
+	end := time.NewTimer(shrinkLimit)
+	defer end.Stop()
+	for before := int64(math.MaxInt64); ; {
+		var plugged int64
+		if err := vm.call(ctx, "qom-get", object{"path": memoryPlug, "property": "size"}, &plugged); err != nil {
+			return err
+		}
+		if plugged <= bytes {
+			return nil
+		}
+		// While it makes progress it is left alone: it would begin anew.
+		if plugged >= before {
+			if err := vm.requestMemory(ctx, bytes); err != nil {
+				return err
+			}
+		}
+		before = plugged
+		select {
+		case <-look.C:
+		case <-end.C:
+			return nil
+		case <-ctx.Done():
+			return context.Cause(ctx)
+		}
+	}
 }
 
 // Pause stops the vCPUs.
@@ -277,11 +335,6 @@ func (vm *machine) Pause(ctx context.Context) error { return vm.call(ctx, "stop"
 
 // Resume lets the vCPUs run.
 func (vm *machine) Resume(ctx context.Context) error { return vm.call(ctx, "cont", nil, nil) }
-
-// Snapshot is not there yet.
-func (vm *machine) Snapshot(context.Context, string) (vmm.Snapshot, error) {
-	return vmm.Snapshot{}, fmt.Errorf("qemu: snapshot: %w", errdefs.ErrNotImplemented)
-}
 
 // undoOnError runs a command if *retErr is set, and adds its failure.
 func (vm *machine) undoOnError(ctx context.Context, retErr *error, command string, args object) {

@@ -54,8 +54,9 @@ const modern = ",disable-legacy=on"
 const memoryDevice = "vmem0"
 
 // commandLine is QEMU's, without the binary. What is there from the start sits on
-// the root bus, what is hot-plugged behind ports that ACPI knows.
-func commandLine(cfg vmm.Config, accel string) []string {
+// the root bus, what is hot-plugged behind ports that ACPI knows. The machine is
+// the same whether it boots or is restored, as its state demands.
+func commandLine(cfg vmm.Config, accel string, from *vmm.Snapshot) []string {
 	args := []string{
 		"-name", "cloudhv-" + escape(cfg.ID),
 		"-no-user-config", "-nodefaults", "-display", "none", "-no-reboot",
@@ -65,9 +66,15 @@ func commandLine(cfg vmm.Config, accel string) []string {
 		"-bios", "qboot.rom",
 		"-smp", strconv.Itoa(cfg.Max.VCPUs),
 		"-m", fmt.Sprintf("size=%dM,slots=1,maxmem=%dM", cfg.Size.MemoryBytes>>20, (cfg.Max.MemoryBytes+memoryGap)>>20),
-		"-object", fmt.Sprintf("memory-backend-ram,id=ram,size=%d", cfg.Size.MemoryBytes),
-		"-kernel", cfg.Kernel,
-		"-append", kernelParams(cfg, accel),
+		"-object", memoryArg(cfg, from),
+		// A VM whose state does not say whether it ran runs when it is loaded.
+		"-global", "migration.store-global-state=off",
+	}
+	if from == nil {
+		args = append(args, "-kernel", cfg.Kernel, "-append", kernelParams(cfg, accel))
+	} else {
+		// What -kernel brings with it is part of the machine. The kernel is not read.
+		args = append(args, "-option-rom", "pvh.bin", "-incoming", "defer")
 	}
 	if accel == accelKVM {
 		args = append(args, "-accel", "kvm", "-cpu", "host")
@@ -94,6 +101,19 @@ func commandLine(cfg vmm.Config, accel string) []string {
 	args = append(args, chardev(fdVM, "vm", "-device", "virtserialport,bus=serial.0,nr=1,chardev=vm,name=io.cloudhv.vm")...)
 	args = append(args, chardev(fdPod, "pod", "-device", "virtserialport,bus=serial.0,nr=2,chardev=pod,name=io.cloudhv.pod")...)
 	return args
+}
+
+// memoryArg is the guest's RAM: its own; the file that a snapshot is to have; or
+// the snapshot's, of which a page is copied when it is written.
+func memoryArg(cfg vmm.Config, from *vmm.Snapshot) string {
+	switch {
+	case from != nil:
+		return fmt.Sprintf("memory-backend-file,id=ram,size=%d,share=off,mem-path=%s", cfg.Size.MemoryBytes, escape(memoryPath(from.Dir)))
+	case cfg.MemoryFile != "":
+		return fmt.Sprintf("memory-backend-file,id=ram,size=%d,share=on,mem-path=%s", cfg.Size.MemoryBytes, escape(cfg.MemoryFile))
+	default:
+		return fmt.Sprintf("memory-backend-ram,id=ram,size=%d", cfg.Size.MemoryBytes)
+	}
 }
 
 func chardev(fd int, id string, use ...string) []string {

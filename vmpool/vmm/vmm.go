@@ -42,8 +42,10 @@ type Driver interface {
 	// Boot starts a VM and returns when its process runs and is under control;
 	// the guest may still be starting (VM.Dial waits for it).
 	Boot(ctx context.Context, cfg Config) (VM, error)
-	// Restore starts a VM from a snapshot that this driver made. The snapshot's
-	// files stay as they are, and are in use until the VM has ended.
+	// Restore starts a VM from a snapshot that this driver made, and returns when
+	// its guest runs. RAM is a private mapping of the snapshot's: its files stay as
+	// they are, and are in use until the VM has ended. Config.Size and Config.Max
+	// are the snapshot's, and Config.Scratch is a copy of the template's disk.
 	Restore(ctx context.Context, cfg Config, from Snapshot) (VM, error)
 	// Attach takes up a VM that another process of ours started, by the State
 	// that was recorded. It returns ErrNotFound when that VM no longer runs; its
@@ -76,6 +78,9 @@ type Config struct {
 	KernelParams []string
 	// Scratch is the VM's own writable disk image, Disk serial ScratchSerial.
 	Scratch string
+	// MemoryFile, if set, is the file that Boot makes and keeps the guest's RAM in,
+	// so that a snapshot can be taken in the file's directory. Restore ignores it.
+	MemoryFile string
 	// Size is what the VM starts with, Max up to what Resize may go.
 	Size, Max Size
 	// ConsoleLimit bounds the console log, in bytes; older output is dropped first.
@@ -146,14 +151,27 @@ type VM interface {
 	RemoveNIC(ctx context.Context, id string) error
 	// Resize makes the VM's memory and vCPUs as large as said, or says why not.
 	// The guest agent's Resize must follow a growth and precede a shrinking.
+	// Memory is the guest's to give back: a Resize that shrinks it waits some
+	// seconds and succeeds also if the guest keeps some, which it goes on giving back
+	// when it can. Calling Resize again with the same size hurries it; what the guest
+	// really has its agent tells.
 	Resize(ctx context.Context, size Size) error
 
 	// Pause stops the vCPUs, Resume lets them run.
 	Pause(ctx context.Context) error
 	Resume(ctx context.Context) error
-	// Snapshot writes a paused VM into dir, which must be empty. No connection
-	// to the guest may be open.
-	Snapshot(ctx context.Context, dir string) (Snapshot, error)
+	// Disconnect ends this process's connections to the guest, which Dial makes
+	// anew, and returns when the guest has come to rest, or at the latest when ctx
+	// ends. It precedes the Pause for a Snapshot.
+	Disconnect(ctx context.Context) error
+	// Snapshot completes the snapshot of a paused VM in the directory of its
+	// Config.MemoryFile. That file is the guest's RAM, so the VM must not be resumed
+	// afterwards, but killed. ErrFailedPrecondition means that it is not paused, or
+	// was booted without a MemoryFile.
+	Snapshot(ctx context.Context) (Snapshot, error)
+	// SetCgroup moves the VMM into another group, which it makes, and removes the
+	// one that it was in. State changes.
+	SetCgroup(ctx context.Context, path string) error
 
 	// Kill ends the VMM process at once, waits for it and removes what it leaves
 	// (its cgroup, sockets). For a clean end ask the agent to power off first.
@@ -195,10 +213,11 @@ type NIC struct {
 	Queues []*os.File
 }
 
-// Snapshot is a VM's state on disk.
+// Snapshot is a VM's state on disk: the files in Dir.
 type Snapshot struct {
-	Driver string
-	Dir    string
+	Driver string `json:"driver"`
+	Dir    string `json:"-"`
 	// Size of the machine in it, and the Max it was booted with.
-	Size, Max Size
+	Size Size `json:"size"`
+	Max  Size `json:"max"`
 }

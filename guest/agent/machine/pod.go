@@ -59,6 +59,16 @@ func (p Pod) write(r *guestv1.ConfigureRequest) error {
 	)
 }
 
+// Placeholder makes empty files in the places of a pod's, for a container that
+// runs before there is a pod, and returns the function that removes them.
+func (p Pod) Placeholder() (remove func() error, _ error) {
+	err := os.MkdirAll(p.Shm(), 0o755)
+	for _, path := range []string{p.Hostname(), p.Hosts(), p.ResolvConf()} {
+		err = errors.Join(err, writeFile(path, nil))
+	}
+	return func() error { return os.RemoveAll(p.Dir) }, err
+}
+
 // machineID makes the VM's identity. Containers have their image's, as with runc.
 func (p Pod) machineID(id string) error {
 	path := filepath.Join(p.Dir, "machine-id")

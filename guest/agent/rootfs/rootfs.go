@@ -81,13 +81,21 @@ type Layer struct {
 	usage       usageCache
 }
 
-// Mount mounts the root file system of container id at target, which exists.
-// After a failure nothing is left of it but the image's own mount.
-func (m *Manager) Mount(ctx context.Context, id, serial, target string) (_ *Layer, retErr error) {
+// Mount mounts the root file system of container id at target, which exists, on
+// the image with that disk serial. After a failure nothing is left of it but the
+// image's own mount.
+func (m *Manager) Mount(ctx context.Context, id, serial, target string) (*Layer, error) {
 	lower, err := m.image(ctx, serial)
 	if err != nil {
 		return nil, err
 	}
+	return m.mount(lower, id, target)
+}
+
+// MountOwn is Mount on the VM's own root file system.
+func (m *Manager) MountOwn(id, target string) (*Layer, error) { return m.mount("/", id, target) }
+
+func (m *Manager) mount(lower, id, target string) (_ *Layer, retErr error) {
 	l := &Layer{m: m, target: target, dir: filepath.Join(m.cfg.Layers, id)}
 	if err := os.Mkdir(l.dir, 0o711); err != nil {
 		return nil, fmt.Errorf("make writable layer: %w", err)

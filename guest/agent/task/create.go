@@ -41,6 +41,15 @@ func (s *Service) Create(ctx context.Context, r *guestv1.CreateRequest) (_ *gues
 	if err != nil {
 		return nil, err
 	}
+	if r.GetRootfs() == nil {
+		return nil, fmt.Errorf("rootfs: missing: %w", errdefs.ErrInvalidArgument)
+	}
+	return s.create(ctx, r, spec, io)
+}
+
+// create is Create of a request that was checked. One without a root file system
+// gets the VM's own. Its caller ends io after an error.
+func (s *Service) create(ctx context.Context, r *guestv1.CreateRequest, spec *specs.Spec, io *stdio.IO) (*guestv1.CreateResponse, error) {
 	pidns, err := s.pidNamespace(ctx, r)
 	if err != nil {
 		return nil, err
@@ -112,11 +121,15 @@ func (c *container) create(ctx context.Context, r *guestv1.CreateRequest, spec *
 	if err := os.MkdirAll(c.rootfs(), 0o711); err != nil {
 		return fmt.Errorf("make bundle: %w", err)
 	}
-	layer, err := c.s.cfg.RootFS.Mount(ctx, c.id, r.GetRootfs().GetImageSerial(), c.rootfs())
+	var err error
+	if r.GetRootfs() == nil {
+		c.layer, err = c.s.cfg.RootFS.MountOwn(c.id, c.rootfs())
+	} else {
+		c.layer, err = c.s.cfg.RootFS.Mount(ctx, c.id, r.GetRootfs().GetImageSerial(), c.rootfs())
+	}
 	if err != nil {
 		return err
 	}
-	c.layer = layer
 	files, err := c.writeFiles(r.GetFiles())
 	if err != nil {
 		return err

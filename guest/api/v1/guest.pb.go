@@ -1254,6 +1254,52 @@ func (x *CreateRequest) GetPrivateShm() bool {
 	return false
 }
 
+type WarmUpRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// spec is an OCI runtime spec in JSON, like a pod's; the agent sets its root
+	// file system and program.
+	Spec          []byte `protobuf:"bytes,1,opt,name=spec,proto3" json:"spec,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *WarmUpRequest) Reset() {
+	*x = WarmUpRequest{}
+	mi := &file_guest_api_v1_guest_proto_msgTypes[15]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *WarmUpRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*WarmUpRequest) ProtoMessage() {}
+
+func (x *WarmUpRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_guest_api_v1_guest_proto_msgTypes[15]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use WarmUpRequest.ProtoReflect.Descriptor instead.
+func (*WarmUpRequest) Descriptor() ([]byte, []int) {
+	return file_guest_api_v1_guest_proto_rawDescGZIP(), []int{15}
+}
+
+func (x *WarmUpRequest) GetSpec() []byte {
+	if x != nil {
+		return x.Spec
+	}
+	return nil
+}
+
 type CreateResponse struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Pid           uint32                 `protobuf:"varint,1,opt,name=pid,proto3" json:"pid,omitempty"`
@@ -1263,7 +1309,7 @@ type CreateResponse struct {
 
 func (x *CreateResponse) Reset() {
 	*x = CreateResponse{}
-	mi := &file_guest_api_v1_guest_proto_msgTypes[15]
+	mi := &file_guest_api_v1_guest_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1275,7 +1321,7 @@ func (x *CreateResponse) String() string {
 func (*CreateResponse) ProtoMessage() {}
 
 func (x *CreateResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_guest_api_v1_guest_proto_msgTypes[15]
+	mi := &file_guest_api_v1_guest_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1288,7 +1334,7 @@ func (x *CreateResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CreateResponse.ProtoReflect.Descriptor instead.
 func (*CreateResponse) Descriptor() ([]byte, []int) {
-	return file_guest_api_v1_guest_proto_rawDescGZIP(), []int{15}
+	return file_guest_api_v1_guest_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *CreateResponse) GetPid() uint32 {
@@ -1308,7 +1354,7 @@ type StartRequest struct {
 
 func (x *StartRequest) Reset() {
 	*x = StartRequest{}
-	mi := &file_guest_api_v1_guest_proto_msgTypes[16]
+	mi := &file_guest_api_v1_guest_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1320,7 +1366,7 @@ func (x *StartRequest) String() string {
 func (*StartRequest) ProtoMessage() {}
 
 func (x *StartRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_guest_api_v1_guest_proto_msgTypes[16]
+	mi := &file_guest_api_v1_guest_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1333,7 +1379,7 @@ func (x *StartRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StartRequest.ProtoReflect.Descriptor instead.
 func (*StartRequest) Descriptor() ([]byte, []int) {
-	return file_guest_api_v1_guest_proto_rawDescGZIP(), []int{16}
+	return file_guest_api_v1_guest_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *StartRequest) GetId() string {
@@ -1359,7 +1405,7 @@ type StartResponse struct {
 
 func (x *StartResponse) Reset() {
 	*x = StartResponse{}
-	mi := &file_guest_api_v1_guest_proto_msgTypes[17]
+	mi := &file_guest_api_v1_guest_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1371,7 +1417,7 @@ func (x *StartResponse) String() string {
 func (*StartResponse) ProtoMessage() {}
 
 func (x *StartResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_guest_api_v1_guest_proto_msgTypes[17]
+	mi := &file_guest_api_v1_guest_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1384,7 +1430,7 @@ func (x *StartResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StartResponse.ProtoReflect.Descriptor instead.
 func (*StartResponse) Descriptor() ([]byte, []int) {
-	return file_guest_api_v1_guest_proto_rawDescGZIP(), []int{17}
+	return file_guest_api_v1_guest_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *StartResponse) GetPid() uint32 {
@@ -1407,7 +1453,7 @@ type ExecRequest struct {
 
 func (x *ExecRequest) Reset() {
 	*x = ExecRequest{}
-	mi := &file_guest_api_v1_guest_proto_msgTypes[18]
+	mi := &file_guest_api_v1_guest_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1419,7 +1465,7 @@ func (x *ExecRequest) String() string {
 func (*ExecRequest) ProtoMessage() {}
 
 func (x *ExecRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_guest_api_v1_guest_proto_msgTypes[18]
+	mi := &file_guest_api_v1_guest_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1432,7 +1478,7 @@ func (x *ExecRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExecRequest.ProtoReflect.Descriptor instead.
 func (*ExecRequest) Descriptor() ([]byte, []int) {
-	return file_guest_api_v1_guest_proto_rawDescGZIP(), []int{18}
+	return file_guest_api_v1_guest_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *ExecRequest) GetId() string {
@@ -1473,7 +1519,7 @@ type DeleteRequest struct {
 
 func (x *DeleteRequest) Reset() {
 	*x = DeleteRequest{}
-	mi := &file_guest_api_v1_guest_proto_msgTypes[19]
+	mi := &file_guest_api_v1_guest_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1485,7 +1531,7 @@ func (x *DeleteRequest) String() string {
 func (*DeleteRequest) ProtoMessage() {}
 
 func (x *DeleteRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_guest_api_v1_guest_proto_msgTypes[19]
+	mi := &file_guest_api_v1_guest_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1498,7 +1544,7 @@ func (x *DeleteRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DeleteRequest.ProtoReflect.Descriptor instead.
 func (*DeleteRequest) Descriptor() ([]byte, []int) {
-	return file_guest_api_v1_guest_proto_rawDescGZIP(), []int{19}
+	return file_guest_api_v1_guest_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *DeleteRequest) GetId() string {
@@ -1526,7 +1572,7 @@ type DeleteResponse struct {
 
 func (x *DeleteResponse) Reset() {
 	*x = DeleteResponse{}
-	mi := &file_guest_api_v1_guest_proto_msgTypes[20]
+	mi := &file_guest_api_v1_guest_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1538,7 +1584,7 @@ func (x *DeleteResponse) String() string {
 func (*DeleteResponse) ProtoMessage() {}
 
 func (x *DeleteResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_guest_api_v1_guest_proto_msgTypes[20]
+	mi := &file_guest_api_v1_guest_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1551,7 +1597,7 @@ func (x *DeleteResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DeleteResponse.ProtoReflect.Descriptor instead.
 func (*DeleteResponse) Descriptor() ([]byte, []int) {
-	return file_guest_api_v1_guest_proto_rawDescGZIP(), []int{20}
+	return file_guest_api_v1_guest_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *DeleteResponse) GetPid() uint32 {
@@ -1588,7 +1634,7 @@ type KillRequest struct {
 
 func (x *KillRequest) Reset() {
 	*x = KillRequest{}
-	mi := &file_guest_api_v1_guest_proto_msgTypes[21]
+	mi := &file_guest_api_v1_guest_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1600,7 +1646,7 @@ func (x *KillRequest) String() string {
 func (*KillRequest) ProtoMessage() {}
 
 func (x *KillRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_guest_api_v1_guest_proto_msgTypes[21]
+	mi := &file_guest_api_v1_guest_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1613,7 +1659,7 @@ func (x *KillRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use KillRequest.ProtoReflect.Descriptor instead.
 func (*KillRequest) Descriptor() ([]byte, []int) {
-	return file_guest_api_v1_guest_proto_rawDescGZIP(), []int{21}
+	return file_guest_api_v1_guest_proto_rawDescGZIP(), []int{22}
 }
 
 func (x *KillRequest) GetId() string {
@@ -1656,7 +1702,7 @@ type ResizePtyRequest struct {
 
 func (x *ResizePtyRequest) Reset() {
 	*x = ResizePtyRequest{}
-	mi := &file_guest_api_v1_guest_proto_msgTypes[22]
+	mi := &file_guest_api_v1_guest_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1668,7 +1714,7 @@ func (x *ResizePtyRequest) String() string {
 func (*ResizePtyRequest) ProtoMessage() {}
 
 func (x *ResizePtyRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_guest_api_v1_guest_proto_msgTypes[22]
+	mi := &file_guest_api_v1_guest_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1681,7 +1727,7 @@ func (x *ResizePtyRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ResizePtyRequest.ProtoReflect.Descriptor instead.
 func (*ResizePtyRequest) Descriptor() ([]byte, []int) {
-	return file_guest_api_v1_guest_proto_rawDescGZIP(), []int{22}
+	return file_guest_api_v1_guest_proto_rawDescGZIP(), []int{23}
 }
 
 func (x *ResizePtyRequest) GetId() string {
@@ -1721,7 +1767,7 @@ type PauseRequest struct {
 
 func (x *PauseRequest) Reset() {
 	*x = PauseRequest{}
-	mi := &file_guest_api_v1_guest_proto_msgTypes[23]
+	mi := &file_guest_api_v1_guest_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1733,7 +1779,7 @@ func (x *PauseRequest) String() string {
 func (*PauseRequest) ProtoMessage() {}
 
 func (x *PauseRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_guest_api_v1_guest_proto_msgTypes[23]
+	mi := &file_guest_api_v1_guest_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1746,7 +1792,7 @@ func (x *PauseRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PauseRequest.ProtoReflect.Descriptor instead.
 func (*PauseRequest) Descriptor() ([]byte, []int) {
-	return file_guest_api_v1_guest_proto_rawDescGZIP(), []int{23}
+	return file_guest_api_v1_guest_proto_rawDescGZIP(), []int{24}
 }
 
 func (x *PauseRequest) GetId() string {
@@ -1765,7 +1811,7 @@ type ResumeRequest struct {
 
 func (x *ResumeRequest) Reset() {
 	*x = ResumeRequest{}
-	mi := &file_guest_api_v1_guest_proto_msgTypes[24]
+	mi := &file_guest_api_v1_guest_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1777,7 +1823,7 @@ func (x *ResumeRequest) String() string {
 func (*ResumeRequest) ProtoMessage() {}
 
 func (x *ResumeRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_guest_api_v1_guest_proto_msgTypes[24]
+	mi := &file_guest_api_v1_guest_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1790,7 +1836,7 @@ func (x *ResumeRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ResumeRequest.ProtoReflect.Descriptor instead.
 func (*ResumeRequest) Descriptor() ([]byte, []int) {
-	return file_guest_api_v1_guest_proto_rawDescGZIP(), []int{24}
+	return file_guest_api_v1_guest_proto_rawDescGZIP(), []int{25}
 }
 
 func (x *ResumeRequest) GetId() string {
@@ -1811,7 +1857,7 @@ type UpdateRequest struct {
 
 func (x *UpdateRequest) Reset() {
 	*x = UpdateRequest{}
-	mi := &file_guest_api_v1_guest_proto_msgTypes[25]
+	mi := &file_guest_api_v1_guest_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1823,7 +1869,7 @@ func (x *UpdateRequest) String() string {
 func (*UpdateRequest) ProtoMessage() {}
 
 func (x *UpdateRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_guest_api_v1_guest_proto_msgTypes[25]
+	mi := &file_guest_api_v1_guest_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1836,7 +1882,7 @@ func (x *UpdateRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UpdateRequest.ProtoReflect.Descriptor instead.
 func (*UpdateRequest) Descriptor() ([]byte, []int) {
-	return file_guest_api_v1_guest_proto_rawDescGZIP(), []int{25}
+	return file_guest_api_v1_guest_proto_rawDescGZIP(), []int{26}
 }
 
 func (x *UpdateRequest) GetId() string {
@@ -1862,7 +1908,7 @@ type StatsRequest struct {
 
 func (x *StatsRequest) Reset() {
 	*x = StatsRequest{}
-	mi := &file_guest_api_v1_guest_proto_msgTypes[26]
+	mi := &file_guest_api_v1_guest_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1874,7 +1920,7 @@ func (x *StatsRequest) String() string {
 func (*StatsRequest) ProtoMessage() {}
 
 func (x *StatsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_guest_api_v1_guest_proto_msgTypes[26]
+	mi := &file_guest_api_v1_guest_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1887,7 +1933,7 @@ func (x *StatsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StatsRequest.ProtoReflect.Descriptor instead.
 func (*StatsRequest) Descriptor() ([]byte, []int) {
-	return file_guest_api_v1_guest_proto_rawDescGZIP(), []int{26}
+	return file_guest_api_v1_guest_proto_rawDescGZIP(), []int{27}
 }
 
 func (x *StatsRequest) GetId() string {
@@ -1913,7 +1959,7 @@ type StatsResponse struct {
 
 func (x *StatsResponse) Reset() {
 	*x = StatsResponse{}
-	mi := &file_guest_api_v1_guest_proto_msgTypes[27]
+	mi := &file_guest_api_v1_guest_proto_msgTypes[28]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1925,7 +1971,7 @@ func (x *StatsResponse) String() string {
 func (*StatsResponse) ProtoMessage() {}
 
 func (x *StatsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_guest_api_v1_guest_proto_msgTypes[27]
+	mi := &file_guest_api_v1_guest_proto_msgTypes[28]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1938,7 +1984,7 @@ func (x *StatsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StatsResponse.ProtoReflect.Descriptor instead.
 func (*StatsResponse) Descriptor() ([]byte, []int) {
-	return file_guest_api_v1_guest_proto_rawDescGZIP(), []int{27}
+	return file_guest_api_v1_guest_proto_rawDescGZIP(), []int{28}
 }
 
 func (x *StatsResponse) GetCpu() *CPUStats {
@@ -1997,7 +2043,7 @@ type CPUStats struct {
 
 func (x *CPUStats) Reset() {
 	*x = CPUStats{}
-	mi := &file_guest_api_v1_guest_proto_msgTypes[28]
+	mi := &file_guest_api_v1_guest_proto_msgTypes[29]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2009,7 +2055,7 @@ func (x *CPUStats) String() string {
 func (*CPUStats) ProtoMessage() {}
 
 func (x *CPUStats) ProtoReflect() protoreflect.Message {
-	mi := &file_guest_api_v1_guest_proto_msgTypes[28]
+	mi := &file_guest_api_v1_guest_proto_msgTypes[29]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2022,7 +2068,7 @@ func (x *CPUStats) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CPUStats.ProtoReflect.Descriptor instead.
 func (*CPUStats) Descriptor() ([]byte, []int) {
-	return file_guest_api_v1_guest_proto_rawDescGZIP(), []int{28}
+	return file_guest_api_v1_guest_proto_rawDescGZIP(), []int{29}
 }
 
 func (x *CPUStats) GetUsageUsec() uint64 {
@@ -2088,7 +2134,7 @@ type MemoryStats struct {
 
 func (x *MemoryStats) Reset() {
 	*x = MemoryStats{}
-	mi := &file_guest_api_v1_guest_proto_msgTypes[29]
+	mi := &file_guest_api_v1_guest_proto_msgTypes[30]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2100,7 +2146,7 @@ func (x *MemoryStats) String() string {
 func (*MemoryStats) ProtoMessage() {}
 
 func (x *MemoryStats) ProtoReflect() protoreflect.Message {
-	mi := &file_guest_api_v1_guest_proto_msgTypes[29]
+	mi := &file_guest_api_v1_guest_proto_msgTypes[30]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2113,7 +2159,7 @@ func (x *MemoryStats) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use MemoryStats.ProtoReflect.Descriptor instead.
 func (*MemoryStats) Descriptor() ([]byte, []int) {
-	return file_guest_api_v1_guest_proto_rawDescGZIP(), []int{29}
+	return file_guest_api_v1_guest_proto_rawDescGZIP(), []int{30}
 }
 
 func (x *MemoryStats) GetUsage() uint64 {
@@ -2203,7 +2249,7 @@ type PidsStats struct {
 
 func (x *PidsStats) Reset() {
 	*x = PidsStats{}
-	mi := &file_guest_api_v1_guest_proto_msgTypes[30]
+	mi := &file_guest_api_v1_guest_proto_msgTypes[31]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2215,7 +2261,7 @@ func (x *PidsStats) String() string {
 func (*PidsStats) ProtoMessage() {}
 
 func (x *PidsStats) ProtoReflect() protoreflect.Message {
-	mi := &file_guest_api_v1_guest_proto_msgTypes[30]
+	mi := &file_guest_api_v1_guest_proto_msgTypes[31]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2228,7 +2274,7 @@ func (x *PidsStats) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PidsStats.ProtoReflect.Descriptor instead.
 func (*PidsStats) Descriptor() ([]byte, []int) {
-	return file_guest_api_v1_guest_proto_rawDescGZIP(), []int{30}
+	return file_guest_api_v1_guest_proto_rawDescGZIP(), []int{31}
 }
 
 func (x *PidsStats) GetCurrent() uint64 {
@@ -2259,7 +2305,7 @@ type IOStats struct {
 
 func (x *IOStats) Reset() {
 	*x = IOStats{}
-	mi := &file_guest_api_v1_guest_proto_msgTypes[31]
+	mi := &file_guest_api_v1_guest_proto_msgTypes[32]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2271,7 +2317,7 @@ func (x *IOStats) String() string {
 func (*IOStats) ProtoMessage() {}
 
 func (x *IOStats) ProtoReflect() protoreflect.Message {
-	mi := &file_guest_api_v1_guest_proto_msgTypes[31]
+	mi := &file_guest_api_v1_guest_proto_msgTypes[32]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2284,7 +2330,7 @@ func (x *IOStats) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use IOStats.ProtoReflect.Descriptor instead.
 func (*IOStats) Descriptor() ([]byte, []int) {
-	return file_guest_api_v1_guest_proto_rawDescGZIP(), []int{31}
+	return file_guest_api_v1_guest_proto_rawDescGZIP(), []int{32}
 }
 
 func (x *IOStats) GetMajor() uint64 {
@@ -2338,7 +2384,7 @@ type PidsRequest struct {
 
 func (x *PidsRequest) Reset() {
 	*x = PidsRequest{}
-	mi := &file_guest_api_v1_guest_proto_msgTypes[32]
+	mi := &file_guest_api_v1_guest_proto_msgTypes[33]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2350,7 +2396,7 @@ func (x *PidsRequest) String() string {
 func (*PidsRequest) ProtoMessage() {}
 
 func (x *PidsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_guest_api_v1_guest_proto_msgTypes[32]
+	mi := &file_guest_api_v1_guest_proto_msgTypes[33]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2363,7 +2409,7 @@ func (x *PidsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PidsRequest.ProtoReflect.Descriptor instead.
 func (*PidsRequest) Descriptor() ([]byte, []int) {
-	return file_guest_api_v1_guest_proto_rawDescGZIP(), []int{32}
+	return file_guest_api_v1_guest_proto_rawDescGZIP(), []int{33}
 }
 
 func (x *PidsRequest) GetId() string {
@@ -2383,7 +2429,7 @@ type PidsResponse struct {
 
 func (x *PidsResponse) Reset() {
 	*x = PidsResponse{}
-	mi := &file_guest_api_v1_guest_proto_msgTypes[33]
+	mi := &file_guest_api_v1_guest_proto_msgTypes[34]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2395,7 +2441,7 @@ func (x *PidsResponse) String() string {
 func (*PidsResponse) ProtoMessage() {}
 
 func (x *PidsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_guest_api_v1_guest_proto_msgTypes[33]
+	mi := &file_guest_api_v1_guest_proto_msgTypes[34]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2408,7 +2454,7 @@ func (x *PidsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PidsResponse.ProtoReflect.Descriptor instead.
 func (*PidsResponse) Descriptor() ([]byte, []int) {
-	return file_guest_api_v1_guest_proto_rawDescGZIP(), []int{33}
+	return file_guest_api_v1_guest_proto_rawDescGZIP(), []int{34}
 }
 
 func (x *PidsResponse) GetProcesses() []*Process {
@@ -2429,7 +2475,7 @@ type Process struct {
 
 func (x *Process) Reset() {
 	*x = Process{}
-	mi := &file_guest_api_v1_guest_proto_msgTypes[34]
+	mi := &file_guest_api_v1_guest_proto_msgTypes[35]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2441,7 +2487,7 @@ func (x *Process) String() string {
 func (*Process) ProtoMessage() {}
 
 func (x *Process) ProtoReflect() protoreflect.Message {
-	mi := &file_guest_api_v1_guest_proto_msgTypes[34]
+	mi := &file_guest_api_v1_guest_proto_msgTypes[35]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2454,7 +2500,7 @@ func (x *Process) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Process.ProtoReflect.Descriptor instead.
 func (*Process) Descriptor() ([]byte, []int) {
-	return file_guest_api_v1_guest_proto_rawDescGZIP(), []int{34}
+	return file_guest_api_v1_guest_proto_rawDescGZIP(), []int{35}
 }
 
 func (x *Process) GetPid() uint32 {
@@ -2481,7 +2527,7 @@ type StateRequest struct {
 
 func (x *StateRequest) Reset() {
 	*x = StateRequest{}
-	mi := &file_guest_api_v1_guest_proto_msgTypes[35]
+	mi := &file_guest_api_v1_guest_proto_msgTypes[36]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2493,7 +2539,7 @@ func (x *StateRequest) String() string {
 func (*StateRequest) ProtoMessage() {}
 
 func (x *StateRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_guest_api_v1_guest_proto_msgTypes[35]
+	mi := &file_guest_api_v1_guest_proto_msgTypes[36]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2506,7 +2552,7 @@ func (x *StateRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StateRequest.ProtoReflect.Descriptor instead.
 func (*StateRequest) Descriptor() ([]byte, []int) {
-	return file_guest_api_v1_guest_proto_rawDescGZIP(), []int{35}
+	return file_guest_api_v1_guest_proto_rawDescGZIP(), []int{36}
 }
 
 func (x *StateRequest) GetId() string {
@@ -2535,7 +2581,7 @@ type StateResponse struct {
 
 func (x *StateResponse) Reset() {
 	*x = StateResponse{}
-	mi := &file_guest_api_v1_guest_proto_msgTypes[36]
+	mi := &file_guest_api_v1_guest_proto_msgTypes[37]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2547,7 +2593,7 @@ func (x *StateResponse) String() string {
 func (*StateResponse) ProtoMessage() {}
 
 func (x *StateResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_guest_api_v1_guest_proto_msgTypes[36]
+	mi := &file_guest_api_v1_guest_proto_msgTypes[37]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2560,7 +2606,7 @@ func (x *StateResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StateResponse.ProtoReflect.Descriptor instead.
 func (*StateResponse) Descriptor() ([]byte, []int) {
-	return file_guest_api_v1_guest_proto_rawDescGZIP(), []int{36}
+	return file_guest_api_v1_guest_proto_rawDescGZIP(), []int{37}
 }
 
 func (x *StateResponse) GetPid() uint32 {
@@ -2601,7 +2647,7 @@ type WaitRequest struct {
 
 func (x *WaitRequest) Reset() {
 	*x = WaitRequest{}
-	mi := &file_guest_api_v1_guest_proto_msgTypes[37]
+	mi := &file_guest_api_v1_guest_proto_msgTypes[38]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2613,7 +2659,7 @@ func (x *WaitRequest) String() string {
 func (*WaitRequest) ProtoMessage() {}
 
 func (x *WaitRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_guest_api_v1_guest_proto_msgTypes[37]
+	mi := &file_guest_api_v1_guest_proto_msgTypes[38]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2626,7 +2672,7 @@ func (x *WaitRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WaitRequest.ProtoReflect.Descriptor instead.
 func (*WaitRequest) Descriptor() ([]byte, []int) {
-	return file_guest_api_v1_guest_proto_rawDescGZIP(), []int{37}
+	return file_guest_api_v1_guest_proto_rawDescGZIP(), []int{38}
 }
 
 func (x *WaitRequest) GetId() string {
@@ -2655,7 +2701,7 @@ type WaitResponse struct {
 
 func (x *WaitResponse) Reset() {
 	*x = WaitResponse{}
-	mi := &file_guest_api_v1_guest_proto_msgTypes[38]
+	mi := &file_guest_api_v1_guest_proto_msgTypes[39]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2667,7 +2713,7 @@ func (x *WaitResponse) String() string {
 func (*WaitResponse) ProtoMessage() {}
 
 func (x *WaitResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_guest_api_v1_guest_proto_msgTypes[38]
+	mi := &file_guest_api_v1_guest_proto_msgTypes[39]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2680,7 +2726,7 @@ func (x *WaitResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WaitResponse.ProtoReflect.Descriptor instead.
 func (*WaitResponse) Descriptor() ([]byte, []int) {
-	return file_guest_api_v1_guest_proto_rawDescGZIP(), []int{38}
+	return file_guest_api_v1_guest_proto_rawDescGZIP(), []int{39}
 }
 
 func (x *WaitResponse) GetExitStatus() uint32 {
@@ -2804,7 +2850,9 @@ const file_guest_api_v1_guest_proto_rawDesc = "" +
 	"\n" +
 	"target_pid\x18\a \x01(\rR\ttargetPid\x12\x1f\n" +
 	"\vprivate_shm\x18\b \x01(\bR\n" +
-	"privateShm\"\"\n" +
+	"privateShm\"#\n" +
+	"\rWarmUpRequest\x12\x12\n" +
+	"\x04spec\x18\x01 \x01(\fR\x04spec\"\"\n" +
 	"\x0eCreateResponse\x12\x10\n" +
 	"\x03pid\x18\x01 \x01(\rR\x03pid\"7\n" +
 	"\fStartRequest\x12\x0e\n" +
@@ -2929,7 +2977,7 @@ const file_guest_api_v1_guest_proto_rawDesc = "" +
 	"\x04Info\x12\x1d.cloudhv.guest.v1.InfoRequest\x1a\x1e.cloudhv.guest.v1.InfoResponse\x12T\n" +
 	"\tConfigure\x12\".cloudhv.guest.v1.ConfigureRequest\x1a#.cloudhv.guest.v1.ConfigureResponse\x12K\n" +
 	"\x06Resize\x12\x1f.cloudhv.guest.v1.ResizeRequest\x1a .cloudhv.guest.v1.ResizeResponse\x12E\n" +
-	"\bPowerOff\x12!.cloudhv.guest.v1.PowerOffRequest\x1a\x16.google.protobuf.Empty2\x9a\a\n" +
+	"\bPowerOff\x12!.cloudhv.guest.v1.PowerOffRequest\x1a\x16.google.protobuf.Empty2\xdd\a\n" +
 	"\x04Task\x12K\n" +
 	"\x06Create\x12\x1f.cloudhv.guest.v1.CreateRequest\x1a .cloudhv.guest.v1.CreateResponse\x12H\n" +
 	"\x05Start\x12\x1e.cloudhv.guest.v1.StartRequest\x1a\x1f.cloudhv.guest.v1.StartResponse\x12=\n" +
@@ -2943,7 +2991,8 @@ const file_guest_api_v1_guest_proto_rawDesc = "" +
 	"\x05Stats\x12\x1e.cloudhv.guest.v1.StatsRequest\x1a\x1f.cloudhv.guest.v1.StatsResponse\x12E\n" +
 	"\x04Pids\x12\x1d.cloudhv.guest.v1.PidsRequest\x1a\x1e.cloudhv.guest.v1.PidsResponse\x12H\n" +
 	"\x05State\x12\x1e.cloudhv.guest.v1.StateRequest\x1a\x1f.cloudhv.guest.v1.StateResponse\x12E\n" +
-	"\x04Wait\x12\x1d.cloudhv.guest.v1.WaitRequest\x1a\x1e.cloudhv.guest.v1.WaitResponseB<Z:github.com/cloudhv/containerd-cloudhv/guest/api/v1;guestv1b\x06proto3"
+	"\x04Wait\x12\x1d.cloudhv.guest.v1.WaitRequest\x1a\x1e.cloudhv.guest.v1.WaitResponse\x12A\n" +
+	"\x06WarmUp\x12\x1f.cloudhv.guest.v1.WarmUpRequest\x1a\x16.google.protobuf.EmptyB<Z:github.com/cloudhv/containerd-cloudhv/guest/api/v1;guestv1b\x06proto3"
 
 var (
 	file_guest_api_v1_guest_proto_rawDescOnce sync.Once
@@ -2958,7 +3007,7 @@ func file_guest_api_v1_guest_proto_rawDescGZIP() []byte {
 }
 
 var file_guest_api_v1_guest_proto_enumTypes = make([]protoimpl.EnumInfo, 2)
-var file_guest_api_v1_guest_proto_msgTypes = make([]protoimpl.MessageInfo, 41)
+var file_guest_api_v1_guest_proto_msgTypes = make([]protoimpl.MessageInfo, 42)
 var file_guest_api_v1_guest_proto_goTypes = []any{
 	(PidNamespace)(0),             // 0: cloudhv.guest.v1.PidNamespace
 	(Status)(0),                   // 1: cloudhv.guest.v1.Status
@@ -2977,40 +3026,41 @@ var file_guest_api_v1_guest_proto_goTypes = []any{
 	(*File)(nil),                  // 14: cloudhv.guest.v1.File
 	(*Stdio)(nil),                 // 15: cloudhv.guest.v1.Stdio
 	(*CreateRequest)(nil),         // 16: cloudhv.guest.v1.CreateRequest
-	(*CreateResponse)(nil),        // 17: cloudhv.guest.v1.CreateResponse
-	(*StartRequest)(nil),          // 18: cloudhv.guest.v1.StartRequest
-	(*StartResponse)(nil),         // 19: cloudhv.guest.v1.StartResponse
-	(*ExecRequest)(nil),           // 20: cloudhv.guest.v1.ExecRequest
-	(*DeleteRequest)(nil),         // 21: cloudhv.guest.v1.DeleteRequest
-	(*DeleteResponse)(nil),        // 22: cloudhv.guest.v1.DeleteResponse
-	(*KillRequest)(nil),           // 23: cloudhv.guest.v1.KillRequest
-	(*ResizePtyRequest)(nil),      // 24: cloudhv.guest.v1.ResizePtyRequest
-	(*PauseRequest)(nil),          // 25: cloudhv.guest.v1.PauseRequest
-	(*ResumeRequest)(nil),         // 26: cloudhv.guest.v1.ResumeRequest
-	(*UpdateRequest)(nil),         // 27: cloudhv.guest.v1.UpdateRequest
-	(*StatsRequest)(nil),          // 28: cloudhv.guest.v1.StatsRequest
-	(*StatsResponse)(nil),         // 29: cloudhv.guest.v1.StatsResponse
-	(*CPUStats)(nil),              // 30: cloudhv.guest.v1.CPUStats
-	(*MemoryStats)(nil),           // 31: cloudhv.guest.v1.MemoryStats
-	(*PidsStats)(nil),             // 32: cloudhv.guest.v1.PidsStats
-	(*IOStats)(nil),               // 33: cloudhv.guest.v1.IOStats
-	(*PidsRequest)(nil),           // 34: cloudhv.guest.v1.PidsRequest
-	(*PidsResponse)(nil),          // 35: cloudhv.guest.v1.PidsResponse
-	(*Process)(nil),               // 36: cloudhv.guest.v1.Process
-	(*StateRequest)(nil),          // 37: cloudhv.guest.v1.StateRequest
-	(*StateResponse)(nil),         // 38: cloudhv.guest.v1.StateResponse
-	(*WaitRequest)(nil),           // 39: cloudhv.guest.v1.WaitRequest
-	(*WaitResponse)(nil),          // 40: cloudhv.guest.v1.WaitResponse
-	nil,                           // 41: cloudhv.guest.v1.ConfigureRequest.SysctlsEntry
-	nil,                           // 42: cloudhv.guest.v1.MemoryStats.StatEntry
-	(*timestamppb.Timestamp)(nil), // 43: google.protobuf.Timestamp
-	(*emptypb.Empty)(nil),         // 44: google.protobuf.Empty
+	(*WarmUpRequest)(nil),         // 17: cloudhv.guest.v1.WarmUpRequest
+	(*CreateResponse)(nil),        // 18: cloudhv.guest.v1.CreateResponse
+	(*StartRequest)(nil),          // 19: cloudhv.guest.v1.StartRequest
+	(*StartResponse)(nil),         // 20: cloudhv.guest.v1.StartResponse
+	(*ExecRequest)(nil),           // 21: cloudhv.guest.v1.ExecRequest
+	(*DeleteRequest)(nil),         // 22: cloudhv.guest.v1.DeleteRequest
+	(*DeleteResponse)(nil),        // 23: cloudhv.guest.v1.DeleteResponse
+	(*KillRequest)(nil),           // 24: cloudhv.guest.v1.KillRequest
+	(*ResizePtyRequest)(nil),      // 25: cloudhv.guest.v1.ResizePtyRequest
+	(*PauseRequest)(nil),          // 26: cloudhv.guest.v1.PauseRequest
+	(*ResumeRequest)(nil),         // 27: cloudhv.guest.v1.ResumeRequest
+	(*UpdateRequest)(nil),         // 28: cloudhv.guest.v1.UpdateRequest
+	(*StatsRequest)(nil),          // 29: cloudhv.guest.v1.StatsRequest
+	(*StatsResponse)(nil),         // 30: cloudhv.guest.v1.StatsResponse
+	(*CPUStats)(nil),              // 31: cloudhv.guest.v1.CPUStats
+	(*MemoryStats)(nil),           // 32: cloudhv.guest.v1.MemoryStats
+	(*PidsStats)(nil),             // 33: cloudhv.guest.v1.PidsStats
+	(*IOStats)(nil),               // 34: cloudhv.guest.v1.IOStats
+	(*PidsRequest)(nil),           // 35: cloudhv.guest.v1.PidsRequest
+	(*PidsResponse)(nil),          // 36: cloudhv.guest.v1.PidsResponse
+	(*Process)(nil),               // 37: cloudhv.guest.v1.Process
+	(*StateRequest)(nil),          // 38: cloudhv.guest.v1.StateRequest
+	(*StateResponse)(nil),         // 39: cloudhv.guest.v1.StateResponse
+	(*WaitRequest)(nil),           // 40: cloudhv.guest.v1.WaitRequest
+	(*WaitResponse)(nil),          // 41: cloudhv.guest.v1.WaitResponse
+	nil,                           // 42: cloudhv.guest.v1.ConfigureRequest.SysctlsEntry
+	nil,                           // 43: cloudhv.guest.v1.MemoryStats.StatEntry
+	(*timestamppb.Timestamp)(nil), // 44: google.protobuf.Timestamp
+	(*emptypb.Empty)(nil),         // 45: google.protobuf.Empty
 }
 var file_guest_api_v1_guest_proto_depIdxs = []int32{
-	43, // 0: cloudhv.guest.v1.ConfigureRequest.clock:type_name -> google.protobuf.Timestamp
+	44, // 0: cloudhv.guest.v1.ConfigureRequest.clock:type_name -> google.protobuf.Timestamp
 	7,  // 1: cloudhv.guest.v1.ConfigureRequest.interfaces:type_name -> cloudhv.guest.v1.Interface
 	9,  // 2: cloudhv.guest.v1.ConfigureRequest.routes:type_name -> cloudhv.guest.v1.Route
-	41, // 3: cloudhv.guest.v1.ConfigureRequest.sysctls:type_name -> cloudhv.guest.v1.ConfigureRequest.SysctlsEntry
+	42, // 3: cloudhv.guest.v1.ConfigureRequest.sysctls:type_name -> cloudhv.guest.v1.ConfigureRequest.SysctlsEntry
 	6,  // 4: cloudhv.guest.v1.ConfigureResponse.steps:type_name -> cloudhv.guest.v1.Step
 	8,  // 5: cloudhv.guest.v1.Interface.neighbors:type_name -> cloudhv.guest.v1.Neighbor
 	13, // 6: cloudhv.guest.v1.CreateRequest.rootfs:type_name -> cloudhv.guest.v1.RootFS
@@ -3018,52 +3068,54 @@ var file_guest_api_v1_guest_proto_depIdxs = []int32{
 	15, // 8: cloudhv.guest.v1.CreateRequest.stdio:type_name -> cloudhv.guest.v1.Stdio
 	0,  // 9: cloudhv.guest.v1.CreateRequest.pid_namespace:type_name -> cloudhv.guest.v1.PidNamespace
 	15, // 10: cloudhv.guest.v1.ExecRequest.stdio:type_name -> cloudhv.guest.v1.Stdio
-	43, // 11: cloudhv.guest.v1.DeleteResponse.exited_at:type_name -> google.protobuf.Timestamp
-	30, // 12: cloudhv.guest.v1.StatsResponse.cpu:type_name -> cloudhv.guest.v1.CPUStats
-	31, // 13: cloudhv.guest.v1.StatsResponse.memory:type_name -> cloudhv.guest.v1.MemoryStats
-	32, // 14: cloudhv.guest.v1.StatsResponse.pids:type_name -> cloudhv.guest.v1.PidsStats
-	33, // 15: cloudhv.guest.v1.StatsResponse.io:type_name -> cloudhv.guest.v1.IOStats
-	42, // 16: cloudhv.guest.v1.MemoryStats.stat:type_name -> cloudhv.guest.v1.MemoryStats.StatEntry
-	36, // 17: cloudhv.guest.v1.PidsResponse.processes:type_name -> cloudhv.guest.v1.Process
+	44, // 11: cloudhv.guest.v1.DeleteResponse.exited_at:type_name -> google.protobuf.Timestamp
+	31, // 12: cloudhv.guest.v1.StatsResponse.cpu:type_name -> cloudhv.guest.v1.CPUStats
+	32, // 13: cloudhv.guest.v1.StatsResponse.memory:type_name -> cloudhv.guest.v1.MemoryStats
+	33, // 14: cloudhv.guest.v1.StatsResponse.pids:type_name -> cloudhv.guest.v1.PidsStats
+	34, // 15: cloudhv.guest.v1.StatsResponse.io:type_name -> cloudhv.guest.v1.IOStats
+	43, // 16: cloudhv.guest.v1.MemoryStats.stat:type_name -> cloudhv.guest.v1.MemoryStats.StatEntry
+	37, // 17: cloudhv.guest.v1.PidsResponse.processes:type_name -> cloudhv.guest.v1.Process
 	1,  // 18: cloudhv.guest.v1.StateResponse.status:type_name -> cloudhv.guest.v1.Status
-	43, // 19: cloudhv.guest.v1.StateResponse.exited_at:type_name -> google.protobuf.Timestamp
-	43, // 20: cloudhv.guest.v1.WaitResponse.exited_at:type_name -> google.protobuf.Timestamp
+	44, // 19: cloudhv.guest.v1.StateResponse.exited_at:type_name -> google.protobuf.Timestamp
+	44, // 20: cloudhv.guest.v1.WaitResponse.exited_at:type_name -> google.protobuf.Timestamp
 	2,  // 21: cloudhv.guest.v1.Machine.Info:input_type -> cloudhv.guest.v1.InfoRequest
 	4,  // 22: cloudhv.guest.v1.Machine.Configure:input_type -> cloudhv.guest.v1.ConfigureRequest
 	10, // 23: cloudhv.guest.v1.Machine.Resize:input_type -> cloudhv.guest.v1.ResizeRequest
 	12, // 24: cloudhv.guest.v1.Machine.PowerOff:input_type -> cloudhv.guest.v1.PowerOffRequest
 	16, // 25: cloudhv.guest.v1.Task.Create:input_type -> cloudhv.guest.v1.CreateRequest
-	18, // 26: cloudhv.guest.v1.Task.Start:input_type -> cloudhv.guest.v1.StartRequest
-	20, // 27: cloudhv.guest.v1.Task.Exec:input_type -> cloudhv.guest.v1.ExecRequest
-	21, // 28: cloudhv.guest.v1.Task.Delete:input_type -> cloudhv.guest.v1.DeleteRequest
-	23, // 29: cloudhv.guest.v1.Task.Kill:input_type -> cloudhv.guest.v1.KillRequest
-	24, // 30: cloudhv.guest.v1.Task.ResizePty:input_type -> cloudhv.guest.v1.ResizePtyRequest
-	25, // 31: cloudhv.guest.v1.Task.Pause:input_type -> cloudhv.guest.v1.PauseRequest
-	26, // 32: cloudhv.guest.v1.Task.Resume:input_type -> cloudhv.guest.v1.ResumeRequest
-	27, // 33: cloudhv.guest.v1.Task.Update:input_type -> cloudhv.guest.v1.UpdateRequest
-	28, // 34: cloudhv.guest.v1.Task.Stats:input_type -> cloudhv.guest.v1.StatsRequest
-	34, // 35: cloudhv.guest.v1.Task.Pids:input_type -> cloudhv.guest.v1.PidsRequest
-	37, // 36: cloudhv.guest.v1.Task.State:input_type -> cloudhv.guest.v1.StateRequest
-	39, // 37: cloudhv.guest.v1.Task.Wait:input_type -> cloudhv.guest.v1.WaitRequest
-	3,  // 38: cloudhv.guest.v1.Machine.Info:output_type -> cloudhv.guest.v1.InfoResponse
-	5,  // 39: cloudhv.guest.v1.Machine.Configure:output_type -> cloudhv.guest.v1.ConfigureResponse
-	11, // 40: cloudhv.guest.v1.Machine.Resize:output_type -> cloudhv.guest.v1.ResizeResponse
-	44, // 41: cloudhv.guest.v1.Machine.PowerOff:output_type -> google.protobuf.Empty
-	17, // 42: cloudhv.guest.v1.Task.Create:output_type -> cloudhv.guest.v1.CreateResponse
-	19, // 43: cloudhv.guest.v1.Task.Start:output_type -> cloudhv.guest.v1.StartResponse
-	44, // 44: cloudhv.guest.v1.Task.Exec:output_type -> google.protobuf.Empty
-	22, // 45: cloudhv.guest.v1.Task.Delete:output_type -> cloudhv.guest.v1.DeleteResponse
-	44, // 46: cloudhv.guest.v1.Task.Kill:output_type -> google.protobuf.Empty
-	44, // 47: cloudhv.guest.v1.Task.ResizePty:output_type -> google.protobuf.Empty
-	44, // 48: cloudhv.guest.v1.Task.Pause:output_type -> google.protobuf.Empty
-	44, // 49: cloudhv.guest.v1.Task.Resume:output_type -> google.protobuf.Empty
-	44, // 50: cloudhv.guest.v1.Task.Update:output_type -> google.protobuf.Empty
-	29, // 51: cloudhv.guest.v1.Task.Stats:output_type -> cloudhv.guest.v1.StatsResponse
-	35, // 52: cloudhv.guest.v1.Task.Pids:output_type -> cloudhv.guest.v1.PidsResponse
-	38, // 53: cloudhv.guest.v1.Task.State:output_type -> cloudhv.guest.v1.StateResponse
-	40, // 54: cloudhv.guest.v1.Task.Wait:output_type -> cloudhv.guest.v1.WaitResponse
-	38, // [38:55] is the sub-list for method output_type
-	21, // [21:38] is the sub-list for method input_type
+	19, // 26: cloudhv.guest.v1.Task.Start:input_type -> cloudhv.guest.v1.StartRequest
+	21, // 27: cloudhv.guest.v1.Task.Exec:input_type -> cloudhv.guest.v1.ExecRequest
+	22, // 28: cloudhv.guest.v1.Task.Delete:input_type -> cloudhv.guest.v1.DeleteRequest
+	24, // 29: cloudhv.guest.v1.Task.Kill:input_type -> cloudhv.guest.v1.KillRequest
+	25, // 30: cloudhv.guest.v1.Task.ResizePty:input_type -> cloudhv.guest.v1.ResizePtyRequest
+	26, // 31: cloudhv.guest.v1.Task.Pause:input_type -> cloudhv.guest.v1.PauseRequest
+	27, // 32: cloudhv.guest.v1.Task.Resume:input_type -> cloudhv.guest.v1.ResumeRequest
+	28, // 33: cloudhv.guest.v1.Task.Update:input_type -> cloudhv.guest.v1.UpdateRequest
+	29, // 34: cloudhv.guest.v1.Task.Stats:input_type -> cloudhv.guest.v1.StatsRequest
+	35, // 35: cloudhv.guest.v1.Task.Pids:input_type -> cloudhv.guest.v1.PidsRequest
+	38, // 36: cloudhv.guest.v1.Task.State:input_type -> cloudhv.guest.v1.StateRequest
+	40, // 37: cloudhv.guest.v1.Task.Wait:input_type -> cloudhv.guest.v1.WaitRequest
+	17, // 38: cloudhv.guest.v1.Task.WarmUp:input_type -> cloudhv.guest.v1.WarmUpRequest
+	3,  // 39: cloudhv.guest.v1.Machine.Info:output_type -> cloudhv.guest.v1.InfoResponse
+	5,  // 40: cloudhv.guest.v1.Machine.Configure:output_type -> cloudhv.guest.v1.ConfigureResponse
+	11, // 41: cloudhv.guest.v1.Machine.Resize:output_type -> cloudhv.guest.v1.ResizeResponse
+	45, // 42: cloudhv.guest.v1.Machine.PowerOff:output_type -> google.protobuf.Empty
+	18, // 43: cloudhv.guest.v1.Task.Create:output_type -> cloudhv.guest.v1.CreateResponse
+	20, // 44: cloudhv.guest.v1.Task.Start:output_type -> cloudhv.guest.v1.StartResponse
+	45, // 45: cloudhv.guest.v1.Task.Exec:output_type -> google.protobuf.Empty
+	23, // 46: cloudhv.guest.v1.Task.Delete:output_type -> cloudhv.guest.v1.DeleteResponse
+	45, // 47: cloudhv.guest.v1.Task.Kill:output_type -> google.protobuf.Empty
+	45, // 48: cloudhv.guest.v1.Task.ResizePty:output_type -> google.protobuf.Empty
+	45, // 49: cloudhv.guest.v1.Task.Pause:output_type -> google.protobuf.Empty
+	45, // 50: cloudhv.guest.v1.Task.Resume:output_type -> google.protobuf.Empty
+	45, // 51: cloudhv.guest.v1.Task.Update:output_type -> google.protobuf.Empty
+	30, // 52: cloudhv.guest.v1.Task.Stats:output_type -> cloudhv.guest.v1.StatsResponse
+	36, // 53: cloudhv.guest.v1.Task.Pids:output_type -> cloudhv.guest.v1.PidsResponse
+	39, // 54: cloudhv.guest.v1.Task.State:output_type -> cloudhv.guest.v1.StateResponse
+	41, // 55: cloudhv.guest.v1.Task.Wait:output_type -> cloudhv.guest.v1.WaitResponse
+	45, // 56: cloudhv.guest.v1.Task.WarmUp:output_type -> google.protobuf.Empty
+	39, // [39:57] is the sub-list for method output_type
+	21, // [21:39] is the sub-list for method input_type
 	21, // [21:21] is the sub-list for extension type_name
 	21, // [21:21] is the sub-list for extension extendee
 	0,  // [0:21] is the sub-list for field type_name
@@ -3080,7 +3132,7 @@ func file_guest_api_v1_guest_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_guest_api_v1_guest_proto_rawDesc), len(file_guest_api_v1_guest_proto_rawDesc)),
 			NumEnums:      2,
-			NumMessages:   41,
+			NumMessages:   42,
 			NumExtensions: 0,
 			NumServices:   2,
 		},

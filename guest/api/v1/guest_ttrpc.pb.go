@@ -106,6 +106,7 @@ type TaskService interface {
 	Pids(context.Context, *PidsRequest) (*PidsResponse, error)
 	State(context.Context, *StateRequest) (*StateResponse, error)
 	Wait(context.Context, *WaitRequest) (*WaitResponse, error)
+	WarmUp(context.Context, *WarmUpRequest) (*emptypb.Empty, error)
 }
 
 func RegisterTaskService(srv *ttrpc.Server, svc TaskService) {
@@ -201,6 +202,13 @@ func RegisterTaskService(srv *ttrpc.Server, svc TaskService) {
 					return nil, err
 				}
 				return svc.Wait(ctx, &req)
+			},
+			"WarmUp": func(ctx context.Context, unmarshal func(interface{}) error) (interface{}, error) {
+				var req WarmUpRequest
+				if err := unmarshal(&req); err != nil {
+					return nil, err
+				}
+				return svc.WarmUp(ctx, &req)
 			},
 		},
 	})
@@ -315,6 +323,14 @@ func (c *taskClient) State(ctx context.Context, req *StateRequest) (*StateRespon
 func (c *taskClient) Wait(ctx context.Context, req *WaitRequest) (*WaitResponse, error) {
 	var resp WaitResponse
 	if err := c.client.Call(ctx, "cloudhv.guest.v1.Task", "Wait", req, &resp); err != nil {
+		return nil, err
+	}
+	return &resp, nil
+}
+
+func (c *taskClient) WarmUp(ctx context.Context, req *WarmUpRequest) (*emptypb.Empty, error) {
+	var resp emptypb.Empty
+	if err := c.client.Call(ctx, "cloudhv.guest.v1.Task", "WarmUp", req, &resp); err != nil {
 		return nil, err
 	}
 	return &resp, nil

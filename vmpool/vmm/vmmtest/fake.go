@@ -11,7 +11,9 @@ import (
 	"fmt"
 	"maps"
 	"net"
+	"os"
 	"os/exec"
+	"path/filepath"
 	"slices"
 	"strings"
 	"sync"
@@ -43,7 +45,9 @@ const (
 	OpResize     Op = "resize"
 	OpPause      Op = "pause"
 	OpResume     Op = "resume"
+	OpDisconnect Op = "disconnect"
 	OpSnapshot   Op = "snapshot"
+	OpSetCgroup  Op = "set cgroup"
 	OpKill       Op = "kill"
 )
 
@@ -205,6 +209,11 @@ func (d *Driver) Boot(ctx context.Context, cfg vmm.Config) (vmm.VM, error) {
 	if err := d.check(ctx, OpBoot, cfg.ID); err != nil {
 		return nil, err
 	}
+	if cfg.MemoryFile != "" {
+		if err := os.WriteFile(cfg.MemoryFile, []byte("memory of "+cfg.ID), 0o600); err != nil {
+			return nil, err
+		}
+	}
 	return d.boot(cfg, cfg.Size)
 }
 
@@ -220,8 +229,15 @@ func (d *Driver) Restore(ctx context.Context, cfg vmm.Config, from vmm.Snapshot)
 	if err := d.check(ctx, OpRestore, cfg.ID); err != nil {
 		return nil, err
 	}
+	state, err := os.ReadFile(filepath.Join(from.Dir, "state"))
+	if err != nil || !strings.HasPrefix(string(state), statePrefix) {
+		return nil, fmt.Errorf("no snapshot in %s: %w", from.Dir, errors.Join(err, errdefs.ErrDataLoss))
+	}
 	return d.boot(cfg, from.Size)
 }
+
+// statePrefix begins the state of a snapshot.
+const statePrefix = "state of "
 
 func (d *Driver) boot(cfg vmm.Config, size vmm.Size) (_ vmm.VM, retErr error) {
 	d.mu.Lock()

@@ -183,7 +183,10 @@ func (v *vm) Dial(ctx context.Context, port uint32) (net.Conn, error) {
 	if err := v.begin(ctx, OpDial); err != nil {
 		return nil, err
 	}
-	return v.client.Dial(ctx, port)
+	v.mu.Lock()
+	client := v.client
+	v.mu.Unlock()
+	return client.Dial(ctx, port)
 }
 
 func (v *vm) PodEndpoint() string {
@@ -270,17 +273,46 @@ func (v *vm) setPaused(ctx context.Context, op Op, paused bool) error {
 	return nil
 }
 
-func (v *vm) Snapshot(ctx context.Context, dir string) (vmm.Snapshot, error) {
+func (v *vm) Disconnect(ctx context.Context) error {
+	if err := v.begin(ctx, OpDisconnect); err != nil {
+		return err
+	}
+	v.mu.Lock()
+	old := v.client
+	v.mu.Unlock()
+	_ = old.Close()
+	client, err := transport.Open(transport.SerialEndpoint(filepath.Join(v.cfg.Dir, vmSocket)))
+	if err != nil {
+		return err
+	}
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	v.client = client
+	return nil
+}
+
+func (v *vm) Snapshot(ctx context.Context) (vmm.Snapshot, error) {
 	if err := v.begin(ctx, OpSnapshot); err != nil {
 		return vmm.Snapshot{}, err
 	}
 	v.mu.Lock()
 	defer v.mu.Unlock()
-	if !v.paused {
-		return vmm.Snapshot{}, fmt.Errorf("snapshot of a VM that is not paused: %w", errdefs.ErrFailedPrecondition)
+	if !v.paused || v.cfg.MemoryFile == "" {
+		return vmm.Snapshot{}, fmt.Errorf("snapshot of a VM that is not paused, or has no memory file: %w", errdefs.ErrFailedPrecondition)
 	}
+	dir := filepath.Dir(v.cfg.MemoryFile)
 	s := vmm.Snapshot{Driver: Name, Dir: dir, Size: v.size, Max: v.cfg.Max}
-	return s, os.WriteFile(filepath.Join(dir, "state"), nil, 0o600)
+	return s, os.WriteFile(filepath.Join(dir, "state"), []byte(statePrefix+v.cfg.ID), 0o600)
+}
+
+func (v *vm) SetCgroup(ctx context.Context, path string) error {
+	if err := v.begin(ctx, OpSetCgroup); err != nil {
+		return err
+	}
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	v.cfg.CgroupPath = path
+	return nil
 }
 
 func (v *vm) Kill(ctx context.Context) error {
@@ -305,7 +337,10 @@ func (v *vm) Kill(ctx context.Context) error {
 }
 
 func (v *vm) Close() error {
-	v.closed.Do(func() { _ = v.client.Close() })
+	v.mu.Lock()
+	client := v.client
+	v.mu.Unlock()
+	v.closed.Do(func() { _ = client.Close() })
 	return nil
 }
 

@@ -1,0 +1,211 @@
+// SPDX-License-Identifier: Apache-2.0
+// Copyright The containerd-cloudhv Authors
+
+package vmpool
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"path"
+	"path/filepath"
+	"slices"
+	"time"
+
+	"github.com/containerd/log"
+	"golang.org/x/sys/unix"
+
+	"github.com/cloudhv/containerd-cloudhv/vmpool/snapshot"
+	"github.com/cloudhv/containerd-cloudhv/vmpool/sparse"
+	"github.com/cloudhv/containerd-cloudhv/vmpool/vmm"
+)
+
+// plan makes the directory and the record of a new VM, and its configuration.
+func (p *Pool) plan(key, owner, cgroup string) (*VM, vmm.Config, error) {
+	id := newID()
+	vm := &VM{
+		Dir: filepath.Join(p.cfg.Dir, id), Scratch: p.scratch(id), Made: time.Now(),
+		rec: record{ID: id, Key: key, Scratch: p.scratch(id), Cgroup: cgroup, Owner: owner},
+	}
+	if err := os.Mkdir(vm.Dir, 0o700); err != nil {
+		return nil, vmm.Config{}, fmt.Errorf("make VM %s: %w", id, err)
+	}
+	if err := vm.rec.save(vm.Dir); err != nil {
+		return nil, vmm.Config{}, errors.Join(err, os.RemoveAll(vm.Dir))
+	}
+	if key != "" {
+		p.cfg.Store.Use(key, id)
+	}
+	cfg := p.cfg.Machine
+	cfg.ID, cfg.Dir, cfg.Scratch, cfg.CgroupPath = id, vm.Dir, vm.Scratch, cgroup
+	cfg.KernelParams = slices.Clone(cfg.KernelParams)
+	return vm, cfg, nil
+}
+
+// undo removes a VM that could not be made.
+func (p *Pool) undo(vm *VM, why error) error {
+	if vm.VM != nil {
+		ctx, cancel := context.WithTimeout(context.Background(), discardLimit)
+		defer cancel()
+		return errors.Join(why, p.Discard(ctx, vm))
+	}
+	return errors.Join(why, p.remove(&vm.rec, vm.Dir))
+}
+
+// started completes the record of a VM whose VMM runs.
+func (vm *VM) started(v vmm.VM) error {
+	vm.VM = v
+	vm.MadeIn = time.Since(vm.Made)
+	state := v.State()
+	vm.rec.VM = &state
+	return vm.rec.save(vm.Dir)
+}
+
+// boot boots a VM for a pod.
+func (p *Pool) boot(ctx context.Context, req Request) (_ *VM, retErr error) {
+	vm, cfg, err := p.plan("", req.Owner, req.Cgroup)
+	if err != nil {
+		return nil, err
+	}
+	defer func() {
+		bootTimer.UpdateSince(vm.Made)
+		if retErr != nil {
+			retErr = p.undo(vm, retErr)
+		}
+	}()
+	vm.Outcome = Cold
+	cfg.KernelParams = append(cfg.KernelParams, req.KernelParams...)
+	if err := p.cfg.NewScratch(ctx, vm.Scratch); err != nil {
+		return nil, err
+	}
+	v, err := p.cfg.Driver.Boot(ctx, cfg)
+	if err != nil {
+		return nil, fmt.Errorf("boot a VM: %w", err)
+	}
+	return vm, vm.started(v)
+}
+
+// restore restores a VM, for a pod or for the pool.
+func (p *Pool) restore(ctx context.Context, snap *snapshot.Snapshot, req Request) (_ *VM, retErr error) {
+	vm, cfg, err := p.plan(snap.Key, req.Owner, req.Cgroup)
+	if err != nil {
+		return nil, err
+	}
+	defer func() {
+		p.restored(ctx, vm, retErr)
+		if retErr != nil {
+			retErr = p.undo(vm, retErr)
+		}
+	}()
+	vm.Outcome = Miss
+	if err := sparse.CopyFile(vm.Scratch, snap.Scratch); err != nil {
+		return nil, err
+	}
+	v, err := p.cfg.Driver.Restore(ctx, cfg, snap.VMM)
+	if err != nil {
+		return nil, fmt.Errorf("restore a VM: %w", err)
+	}
+	return vm, vm.started(v)
+}
+
+// badSnapshot is how many restores may fail one after the other until the
+// snapshot is taken to be the reason.
+const badSnapshot = 3
+
+// restored counts a restore. One that fails again and again costs its snapshot.
+func (p *Pool) restored(ctx context.Context, vm *VM, err error) {
+	if err == nil {
+		restoreTimer.UpdateSince(vm.Made)
+		p.mu.Lock()
+		defer p.mu.Unlock()
+		p.badRestores = 0
+		return
+	}
+	if ctx.Err() != nil {
+		return // the caller left, which says nothing
+	}
+	failCounter.WithValues("restore").Inc()
+	p.mu.Lock()
+	p.lastErr = err
+	p.badRestores++
+	bad := p.badRestores == badSnapshot
+	if bad {
+		p.badRestores = 0
+	}
+	p.mu.Unlock()
+	if !bad {
+		return
+	}
+	log.G(ctx).WithError(err).WithField("snapshot", vm.rec.Key).Error("VMs cannot be restored from a snapshot; it is made anew")
+	if err := p.cfg.Store.SetAside(vm.rec.Key); err != nil {
+		log.G(ctx).WithError(err).Error("cannot set a snapshot aside")
+	}
+	p.poke()
+}
+
+// restLimit bounds the wait for a template's rest.
+const restLimit = 3 * time.Second
+
+// template boots a VM into dir and makes the snapshot of it.
+func (p *Pool) template(ctx context.Context, dir string) (_ vmm.Snapshot, retErr error) {
+	ctx, cancel := context.WithTimeout(ctx, p.cfg.SnapshotLimit)
+	defer cancel()
+	defer snapshotTimer.UpdateSince(time.Now())
+	vm, cfg, err := p.plan("", "", p.idleGroup())
+	if err != nil {
+		return vmm.Snapshot{}, err
+	}
+	defer func() { retErr = p.undo(vm, retErr) }()
+	if err := p.cfg.NewScratch(ctx, vm.Scratch); err != nil {
+		return vmm.Snapshot{}, err
+	}
+	cfg.MemoryFile = filepath.Join(dir, snapshot.MemoryFile)
+	v, err := p.cfg.Driver.Boot(ctx, cfg)
+	if err != nil {
+		return vmm.Snapshot{}, fmt.Errorf("boot the template: %w", err)
+	}
+	if err := vm.started(v); err != nil {
+		return vmm.Snapshot{}, err
+	}
+	if err := p.cfg.Guest.Ready(ctx, v); err != nil {
+		return vmm.Snapshot{}, fmt.Errorf("the template: %w", err)
+	}
+	if err := p.cfg.Guest.WarmUp(ctx, v); err != nil {
+		return vmm.Snapshot{}, fmt.Errorf("warm the template up: %w", err)
+	}
+	rest, cancelRest := context.WithTimeout(ctx, restLimit)
+	defer cancelRest()
+	if err := v.Disconnect(rest); err != nil {
+		return vmm.Snapshot{}, fmt.Errorf("let go of the template: %w", err)
+	}
+	if err := v.Pause(ctx); err != nil {
+		return vmm.Snapshot{}, fmt.Errorf("pause the template: %w", err)
+	}
+	snap, err := v.Snapshot(ctx)
+	if err != nil {
+		return vmm.Snapshot{}, err
+	}
+	if err := v.Kill(ctx); err != nil {
+		return vmm.Snapshot{}, err
+	}
+	return snap, move(vm.Scratch, filepath.Join(dir, snapshot.ScratchFile))
+}
+
+// move renames a disk, or copies it to another file system. The caller removes
+// the first.
+func move(from, to string) error {
+	err := os.Rename(from, to)
+	if errors.Is(err, unix.EXDEV) {
+		return sparse.CopyFile(to, from)
+	}
+	return err
+}
+
+// idleGroup is the cgroup of a VM that no pod has taken yet.
+func (p *Pool) idleGroup() string {
+	if p.cfg.Cgroup == "" {
+		return ""
+	}
+	return path.Join(p.cfg.Cgroup, newID())
+}

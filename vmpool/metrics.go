@@ -1,0 +1,82 @@
+// SPDX-License-Identifier: Apache-2.0
+// Copyright The containerd-cloudhv Authors
+
+package vmpool
+
+import (
+	metrics "github.com/docker/go-metrics"
+)
+
+var (
+	acquireCounter metrics.LabeledCounter
+	failCounter    metrics.LabeledCounter
+	badCounter     metrics.Counter
+	bootTimer      metrics.Timer
+	restoreTimer   metrics.Timer
+	readyTimer     metrics.Timer
+	snapshotTimer  metrics.Timer
+)
+
+func init() {
+	ns := metrics.NewNamespace("containerd_cloudhv", "pool", nil)
+	acquireCounter = ns.NewLabeledCounter("acquire", "VMs that pods were given, by how: hit (was ready), miss (restored), cold (booted), failed", "outcome")
+	failCounter = ns.NewLabeledCounter("failures", "What the pool failed to do, by step: snapshot, restore, ready", "step")
+	badCounter = ns.NewCounter("bad", "Ready VMs that died or did not answer, and were ended")
+	bootTimer = ns.NewTimer("boot", "Time to start a VMM that boots")
+	restoreTimer = ns.NewTimer("restore", "Time to restore a VM until its guest runs")
+	readyTimer = ns.NewTimer("ready", "Time to make a VM ready for the pool: restore, answer, warm-up")
+	snapshotTimer = ns.NewTimer("snapshot", "Time to make a base snapshot")
+	metrics.Register(ns)
+}
+
+// counts are what Status tells.
+type counts struct {
+	outcomes map[Outcome]int
+	failed   int
+}
+
+func newCounts() counts { return counts{outcomes: map[Outcome]int{}} }
+
+// Status is a picture of the pool.
+type Status struct {
+	// Key is the snapshot in use, Usable whether there is one.
+	Key    string
+	Usable bool
+	// Ready, Making and Target count VMs.
+	Ready, Making, Target int
+	// Drained is true after Drain, until Fill.
+	Drained bool
+	// Outcomes and Failed count what Acquire did since the start.
+	Outcomes map[Outcome]int
+	Failed   int
+	// Err is the last failure that nothing has made good since.
+	Err error
+}
+
+// Status tells how the pool is.
+func (p *Pool) Status() Status {
+	_, err := p.cfg.Store.Peek(p.key)
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	s := Status{
+		Key: p.key, Usable: err == nil, Ready: len(p.ready), Making: p.making, Target: p.target(), Drained: p.drained,
+		Outcomes: map[Outcome]int{}, Failed: p.counts.failed, Err: p.lastErr,
+	}
+	for k, n := range p.counts.outcomes {
+		s.Outcomes[k] = n
+	}
+	return s
+}
+
+// Drain lets all ready VMs go and keeps none until Fill.
+func (p *Pool) Drain() { p.setDrained(true) }
+
+// Fill undoes Drain.
+func (p *Pool) Fill() { p.setDrained(false) }
+
+func (p *Pool) setDrained(drained bool) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.drained = drained
+	p.poke()
+}

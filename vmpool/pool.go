@@ -1,0 +1,356 @@
+// SPDX-License-Identifier: Apache-2.0
+// Copyright The containerd-cloudhv Authors
+
+// Package vmpool has VMs ready before they are asked for. A VM is restored
+// copy-on-write from a base snapshot, made warm, and kept until a pod takes it;
+// it serves that pod and no other. When none is ready one is restored while the
+// pod waits (a miss), and where there is no snapshot that can be used one is
+// booted (cold).
+//
+// Every VM has a directory below Config.Dir with its sockets, logs and a record,
+// and a writable disk below Config.ScratchDir. The record is written before each
+// step it describes, so that whatever process comes next can use the VM or remove
+// it without a trace.
+package vmpool
+
+import (
+	"context"
+	"crypto/rand"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"sync"
+	"time"
+
+	"github.com/containerd/errdefs"
+	"github.com/containerd/log"
+
+	"github.com/cloudhv/containerd-cloudhv/vmpool/snapshot"
+	"github.com/cloudhv/containerd-cloudhv/vmpool/vmm"
+)
+
+// Outcome tells how Acquire came by a VM.
+type Outcome string
+
+// What Acquire counts.
+const (
+	Hit  Outcome = "hit"  // it was ready
+	Miss Outcome = "miss" // it was restored
+	Cold Outcome = "cold" // it was booted
+)
+
+// Guest is what the pool asks of a VM's agent.
+type Guest interface {
+	// Ready returns when the agent answers, and is of the right version.
+	Ready(ctx context.Context, vm vmm.VM) error
+	// WarmUp makes the guest run what every pod runs, so that a pod finds it done.
+	WarmUp(ctx context.Context, vm vmm.VM) error
+}
+
+// Config is what a Pool is made of. Sizes are in bytes.
+type Config struct {
+	Driver vmm.Driver
+	Store  *snapshot.Store
+	Guest  Guest
+	// Inputs describe the snapshot that the pool restores.
+	Inputs snapshot.Inputs
+	// Machine is what every VM is booted with: kernel, image, parameters, size.
+	// Its ID, Dir, Scratch, MemoryFile and CgroupPath are the pool's to fill in.
+	Machine vmm.Config
+	// Dir holds a directory for each VM, ScratchDir their disks.
+	Dir, ScratchDir string
+	// NewScratch makes an empty disk at path.
+	NewScratch func(ctx context.Context, path string) error
+	// Cgroup is the parent group of VMs that no pod has taken; empty for none.
+	Cgroup string
+
+	// Demand sizes the pool; its Max is 0 for a pool that only restores.
+	Demand Demand
+	// MaxMemory bounds what ready VMs may hold together, at VMMemory each.
+	MaxMemory, VMMemory int64
+	// Parallel is how many VMs are made ready at a time.
+	Parallel int
+	// Warm says whether a VM is made warm before it is ready.
+	Warm bool
+	// SnapshotLimit, ReadyLimit and CheckLimit bound the making of a snapshot, the
+	// making of a ready VM, and the first answer of one that is handed out.
+	SnapshotLimit, ReadyLimit, CheckLimit time.Duration
+}
+
+// Pool keeps VMs ready. Its methods may be called concurrently.
+type Pool struct {
+	cfg Config
+	key string
+
+	wake   chan struct{}
+	ctx    context.Context // ends with Close
+	cancel context.CancelFunc
+	wg     sync.WaitGroup
+
+	mu       sync.Mutex
+	ready    []*VM // the one that became ready first is taken first
+	making   int
+	arrivals []time.Time
+	// busy are the pods that are being started; the refill lets them go first.
+	busy int
+	idle *sync.Cond // told when busy falls
+	// failures counts what the refill failed to do without success between, and
+	// until is the end of the pause that it costs.
+	failures int
+	until    time.Time
+	// badRestores are the restores that failed one after the other.
+	badRestores int
+	lastErr     error
+	drained  bool
+	counts   counts
+}
+
+// VM is one that the pool made. Its owner ends it with Discard.
+type VM struct {
+	vmm.VM
+	// Outcome is how Acquire came by it.
+	Outcome Outcome
+	// Scratch is its writable disk, Dir its directory.
+	Scratch, Dir string
+	// Made is when it began to be made, and MadeIn how long that took.
+	Made   time.Time
+	MadeIn time.Duration
+
+	rec record
+	// taken is closed when the VM leaves the ready ones.
+	taken chan struct{}
+}
+
+// Key is the snapshot it was restored from; empty for one that was booted.
+func (vm *VM) Key() string { return vm.rec.Key }
+
+// Request is what a pod wants.
+type Request struct {
+	// Owner is the pod.
+	Owner string
+	// KernelParams beyond the pool's make it boot a VM of its own.
+	KernelParams []string
+	// Cgroup is the pod's, for a VM that is made now. One that was ready moves there
+	// later: see vmm.VM.SetCgroup.
+	Cgroup string
+}
+
+// New makes a pool that does nothing yet: call Recover, then Run.
+func New(cfg Config) (*Pool, error) {
+	for _, dir := range []string{cfg.Dir, cfg.ScratchDir} {
+		if err := os.MkdirAll(dir, 0o700); err != nil {
+			return nil, fmt.Errorf("pool: %w", err)
+		}
+	}
+	ctx, cancel := context.WithCancel(context.Background())
+	p := &Pool{
+		cfg: cfg, key: cfg.Inputs.Key(), wake: make(chan struct{}, 1),
+		ctx: ctx, cancel: cancel, counts: newCounts(),
+	}
+	p.idle = sync.NewCond(&p.mu)
+	return p, nil
+}
+
+// Acquire gives a pod its VM. After an error nothing is left. The guest's agent
+// has answered if the VM was ready; otherwise the caller waits for it.
+func (p *Pool) Acquire(ctx context.Context, req Request) (*VM, error) {
+	done := p.begin()
+	defer done()
+	if len(req.KernelParams) > 0 {
+		return p.counted(p.boot(ctx, req))
+	}
+	for {
+		vm := p.take()
+		if vm == nil {
+			break
+		}
+		err := p.handOver(ctx, vm, req)
+		if err == nil {
+			return p.counted(vm, nil)
+		}
+		p.discardBad(ctx, vm, err)
+		if ctx.Err() != nil {
+			return nil, fmt.Errorf("acquire a VM: %w", context.Cause(ctx))
+		}
+	}
+	if snap, err := p.cfg.Store.Peek(p.key); err == nil {
+		vm, err := p.restore(ctx, snap, req)
+		if err == nil {
+			return p.counted(vm, nil)
+		}
+		if ctx.Err() != nil {
+			return nil, err
+		}
+		log.G(ctx).WithError(err).Warn("cannot restore a VM; it is booted instead")
+	}
+	return p.counted(p.boot(ctx, req))
+}
+
+// begin notes that a pod came, and holds the refill back until done is called.
+func (p *Pool) begin() (done func()) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	now := time.Now()
+	p.arrivals = p.cfg.Demand.Forget(append(p.arrivals, now), now)
+	p.busy++
+	return p.end
+}
+
+func (p *Pool) end() {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.busy--
+	p.idle.Broadcast()
+	p.poke()
+}
+
+// Busy holds the refill back until the function it returns is called: a pod is
+// being started, and the processors are its.
+func (p *Pool) Busy() (done func()) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.busy++
+	return sync.OnceFunc(p.end)
+}
+
+// poke makes Run look again.
+func (p *Pool) poke() {
+	select {
+	case p.wake <- struct{}{}:
+	default:
+	}
+}
+
+func (p *Pool) counted(vm *VM, err error) (*VM, error) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if err != nil {
+		p.counts.failed++
+		acquireCounter.WithValues("failed").Inc()
+		return nil, err
+	}
+	p.counts.outcomes[vm.Outcome]++
+	acquireCounter.WithValues(string(vm.Outcome)).Inc()
+	return vm, nil
+}
+
+// take takes the oldest ready VM out of the pool.
+func (p *Pool) take() *VM {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	for len(p.ready) > 0 {
+		vm := p.ready[0]
+		p.ready = p.ready[1:]
+		close(vm.taken)
+		if !isClosed(vm.Done()) {
+			return vm
+		}
+		p.wg.Go(func() { p.letGo(vm) })
+	}
+	return nil
+}
+
+// handOver gives a ready VM to a pod, if its agent answers.
+func (p *Pool) handOver(ctx context.Context, vm *VM, req Request) error {
+	ctx, cancel := context.WithTimeout(ctx, p.cfg.CheckLimit)
+	defer cancel()
+	vm.rec.Owner = req.Owner
+	if err := vm.rec.save(vm.Dir); err != nil {
+		return err
+	}
+	if err := vm.Resume(ctx); err != nil {
+		return fmt.Errorf("VM %s does not go on: %w", vm.ID(), err)
+	}
+	if err := p.cfg.Guest.Ready(ctx, vm); err != nil {
+		return fmt.Errorf("VM %s does not answer: %w", vm.ID(), err)
+	}
+	vm.Outcome = Hit
+	return nil
+}
+
+// discardBad removes a VM that was ready and cannot be used.
+func (p *Pool) discardBad(ctx context.Context, vm *VM, why error) {
+	log.G(ctx).WithError(why).WithField("vm", vm.ID()).Warn("a ready VM cannot be used; it is ended")
+	badCounter.Inc()
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), discardLimit)
+	defer cancel()
+	if err := p.Discard(ctx, vm); err != nil {
+		log.G(ctx).WithError(err).WithField("vm", vm.ID()).Error("cannot end a VM")
+	}
+}
+
+// discardLimit bounds the ending of a VM.
+const discardLimit = 20 * time.Second
+
+// Discard ends a VM and removes all that it has. It can be repeated.
+func (p *Pool) Discard(ctx context.Context, vm *VM) error {
+	if err := errors.Join(vm.Kill(ctx), vm.Close()); err != nil {
+		return fmt.Errorf("end VM %s: %w", vm.ID(), err)
+	}
+	return p.remove(&vm.rec, vm.Dir)
+}
+
+// Forget removes what a VM has that has ended: by its State, as its owner may
+// be an heir of the one who acquired it. For a VM that is not the pool's it does
+// nothing.
+func (p *Pool) Forget(state *vmm.State) error {
+	if state == nil || filepath.Dir(state.Dir) != filepath.Clean(p.cfg.Dir) {
+		return nil
+	}
+	rec, err := loadRecord(state.Dir)
+	if errdefs.IsNotFound(err) {
+		return os.RemoveAll(state.Dir)
+	}
+	if err != nil {
+		rec = &record{ID: state.ID, Scratch: p.scratch(state.ID)}
+	}
+	return p.remove(rec, state.Dir)
+}
+
+// remove removes the files of a VM that has ended.
+func (p *Pool) remove(rec *record, dir string) error {
+	errs := []error{}
+	if rec.Scratch != "" {
+		if err := os.Remove(rec.Scratch); err != nil && !errors.Is(err, os.ErrNotExist) {
+			errs = append(errs, err)
+		}
+	}
+	if rec.Cgroup != "" {
+		ctx, cancel := context.WithTimeout(context.Background(), discardLimit)
+		defer cancel()
+		errs = append(errs, vmm.OpenCgroup(rec.Cgroup).Remove(ctx))
+	}
+	if err := errors.Join(errs...); err != nil {
+		return fmt.Errorf("remove VM %s: %w", rec.ID, err)
+	}
+	if err := os.RemoveAll(dir); err != nil {
+		return fmt.Errorf("remove VM %s: %w", rec.ID, err)
+	}
+	p.cfg.Store.Release(rec.Key, rec.ID)
+	return nil
+}
+
+// idBytes is the size of a VM's ID, whose text is twice as long: its directory
+// names sockets, whose paths are short.
+const idBytes = 6
+
+func newID() string {
+	b := make([]byte, idBytes)
+	_, _ = rand.Read(b) // never fails
+	return hex.EncodeToString(b)
+}
+
+const scratchSuffix = ".img"
+
+func (p *Pool) scratch(id string) string { return filepath.Join(p.cfg.ScratchDir, id+scratchSuffix) }
+
+func isClosed(c <-chan struct{}) bool {
+	select {
+	case <-c:
+		return true
+	default:
+		return false
+	}
+}

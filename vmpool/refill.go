@@ -1,0 +1,277 @@
+// SPDX-License-Identifier: Apache-2.0
+// Copyright The containerd-cloudhv Authors
+
+package vmpool
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"slices"
+	"time"
+
+	"github.com/containerd/errdefs"
+	"github.com/containerd/log"
+
+	"github.com/cloudhv/containerd-cloudhv/vmpool/snapshot"
+	"github.com/cloudhv/containerd-cloudhv/vmpool/vmm"
+)
+
+const (
+	// yieldLimit is how long the refill lets pods that are being started go first:
+	// under a steady stream of them it must go on too.
+	yieldLimit = 2 * time.Second
+	// firstPause is the pause after a failure, which doubles up to longestPause.
+	firstPause   = time.Second
+	longestPause = time.Minute
+)
+
+// Run starts to keep the pool filled. Call it once, after Recover; Close ends it.
+func (p *Pool) Run() {
+	p.wg.Go(p.run)
+}
+
+// Close stops the refill and lets go of the ready VMs, which go on: the next
+// process adopts them. It waits for what is being made.
+func (p *Pool) Close() error {
+	p.cancel()
+	p.mu.Lock()
+	p.idle.Broadcast()
+	p.mu.Unlock()
+	p.wg.Wait()
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	var errs []error
+	for _, vm := range p.ready {
+		errs = append(errs, vm.Close())
+	}
+	p.ready = nil
+	return errors.Join(errs...)
+}
+
+// run makes the pool as large as it should be, whenever something changes.
+func (p *Pool) run() {
+	for p.ctx.Err() == nil {
+		snap, err := p.snapshot()
+		if err != nil {
+			p.failed(err)
+		} else {
+			p.fit(snap)
+		}
+		timer := time.NewTimer(p.nextLook())
+		select {
+		case <-p.wake:
+		case <-timer.C:
+		case <-p.ctx.Done():
+		}
+		timer.Stop()
+	}
+}
+
+// snapshot finds the base snapshot, or makes it, unless a failure says wait.
+func (p *Pool) snapshot() (*snapshot.Snapshot, error) {
+	if snap, err := p.cfg.Store.Peek(p.key); err == nil {
+		return snap, nil
+	}
+	if p.paused() {
+		return nil, nil
+	}
+	snap, err := p.cfg.Store.Make(p.ctx, p.cfg.Inputs, func(ctx context.Context, dir string) (vmm.Snapshot, error) {
+		log.G(ctx).WithField("snapshot", p.key).Info("making the base snapshot; pods boot their VMs meanwhile")
+		began := time.Now()
+		s, err := p.template(ctx, dir)
+		if err == nil {
+			log.G(ctx).WithField("snapshot", p.key).WithField("duration", time.Since(began)).Info("made the base snapshot")
+		}
+		return s, err
+	})
+	if err != nil {
+		failCounter.WithValues("snapshot").Inc()
+		return nil, err
+	}
+	p.mu.Lock()
+	p.failures, p.until, p.lastErr = 0, time.Time{}, nil
+	p.mu.Unlock()
+	return snap, p.cfg.Store.Collect(p.ctx, p.key)
+}
+
+// failed notes a failure and the pause that it costs.
+func (p *Pool) failed(err error) {
+	if p.ctx.Err() != nil {
+		return
+	}
+	p.mu.Lock()
+	p.lastErr = err
+	p.failures++
+	pause := min(firstPause<<min(p.failures-1, 10), longestPause)
+	p.until = time.Now().Add(pause)
+	p.mu.Unlock()
+	log.G(p.ctx).WithError(err).WithField("pause", pause).Error("the pool cannot be filled; pods boot or restore their VMs")
+}
+
+// paused is true in the pause after a failure.
+func (p *Pool) paused() bool {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return time.Now().Before(p.until)
+}
+
+// nextLook is how long nothing will change by itself.
+func (p *Pool) nextLook() time.Duration {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	now := time.Now()
+	next := now.Add(time.Hour)
+	if at := p.cfg.Demand.Next(p.arrivals, now); !at.IsZero() && at.Before(next) {
+		next = at
+	}
+	if now.Before(p.until) && p.until.Before(next) {
+		next = p.until
+	}
+	return next.Sub(now)
+}
+
+// target is how many VMs should be ready, under p.mu.
+func (p *Pool) target() int {
+	if p.drained {
+		return 0
+	}
+	want := p.cfg.Demand.Target(p.arrivals, time.Now())
+	if p.cfg.MaxMemory > 0 && p.cfg.VMMemory > 0 {
+		want = min(want, int(p.cfg.MaxMemory/p.cfg.VMMemory))
+	}
+	return want
+}
+
+// fit starts to make VMs that are missing, and ends those that are too many.
+func (p *Pool) fit(snap *snapshot.Snapshot) {
+	p.mu.Lock()
+	target := p.target()
+	var extra []*VM
+	for len(p.ready) > target {
+		// The youngest goes: the eldest is the warmest in the host's cache.
+		last := len(p.ready) - 1
+		extra = append(extra, p.ready[last])
+		close(p.ready[last].taken)
+		p.ready = p.ready[:last]
+	}
+	more := 0
+	if snap != nil && !time.Now().Before(p.until) {
+		more = max(0, min(target-len(p.ready)-p.making, p.cfg.Parallel-p.making))
+	}
+	p.making += more
+	p.mu.Unlock()
+	for range more {
+		p.wg.Go(func() { p.add(snap) })
+	}
+	for _, vm := range extra {
+		p.wg.Go(func() { p.letGo(vm) })
+	}
+}
+
+// letGo ends a ready VM that is not wanted any more.
+func (p *Pool) letGo(vm *VM) {
+	ctx, cancel := context.WithTimeout(context.Background(), discardLimit)
+	defer cancel()
+	log.G(ctx).WithField("vm", vm.ID()).Debug("ending a VM that is not needed")
+	if err := p.Discard(ctx, vm); err != nil {
+		log.G(ctx).WithError(err).WithField("vm", vm.ID()).Error("cannot end a VM")
+	}
+}
+
+// add makes one VM ready.
+func (p *Pool) add(snap *snapshot.Snapshot) {
+	defer p.poke()
+	p.yield()
+	vm, err := p.makeReady(snap)
+	p.mu.Lock()
+	p.making--
+	if err == nil && p.ctx.Err() == nil {
+		p.failures, p.until, p.lastErr = 0, time.Time{}, nil
+		p.addReady(vm)
+		p.mu.Unlock()
+		return
+	}
+	p.mu.Unlock()
+	switch {
+	case err != nil:
+		p.failed(err)
+	default:
+		_ = vm.Close() // the next process adopts it
+	}
+}
+
+// yield lets pods that are being started go first, for a while.
+func (p *Pool) yield() {
+	timer := time.AfterFunc(yieldLimit, func() {
+		p.mu.Lock()
+		defer p.mu.Unlock()
+		p.idle.Broadcast()
+	})
+	defer timer.Stop()
+	end := time.Now().Add(yieldLimit)
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	for p.busy > 0 && p.ctx.Err() == nil && time.Now().Before(end) {
+		p.idle.Wait()
+	}
+}
+
+// makeReady restores a VM, makes it warm, and pauses it until a pod comes: it
+// costs no processor time meanwhile.
+func (p *Pool) makeReady(snap *snapshot.Snapshot) (_ *VM, retErr error) {
+	ctx, cancel := context.WithTimeout(p.ctx, p.cfg.ReadyLimit)
+	defer cancel()
+	vm, err := p.restore(ctx, snap, Request{Cgroup: p.idleGroup()})
+	if err != nil {
+		return nil, err
+	}
+	defer func() {
+		if retErr != nil {
+			failCounter.WithValues("ready").Inc()
+			retErr = p.undo(vm, retErr)
+		}
+	}()
+	if err := p.cfg.Guest.Ready(ctx, vm); err != nil {
+		return nil, fmt.Errorf("a restored VM: %w", err)
+	}
+	if p.cfg.Warm {
+		if err := p.cfg.Guest.WarmUp(ctx, vm); err != nil {
+			return nil, fmt.Errorf("warm up a restored VM: %w", err)
+		}
+	}
+	if err := vm.Pause(ctx); err != nil {
+		return nil, fmt.Errorf("pause a restored VM: %w", err)
+	}
+	vm.rec.Ready = true
+	readyTimer.UpdateSince(vm.Made)
+	return vm, vm.started(vm.VM)
+}
+
+// addReady puts a VM into the pool, under p.mu.
+func (p *Pool) addReady(vm *VM) {
+	vm.taken = make(chan struct{})
+	p.ready = append(p.ready, vm)
+	p.wg.Go(func() { p.watch(vm) })
+}
+
+// watch removes a VM that dies while it is ready.
+func (p *Pool) watch(vm *VM) {
+	select {
+	case <-vm.Done():
+	case <-vm.taken:
+		return
+	case <-p.ctx.Done():
+		return
+	}
+	p.mu.Lock()
+	i := slices.Index(p.ready, vm)
+	if i < 0 {
+		p.mu.Unlock()
+		return // it was taken at the same moment
+	}
+	p.ready = slices.Delete(p.ready, i, i+1)
+	p.mu.Unlock()
+	p.discardBad(p.ctx, vm, fmt.Errorf("it ended: %s: %w", vm.Exit().Cause, errdefs.ErrUnavailable))
+	p.poke()
+}
