@@ -25,7 +25,7 @@ const (
 	scratchDir = "scratch"
 	// templatePrefix begins the name of the disk that all are copies of; it ends
 	// in the version of how it is made, and its size.
-	templatePrefix = "template-v1-"
+	templatePrefix = "template-v2-"
 	scratchSuffix  = ".img"
 	mkfsTimeout    = 2 * time.Minute
 )
@@ -110,9 +110,12 @@ func (s *scratchStore) makeTemplate(ctx context.Context, path string) (retErr er
 		return fmt.Errorf("make scratch template: %w", err)
 	}
 	// No journal: the disk never outlives its VM. The file is all zeros, which
-	// discard tells mkfs, so neither it nor the guest writes inode tables.
-	cmd := exec.CommandContext(ctx, "mkfs.ext4", "-q", "-F", "-m", "0", "-O", "^has_journal,^resize_inode",
-		"-E", "discard,lazy_itable_init=0,root_owner=0:0", "-L", "scratch", tmp.Name())
+	// discard tells mkfs, so neither it nor the guest writes inode tables. Project
+	// quotas tell the guest's agent what each container has written; they need
+	// inodes of 256 bytes.
+	cmd := exec.CommandContext(ctx, "mkfs.ext4", "-q", "-F", "-m", "0", "-I", "256",
+		"-O", "^has_journal,^resize_inode,quota,project",
+		"-E", "discard,lazy_itable_init=0,root_owner=0:0,quotatype=prjquota", "-L", "scratch", tmp.Name())
 	cmd.Env = []string{"LC_ALL=C", "PATH=" + os.Getenv("PATH") + ":/usr/sbin:/sbin"}
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
 	cmd.Cancel = func() error { return unix.Kill(-cmd.Process.Pid, unix.SIGKILL) }

@@ -36,6 +36,12 @@ func TestUnfit(t *testing.T) {
 		"max_vcpus":      1,
 		"default_vcpus":  3,
 		"cache_dir":      "a/relative/path",
+		// Of wrong types, with which containerd itself must not fail.
+		"cgroup":         "perhaps",
+		"kernel_params":  "no-list",
+		"image":          []string{"a-list"},
+		"timeouts":       5678,
+		"rootfs_builder": []map[string]any{{"parallel": "many"}},
 	}
 	n, err := testnode.New(opts)
 	require.NoError(t, err)
@@ -51,7 +57,10 @@ func TestUnfit(t *testing.T) {
 	require.Error(t, err)
 	log, readErr := os.ReadFile(n.LogPath())
 	require.NoError(t, readErr)
-	for _, part := range []string{"no-such-hypervisor", "/no/such/vmlinux", "default_memory", "1KiB", "default_vcpus", "a/relative/path"} {
+	for _, part := range []string{
+		"no-such-hypervisor", "/no/such/vmlinux", "default_memory", "1KiB", "default_vcpus", "a/relative/path",
+		"perhaps", "no-list", "a-list", "5678", "many",
+	} {
 		require.ErrorContains(t, err, part)
 		require.Contains(t, string(log), part)
 	}

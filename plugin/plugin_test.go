@@ -55,7 +55,7 @@ func initContext(t *testing.T, set *plugin.Set, cfg any) *plugin.InitContext {
 func TestInitNeverFails(t *testing.T) {
 	base := func() *config.Config {
 		c := config.Default()
-		c.StateDir, c.CacheDir = config.Text(t.TempDir()), config.Text(t.TempDir())
+		c.StateDir, c.CacheDir = t.TempDir(), t.TempDir()
 		return c
 	}
 	for name, tc := range map[string]struct {

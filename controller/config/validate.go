@@ -37,6 +37,12 @@ const (
 	maxSandboxID  = 64
 	maxSocketPath = 107
 	maxVCPUs      = vmm.MaxVCPUs
+
+	maxBootParallel    = 1024
+	maxBuilderParallel = 64
+
+	minTimeout = 100 * time.Millisecond
+	maxTimeout = 24 * time.Hour
 )
 
 // MaxStateDirLen is the longest state_dir, in bytes.
@@ -100,19 +106,19 @@ func ReadHostInfo() HostInfo {
 func (c *Config) Validate(host HostInfo) (*Settings, error) {
 	v := &validator{}
 	s := &Settings{
-		Cgroup:            c.Cgroup,
-		UnprivilegedPorts: c.EnableUnprivilegedPorts,
-		UnprivilegedICMP:  c.EnableUnprivilegedICMP,
-		Debug:             c.Debug,
-		Shim:              string(c.Shim),
+		VMM:               v.vmm(c.VMM),
+		Cgroup:            v.flag("cgroup", c.Cgroup),
+		UnprivilegedPorts: v.flag("enable_unprivileged_ports", c.EnableUnprivilegedPorts),
+		UnprivilegedICMP:  v.flag("enable_unprivileged_icmp", c.EnableUnprivilegedICMP),
+		Debug:             v.flag("debug", c.Debug),
+		Annotations:       v.annotations(c.Annotations),
 	}
-	s.VMM = v.vmm(c.VMM)
 	v.guest(c, s)
 	v.sizes(c, s, host)
 	v.directories(c, s)
 	v.limits(c, s)
-	v.timeouts(c, s)
-	s.Annotations = v.annotations(c.Annotations)
+	v.builder(section(v, "rootfs_builder", c.RootFSBuilder, defaultBuilder()), s)
+	v.timeouts(section(v, "timeouts", c.Timeouts, defaultTimeouts()), s)
 	if len(v.errs) > 0 {
 		return s, &Error{Problems: v.errs}
 	}
@@ -146,47 +152,53 @@ func (v *validator) errorf(field string, value any, format string, args ...any) 
 	v.errs = append(v.errs, fmt.Errorf("%s = %q: %s", field, fmt.Sprint(value), fmt.Sprintf(format, args...)))
 }
 
-func (v *validator) vmm(name Text) string {
+func (v *validator) vmm(value Value) string {
+	name, ok := v.text("vmm", value)
 	switch name {
 	case VMMAuto, VMMQEMU:
 	case VMMCloudHypervisor:
 		v.errorf("vmm", name, "this hypervisor is not in this build yet; use %q or %q", VMMAuto, VMMQEMU)
 	default:
-		v.errorf("vmm", name, "no such hypervisor; use %q, %q or %q", VMMAuto, VMMQEMU, VMMCloudHypervisor)
+		if ok {
+			v.errorf("vmm", name, "no such hypervisor; use %q, %q or %q", VMMAuto, VMMQEMU, VMMCloudHypervisor)
+		}
 	}
-	return string(name)
+	return name
 }
 
 func (v *validator) guest(c *Config, s *Settings) {
 	s.Kernel = v.file("kernel", c.Kernel, "the guest kernel (vmlinux)")
 	s.Image = v.file("image", c.Image, "the guest's root file system (rootfs.erofs)")
-	if c.QEMUBinary != "" {
-		s.QEMUBinary = v.program("qemu_binary", c.QEMUBinary)
-	}
-	for _, p := range c.KernelParams {
+	s.QEMUBinary = v.optionalProgram("qemu_binary", c.QEMUBinary)
+	for _, p := range v.texts("kernel_params", c.KernelParams) {
 		if p == "" || strings.ContainsFunc(p, func(r rune) bool { return r < ' ' || r == 0x7f }) {
 			v.errorf("kernel_params", p, "a kernel parameter is a word without control characters")
 			continue
 		}
 		s.KernelParams = append(s.KernelParams, p)
 	}
+	shim, ok := v.text("shim", c.Shim)
 	switch {
-	case s.Shim == "":
+	case ok && shim == "":
 		v.errorf("shim", c.Shim, "name the shim's program, such as containerd-shim-cloudhv-v1")
-	case strings.Contains(s.Shim, "/"):
-		s.Shim = v.program("shim", c.Shim)
+	case strings.Contains(shim, "/"):
+		shim = v.program("shim", c.Shim)
 	}
+	s.Shim = shim
 }
 
 func (v *validator) sizes(c *Config, s *Settings, host HostInfo) {
+	wrong := len(v.errs)
 	s.DefaultVCPUs = v.count("default_vcpus", c.DefaultVCPUs, 1, maxVCPUs)
 	s.MaxVCPUs = v.count("max_vcpus", c.MaxVCPUs, 0, maxVCPUs)
-	if c.MaxVCPUs == 0 {
+	if s.MaxVCPUs == 0 {
 		s.MaxVCPUs = min(max(host.VCPUs, s.DefaultVCPUs), maxVCPUs)
 	}
-	if s.DefaultVCPUs > s.MaxVCPUs {
+	// What is wrong by itself is not compared.
+	if len(v.errs) == wrong && s.DefaultVCPUs > s.MaxVCPUs {
 		v.errorf("default_vcpus", c.DefaultVCPUs, "is more than max_vcpus = %d", s.MaxVCPUs)
 	}
+	wrong = len(v.errs)
 	s.BaseMemory = v.memory("base_memory", c.BaseMemory, minBaseMemory)
 	s.DefaultMemory = v.memory("default_memory", c.DefaultMemory, minBaseMemory)
 	s.MemoryOverhead = v.memory("memory_overhead", c.MemoryOverhead, 0)
@@ -194,8 +206,11 @@ func (v *validator) sizes(c *Config, s *Settings, host HostInfo) {
 	if s.MaxMemory == 0 {
 		s.MaxMemory = host.Memory / Granule * Granule
 	}
+	if len(v.errs) > wrong {
+		return
+	}
 	if s.BaseMemory > s.DefaultMemory {
-		v.errorf("base_memory", c.BaseMemory, "is more than default_memory = %q", c.DefaultMemory)
+		v.errorf("base_memory", c.BaseMemory, "is more than default_memory = %q", FormatSize(s.DefaultMemory))
 	}
 	if s.DefaultMemory > s.MaxMemory {
 		v.errorf("default_memory", c.DefaultMemory, "is more than max_memory = %q", FormatSize(s.MaxMemory))
@@ -218,20 +233,20 @@ func (v *validator) limits(c *Config, s *Settings) {
 	s.ScratchSize = v.atLeast("scratch_size", c.ScratchSize, minScratch)
 	s.ImageCacheLimit = v.atLeast("image_cache_limit", c.ImageCacheLimit, 0)
 	s.ConsoleLogLimit = v.atLeast("console_log_limit", c.ConsoleLogLimit, minConsole)
-	s.BuilderMemory = v.atLeast("rootfs_builder.memory", c.RootFSBuilder.Memory, minBuilder)
-	s.BuilderImageSize = v.atLeast("rootfs_builder.image_size", c.RootFSBuilder.ImageSize, minScratch)
-	s.BootParallel = v.count("boot_parallel", c.BootParallel, 0, 1024)
-	s.BuilderParallel = v.count("rootfs_builder.parallel", c.RootFSBuilder.Parallel, 1, 64)
-	if c.RootFSBuilder.Binary != "" {
-		s.BuilderBinary = v.program("rootfs_builder.binary", c.RootFSBuilder.Binary)
-	}
+	s.BootParallel = v.count("boot_parallel", c.BootParallel, 0, maxBootParallel)
 }
 
-func (v *validator) timeouts(c *Config, s *Settings) {
-	t := &c.Timeouts
+func (v *validator) builder(b RootFSBuilder, s *Settings) {
+	s.BuilderBinary = v.optionalProgram("rootfs_builder.binary", b.Binary)
+	s.BuilderMemory = v.atLeast("rootfs_builder.memory", b.Memory, minBuilder)
+	s.BuilderImageSize = v.atLeast("rootfs_builder.image_size", b.ImageSize, minScratch)
+	s.BuilderParallel = v.count("rootfs_builder.parallel", b.Parallel, 1, maxBuilderParallel)
+}
+
+func (v *validator) timeouts(t Timeouts, s *Settings) {
 	for _, f := range []struct {
 		name  string
-		value Text
+		value Value
 		to    *time.Duration
 	}{
 		{"boot", t.Boot, &s.BootTimeout},
@@ -242,9 +257,10 @@ func (v *validator) timeouts(c *Config, s *Settings) {
 		{"rootfs_build", t.RootFSBuild, &s.RootFSTimeout},
 		{"recover", t.Recover, &s.RecoverTimeout},
 	} {
-		d, err := time.ParseDuration(string(f.value))
-		if err != nil || d < 100*time.Millisecond || d > 24*time.Hour {
-			v.errorf("timeouts."+f.name, f.value, "use a duration from 100ms to 24h, such as %q", "30s")
+		text, _ := f.value.(string)
+		d, err := time.ParseDuration(text)
+		if err != nil || d < minTimeout || d > maxTimeout {
+			v.errorf("timeouts."+f.name, f.value, "use a duration from %s to %s, such as %q", minTimeout, maxTimeout, "30s")
 			d = 30 * time.Second
 		}
 		*f.to = d
@@ -254,7 +270,8 @@ func (v *validator) timeouts(c *Config, s *Settings) {
 // ownAnnotation is what an allow-list entry may begin with.
 var ownAnnotation = regexp.MustCompile(`^io\.(cloudhv|katacontainers)\.[a-zA-Z0-9._-]*\*?$`)
 
-func (v *validator) annotations(patterns []string) []string {
+func (v *validator) annotations(value Value) []string {
+	patterns := v.texts("annotations", value)
 	for _, p := range patterns {
 		if !ownAnnotation.MatchString(p) {
 			v.errorf("annotations", p, "an entry is a key under io.cloudhv. or io.katacontainers., or a prefix of one and *")
@@ -263,75 +280,84 @@ func (v *validator) annotations(patterns []string) []string {
 	return patterns
 }
 
-// path checks an absolute, clean path.
-func (v *validator) path(field string, p Text) string {
-	if !filepath.IsAbs(string(p)) {
+// path checks an absolute path, and cleans it.
+func (v *validator) path(field string, value Value) string {
+	p, ok := v.text(field, value)
+	switch {
+	case !ok:
+		return ""
+	case !filepath.IsAbs(p):
 		v.errorf(field, p, "must be an absolute path")
 		return ""
-	}
-	if strings.ContainsAny(string(p), "\x00\n,") {
+	case strings.ContainsAny(p, "\x00\n,"):
 		v.errorf(field, p, "must not contain a comma, a newline or NUL")
 		return ""
 	}
-	return filepath.Clean(string(p))
+	return filepath.Clean(p)
 }
 
-func (v *validator) file(field string, p Text, what string) string {
-	clean := v.path(field, p)
+func (v *validator) file(field string, value Value, what string) string {
+	clean := v.path(field, value)
 	if clean == "" {
 		return ""
 	}
 	st, err := os.Stat(clean)
 	switch {
 	case err != nil:
-		v.errorf(field, p, "must be the path of %s: %v", what, err)
+		v.errorf(field, value, "must be the path of %s: %v", what, err)
 	case !st.Mode().IsRegular():
-		v.errorf(field, p, "must be the path of %s, and is no regular file", what)
+		v.errorf(field, value, "must be the path of %s, and is no regular file", what)
 	case st.Size() == 0:
-		v.errorf(field, p, "must be the path of %s, and is empty", what)
+		v.errorf(field, value, "must be the path of %s, and is empty", what)
 	}
 	return clean
 }
 
-func (v *validator) program(field string, p Text) string {
-	clean := v.path(field, p)
+func (v *validator) program(field string, value Value) string {
+	clean := v.path(field, value)
 	if clean == "" {
 		return ""
 	}
 	if err := unix.Access(clean, unix.X_OK); err != nil {
-		v.errorf(field, p, "must be the path of a program: %v", err)
+		v.errorf(field, value, "must be the path of a program: %v", err)
 	}
 	return clean
 }
 
-func (v *validator) count(field string, n Count, least, most int64) int {
-	switch {
-	case n == NotANumber:
-		v.errorf(field, "?", "must be a whole number")
-		return int(least)
-	case int64(n) < least || int64(n) > most:
-		v.errorf(field, int64(n), "must be from %d to %d", least, most)
-		return int(least)
+// optionalProgram is a program or, to have it looked for, empty.
+func (v *validator) optionalProgram(field string, value Value) string {
+	if value == "" {
+		return ""
 	}
-	return int(n)
+	return v.program(field, value)
 }
 
-func (v *validator) atLeast(field string, t Text, least int64) int64 {
-	n, err := ParseSize(string(t))
+// atLeast is a size in bytes; what is none becomes the least. A bare number of
+// bytes needs no quotes.
+func (v *validator) atLeast(field string, value Value, least int64) int64 {
+	var text string
+	switch x := value.(type) {
+	case string:
+		text = x
+	case int, int64:
+		text = fmt.Sprint(x)
+	}
+	n, err := ParseSize(text)
 	if err != nil {
-		v.errorf(field, t, "use a size such as %q", "512MiB")
+		v.errorf(field, value, "use a size such as %q", "512MiB")
 		return least
 	}
 	if n < least {
-		v.errorf(field, t, "must be at least %q", FormatSize(least))
+		v.errorf(field, value, "must be at least %q", FormatSize(least))
+		return least
 	}
 	return n
 }
 
-func (v *validator) memory(field string, t Text, least int64) int64 {
-	n := v.atLeast(field, t, least)
+func (v *validator) memory(field string, value Value, least int64) int64 {
+	n := v.atLeast(field, value, least)
 	if n%Granule != 0 {
-		v.errorf(field, t, "must be a multiple of %q; %q is the next", FormatSize(Granule), FormatSize(RoundUp(n)))
+		v.errorf(field, value, "must be a multiple of %q; %q is the next", FormatSize(Granule), FormatSize(RoundUp(n)))
 	}
 	return n
 }

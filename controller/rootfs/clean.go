@@ -29,10 +29,16 @@ func (s *Store) Clean(ctx context.Context, containerdNamespaces []string) error 
 	if err != nil {
 		return fmt.Errorf("read image directory: %w", err)
 	}
+	left := map[string]bool{}
 	for _, e := range entries {
-		if key, ok := strings.CutSuffix(e.Name(), tmpSuffix); ok {
-			errs = append(errs, s.cleanTemporary(key))
+		for _, suffix := range []string{tmpSuffix, mountSuffix} {
+			if key, ok := strings.CutSuffix(e.Name(), suffix); ok {
+				left[key] = true
+			}
 		}
+	}
+	for key := range left {
+		errs = append(errs, s.cleanTemporary(key))
 	}
 	for _, ns := range containerdNamespaces {
 		errs = append(errs, s.cleanLeases(namespaces.WithNamespace(ctx, ns)))
@@ -41,12 +47,10 @@ func (s *Store) Clean(ctx context.Context, containerdNamespaces []string) error 
 }
 
 // cleanTemporary removes an unfinished image and its mounted view, unless its
-// writer lives.
+// writer lives. A view may also be left of an image that was finished: it is
+// removed under the lock that a new writer would need.
 func (s *Store) cleanTemporary(key string) error {
-	f, err := os.OpenFile(s.path(key, tmpSuffix), os.O_RDWR, 0)
-	if errors.Is(err, fs.ErrNotExist) {
-		return nil
-	}
+	f, err := os.OpenFile(s.path(key, tmpSuffix), os.O_CREATE|os.O_RDWR, 0o600)
 	if err != nil {
 		return fmt.Errorf("open unfinished image: %w", err)
 	}
@@ -56,10 +60,13 @@ func (s *Store) cleanTemporary(key string) error {
 	} else if err != nil {
 		return err
 	}
+	if same, err := isAt(f, f.Name()); err != nil || !same {
+		return err // its writer has finished meanwhile
+	}
 	dir := s.path(key, mountSuffix)
 	if _, err := os.Lstat(dir); err == nil {
-		if err := errors.Join(unmount(dir), os.Remove(dir)); err != nil {
-			return fmt.Errorf("remove the view of an unfinished image: %w", err)
+		if err := errors.Join(unmount(dir), removeFile(dir)); err != nil {
+			return fmt.Errorf("remove the view of an image: %w", err)
 		}
 	}
 	return removeFile(f.Name())

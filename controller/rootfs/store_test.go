@@ -251,6 +251,26 @@ func TestCleanRemovesWhatACrashLeft(t *testing.T) {
 	require.FileExists(t, filepath.Join(src, "precious"))
 }
 
+// The writer may end after its image has its name and before the view is unmounted.
+func TestCleanRemovesTheViewOfAWholeImage(t *testing.T) {
+	needRoot(t)
+	f := newFixture(t)
+	chain := f.sn.add("c1", layer(t, map[string]string{"a": "1"}))
+	img, err := f.get(t.Context(), "c1")
+	require.NoError(t, err)
+	img.Release()
+	dir := f.path(chainKey(testNamespace, "fake", f.sn.infos[chain]), mountSuffix)
+	require.NoError(t, os.Mkdir(dir, 0o700))
+	src := f.sn.trees[chain][0]
+	require.NoError(t, mount.All([]mount.Mount{{Type: "bind", Source: src, Options: []string{"ro", "bind"}}}, dir))
+	t.Cleanup(func() { _ = unmount(dir) })
+
+	require.NoError(t, f.Clean(t.Context(), nil))
+	f.requireClean(t, 1)
+	require.FileExists(t, img.Path)
+	require.FileExists(t, filepath.Join(src, "a"))
+}
+
 func TestCleanLeavesALivingBuilderAlone(t *testing.T) {
 	t.Parallel()
 	f := newFixture(t)
@@ -259,8 +279,10 @@ func TestCleanLeavesALivingBuilderAlone(t *testing.T) {
 	require.NoError(t, err)
 	defer other.Close()
 	require.NoError(t, unix.Flock(int(other.Fd()), unix.LOCK_EX))
+	require.NoError(t, os.Mkdir(f.path(key, mountSuffix), 0o700))
 	require.NoError(t, f.Clean(t.Context(), nil))
 	require.FileExists(t, other.Name())
+	require.DirExists(t, f.path(key, mountSuffix))
 }
 
 func TestForgetRemovesImagesWithoutSnapshots(t *testing.T) {

@@ -148,22 +148,39 @@ func (v *testVM) memory() int {
 	return kib >> 10
 }
 
+// kept is how much of its plugged memory a guest may not give back, in MiB: its
+// kernel puts data of its own there, which cannot be moved.
+const kept = 32
+
+// TestMemory grows and shrinks. A guest may keep a block with a page in use for a
+// while: it is asked again, as the contract says.
 func TestMemory(t *testing.T) {
 	v := boot(t)
 	ctx := testContext(t)
 	before := v.memory()
-	for _, mib := range []int{512, 1024, 300, 128} {
+	for _, mib := range []int{512, 1024, 300, 128, 512} {
 		began := time.Now()
-		require.NoError(t, v.Resize(ctx, vmm.Size{VCPUs: 1, MemoryBytes: int64(mib) << 20}))
 		want := before + mib - 128
-		v.eventually("cat /proc/meminfo", func(s string) bool {
-			kib, err := strconv.Atoi(strings.Fields(s)[1])
-			got := kib >> 10
-			return err == nil && got > want-4 && got < want+4
-		})
-		t.Logf("%d MiB seen after %v", mib, time.Since(began))
+		for asked := 1; ; asked++ {
+			require.NoError(t, v.Resize(ctx, vmm.Size{VCPUs: 1, MemoryBytes: int64(mib) << 20}))
+			if v.soon(func() bool { got := v.memory(); return got > want-4 && got < want+kept }) {
+				t.Logf("%d MiB: %+d seen after %v, asked for %d times", mib, v.memory()-want, time.Since(began), asked)
+				break
+			}
+			require.NoError(t, ctx.Err(), "%d MiB instead of %d", v.memory(), want)
+		}
 		if mib > 256 {
-			v.mustRun(fmt.Sprintf("touch %d", mib-200))
+			v.mustRun(fmt.Sprintf("touch %d", mib/2))
+		}
+	}
+}
+
+// soon asks for a second whether something has come about.
+func (v *testVM) soon(done func() bool) bool {
+	v.t.Helper()
+	for end := time.Now().Add(time.Second); ; time.Sleep(5 * time.Millisecond) {
+		if ok := done(); ok || time.Now().After(end) {
+			return ok
 		}
 	}
 }

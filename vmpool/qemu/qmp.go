@@ -14,6 +14,7 @@ import (
 	"os"
 	"strconv"
 	"sync"
+	"time"
 
 	"github.com/containerd/errdefs"
 	"golang.org/x/sys/unix"
@@ -61,6 +62,9 @@ type message struct {
 type monitor struct {
 	conn *net.UnixConn
 	done chan struct{} // closed when the connection has ended
+	// writing is held, by the one who has put something into it, while a command
+	// is written. mu is not, as answers must go on being read meanwhile.
+	writing chan struct{}
 
 	mu      sync.Mutex
 	next    uint64
@@ -86,6 +90,7 @@ func dialMonitor(ctx context.Context, path string, onEvent func(event)) (_ *moni
 	m := &monitor{
 		conn:    conn.(*net.UnixConn),
 		done:    make(chan struct{}),
+		writing: make(chan struct{}, 1),
 		calls:   make(map[string]chan message),
 		waiters: make(map[*waiter]struct{}),
 		onEvent: onEvent,
@@ -137,11 +142,21 @@ func (m *monitor) deliver(e event) {
 }
 
 // call runs a command, with files passed along, and decodes its result into
-// result unless that is nil. ErrUnavailable means that QEMU has gone.
+// result unless that is nil. ErrUnavailable means that QEMU has gone. If ctx ends
+// first, QEMU may run the command all the same.
 func (m *monitor) call(ctx context.Context, command string, args, result any, files ...*os.File) error {
-	answer, err := m.send(command, args, files)
+	id, answer := m.register()
+	defer m.forget(id)
+	line, err := json.Marshal(struct {
+		Execute   string `json:"execute"`
+		Arguments any    `json:"arguments,omitempty"`
+		ID        string `json:"id"`
+	}{command, args, id})
 	if err != nil {
-		return err
+		return fmt.Errorf("qemu: %s: %w", command, err)
+	}
+	if err := m.send(ctx, append(line, '\n'), files); err != nil {
+		return fmt.Errorf("qemu: %s: %w", command, err)
 	}
 	select {
 	case msg := <-answer:
@@ -163,34 +178,77 @@ func (m *monitor) call(ctx context.Context, command string, args, result any, fi
 	}
 }
 
-func (m *monitor) send(command string, args any, files []*os.File) (<-chan message, error) {
+// register begins a call: its answer arrives at the channel, until forget.
+func (m *monitor) register() (id string, answer <-chan message) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	m.next++
-	id := strconv.FormatUint(m.next, 10)
-	line, err := json.Marshal(struct {
-		Execute   string `json:"execute"`
-		Arguments any    `json:"arguments,omitempty"`
-		ID        string `json:"id"`
-	}{command, args, id})
-	if err != nil {
-		return nil, fmt.Errorf("qemu: %s: %w", command, err)
+	id = strconv.FormatUint(m.next, 10)
+	c := make(chan message, 1)
+	m.calls[id] = c
+	return id, c
+}
+
+func (m *monitor) forget(id string) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	delete(m.calls, id)
+}
+
+// send writes one command. A QEMU that does not read is waited for until ctx
+// ends. If a part of the command is then written, the connection is of no more
+// use and ends.
+func (m *monitor) send(ctx context.Context, line []byte, files []*os.File) error {
+	select {
+	case m.writing <- struct{}{}:
+		defer func() { <-m.writing }()
+	case <-m.done:
+		return fmt.Errorf("monitor connection lost: %w", errdefs.ErrUnavailable)
+	case <-ctx.Done():
+		return context.Cause(ctx)
 	}
-	answer := make(chan message, 1)
-	m.calls[id] = answer
-	err = withFDs(files, nil, func(fds []int) error {
+	written, err := m.write(ctx, line, files)
+	switch {
+	case err == nil:
+		return nil
+	case !errors.Is(err, os.ErrDeadlineExceeded):
+		return errors.Join(err, errdefs.ErrUnavailable)
+	case written > 0:
+		// Its reader ends too.
+		_ = m.conn.Close()
+	}
+	return fmt.Errorf("not sent in time: %w", context.Cause(ctx))
+}
+
+// write writes until ctx ends, and tells how much it has written.
+func (m *monitor) write(ctx context.Context, line []byte, files []*os.File) (written int, _ error) {
+	if err := m.conn.SetWriteDeadline(time.Time{}); err != nil {
+		return 0, err
+	}
+	ended := make(chan struct{})
+	stop := context.AfterFunc(ctx, func() {
+		defer close(ended)
+		_ = m.conn.SetWriteDeadline(time.Unix(1, 0))
+	})
+	defer func() {
+		if !stop() {
+			// Else it would hit the next one's write.
+			<-ended
+		}
+	}()
+	err := withFDs(files, nil, func(fds []int) (err error) {
 		var rights []byte
 		if len(fds) > 0 {
 			rights = unix.UnixRights(fds...)
 		}
-		_, _, err := m.conn.WriteMsgUnix(append(line, '\n'), rights, nil)
+		written, _, err = m.conn.WriteMsgUnix(line, rights, nil)
 		return err
 	})
-	if err != nil {
-		delete(m.calls, id)
-		return nil, fmt.Errorf("qemu: %s: %w", command, errors.Join(err, errdefs.ErrUnavailable))
+	if err != nil || written == len(line) {
+		return written, err
 	}
-	return answer, nil
+	n, err := m.conn.Write(line[written:])
+	return written + n, err
 }
 
 // withFDs calls f with the files' descriptors, which stay open meanwhile and

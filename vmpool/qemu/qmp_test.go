@@ -13,6 +13,7 @@ import (
 	"net"
 	"os"
 	"path/filepath"
+	"strings"
 	"testing"
 	"time"
 
@@ -40,6 +41,7 @@ func fakeMonitor(t *testing.T, f func(command string) string) string {
 		defer conn.Close() //nolint:errcheck
 		_, _ = io.WriteString(conn, `{"QMP": {"version": {}, "capabilities": []}}`+"\r\n")
 		lines := bufio.NewScanner(conn)
+		lines.Buffer(nil, maxMessage)
 		for lines.Scan() {
 			var m struct{ Execute, ID string }
 			if json.Unmarshal(lines.Bytes(), &m) != nil {
@@ -100,6 +102,9 @@ func TestMonitor(t *testing.T) {
 	short, stopShort := context.WithTimeout(ctx, 20*time.Millisecond)
 	defer stopShort()
 	require.ErrorIs(t, m.call(short, "silence", nil, nil), context.DeadlineExceeded)
+	m.mu.Lock()
+	assert.Empty(t, m.calls, "nobody waits for that answer any more")
+	m.mu.Unlock()
 	require.ErrorIs(t, m.call(ctx, "end", nil, nil), errdefs.ErrUnavailable)
 	require.ErrorIs(t, m.call(ctx, "query", nil, nil), errdefs.ErrUnavailable)
 }
@@ -110,6 +115,63 @@ func TestMonitorGarbage(t *testing.T) {
 	path := fakeMonitor(t, func(string) string { return "%s is no JSON" })
 	_, err := dialMonitor(context.Background(), path, func(event) {})
 	require.ErrorIs(t, err, errdefs.ErrUnavailable)
+}
+
+// TestMonitorThatDoesNotRead has a QEMU that hangs: nobody waits for it longer
+// than he wants, and half a command ends the connection.
+func TestMonitorThatDoesNotRead(t *testing.T) {
+	t.Parallel()
+	hang := make(chan struct{})
+	path := fakeMonitor(t, func(command string) string {
+		if command == "hang" {
+			<-hang
+		}
+		return `{"return": {}, "id": %q}`
+	})
+	ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
+	defer cancel()
+	m, err := dialMonitor(ctx, path, func(event) {})
+	require.NoError(t, err)
+	defer m.close()
+	defer close(hang)
+	short := func() context.Context {
+		ctx, cancel := context.WithTimeout(ctx, 20*time.Millisecond)
+		t.Cleanup(cancel)
+		return ctx
+	}
+	require.ErrorIs(t, m.call(short(), "hang", nil, nil), context.DeadlineExceeded)
+
+	large := object{"text": strings.Repeat("x", 16<<20)}
+	giveUp, cancelLarge := context.WithCancel(ctx)
+	defer cancelLarge()
+	failed := make(chan error, 1)
+	go func() { failed <- m.call(giveUp, "large", large, nil) }()
+	require.Eventually(t, func() bool { return len(m.writing) == 1 }, 10*time.Second, time.Millisecond)
+	require.ErrorIs(t, m.call(short(), "small", nil, nil), context.DeadlineExceeded)
+	select {
+	case <-m.done:
+		t.Fatal("a command that was not begun has ended the connection")
+	default:
+	}
+	cancelLarge()
+	err = <-failed
+	require.ErrorIs(t, err, context.Canceled)
+	require.NotErrorIs(t, err, errdefs.ErrUnavailable, "QEMU has not gone")
+	<-m.done
+	require.ErrorIs(t, m.call(ctx, "small", nil, nil), errdefs.ErrUnavailable)
+	assert.Empty(t, m.calls)
+}
+
+// TestLargeCommand is more than a socket takes at once.
+func TestLargeCommand(t *testing.T) {
+	t.Parallel()
+	path := fakeMonitor(t, func(string) string { return `{"return": {}, "id": %q}` })
+	ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
+	defer cancel()
+	m, err := dialMonitor(ctx, path, func(event) {})
+	require.NoError(t, err)
+	defer m.close()
+	require.NoError(t, m.call(ctx, "large", object{"text": strings.Repeat("x", 1<<20)}, nil))
 }
 
 func TestWhyReset(t *testing.T) {

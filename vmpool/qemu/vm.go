@@ -62,6 +62,8 @@ type machine struct {
 	mon       *monitor
 	busy      map[string]chan struct{} // devices that a call is about
 	slots     [slots]string            // the device in each
+	doubt     map[string]int           // devices that may be plugged although that failed, by the number of the failure
+	failures  int                      // how many there were
 	own       data
 	closed    bool
 	requested bool   // Kill was called
@@ -79,6 +81,7 @@ func newVM(id, dir, group string, own data) (*machine, error) {
 	return &machine{
 		id: id, dir: dir, group: group, cgroup: vmm.OpenCgroup(group), own: own,
 		guest: guest, done: make(chan struct{}), letGo: make(chan struct{}), busy: make(map[string]chan struct{}),
+		doubt: make(map[string]int),
 	}, nil
 }
 
