@@ -13,7 +13,7 @@
 // StopPodSandbox calls Stop if the pod is ready, then removes CNI's network and
 // the namespace; RemovePodSandbox does the same and calls Shutdown. When
 // containerd starts, CRI calls Status and then Wait for every sandbox, one
-// after the other, so recovery is over before the controller exists.
+// after the other, so Recover has found them all before the controller is CRI's.
 //
 // # State on disk
 //
@@ -53,6 +53,8 @@ type Options struct {
 	Drivers []vmm.Driver
 	Driver  vmm.Driver
 	Host    vmm.Host
+	// DriverReason says why it is that Driver, for people.
+	DriverReason string
 	// Sandboxes and Containers are containerd's stores.
 	Sandboxes  sandbox.Store
 	Containers containers.Store
@@ -86,6 +88,7 @@ type Controller struct {
 	unfit      error
 	drivers    map[string]vmm.Driver
 	driver     vmm.Driver
+	why        string
 	host       vmm.Host
 	sandboxes  sandbox.Store
 	containers containers.Store
@@ -117,6 +120,7 @@ func New(o Options) *Controller {
 		unfit:      o.Unfit,
 		drivers:    map[string]vmm.Driver{},
 		driver:     o.Driver,
+		why:        o.DriverReason,
 		host:       o.Host,
 		sandboxes:  o.Sandboxes,
 		containers: o.Containers,
@@ -221,8 +225,14 @@ func sentinel(err, class error) error {
 		errdefs.IsDeadlineExceeded(err) || errdefs.IsCanceled(err) || errdefs.IsAborted(err) {
 		return err
 	}
-	if errors.Is(err, context.DeadlineExceeded) || errors.Is(err, context.Canceled) {
+	if isContextError(err) {
 		return err
 	}
 	return fmt.Errorf("%w: %w", err, class)
+}
+
+// isContextError is true for what fails because time was up or the caller left,
+// which tells nothing about what was to be done.
+func isContextError(err error) bool {
+	return errors.Is(err, context.DeadlineExceeded) || errors.Is(err, context.Canceled)
 }

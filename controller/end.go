@@ -44,7 +44,9 @@ type endReason struct {
 }
 
 // end begins the ending of a sandbox, or joins it. A sandbox that has ended
-// without an error needs no other.
+// without an error needs no other. A Start under way is cancelled, and undoes
+// itself before; that is decided under the pod's lock, under which a Start begins
+// and succeeds, so neither can miss the other.
 func (c *Controller) end(ctx context.Context, p *pod, why endReason) *ending {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -53,8 +55,18 @@ func (c *Controller) end(ctx context.Context, p *pod, why endReason) *ending {
 	}
 	e := &ending{done: make(chan struct{})}
 	p.ending = e
+	starting := p.cancelStart != nil && !isClosed(p.started)
+	if starting {
+		p.cancelStart(errStopped)
+	}
 	go func() {
 		defer close(e.done)
+		if starting {
+			<-p.started
+		}
+		if p.hasEnded() {
+			return // Start has undone everything
+		}
 		ctx, cancel := c.cleanup(ctx)
 		defer cancel()
 		e.err = c.endNow(ctx, p, why)
@@ -62,29 +74,40 @@ func (c *Controller) end(ctx context.Context, p *pod, why endReason) *ending {
 	return e
 }
 
+// endStart ends what a failed Start has begun. It does so also if somebody else
+// ends the sandbox: that one waits for the Start.
+func (c *Controller) endStart(ctx context.Context, p *pod, why endReason) error {
+	ctx, cancel := c.cleanup(ctx)
+	defer cancel()
+	p.mu.Lock()
+	var mine *ending
+	if p.ending == nil {
+		mine = &ending{done: make(chan struct{})}
+		p.ending = mine
+	}
+	p.mu.Unlock()
+	err := c.endNow(ctx, p, why)
+	if mine != nil {
+		mine.err = err
+		close(mine.done)
+	}
+	return err
+}
+
 // endNow ends the VM and then removes what it used: TAPs, redirections,
 // cgroup, scratch disk. The shim stays, to tell how the containers ended.
 func (c *Controller) endNow(ctx context.Context, p *pod, why endReason) error {
 	begin := time.Now()
-	wasReady := p.snapshot().State == StateReady
 	why.cause = printable(why.cause, maxCause)
-	errs := []error{p.force(func(r *record) {
+	p.force(ctx, func(r *record) {
 		r.State = StateStopping
 		if r.Cause == "" {
 			r.Cause, r.ExitStatus = why.cause, why.status
 		}
-	})}
-	vm := p.handle()
-	gone := true
-	if vm != nil {
-		if why.graceful && !isClosed(vm.Done()) && !c.powerOff(ctx, vm) {
-			log.G(ctx).Warn("the guest did not turn itself off in time")
-		}
-		errs = append(errs, vm.Kill(ctx))
-		gone = isClosed(vm.Done())
-	}
+	})
+	vm, gone, err := c.endVM(ctx, p, why.graceful)
 	rec := p.snapshot()
-	errs = append(errs, c.network.Disconnect(ctx, rec.NetNS))
+	errs := []error{err, c.network.Disconnect(ctx, rec.NetNS)}
 	if gone {
 		errs = append(errs, removeScratch(rec.Scratch), vmm.OpenCgroup(rec.Cgroup).Remove(ctx))
 	}
@@ -94,16 +117,33 @@ func (c *Controller) endNow(ctx context.Context, p *pod, why endReason) error {
 		}
 		return sentinel(fmt.Errorf("end sandbox %q: %w", p.id, errors.Join(err, notGone(gone))), errdefs.ErrInternal)
 	}
-	err := p.force(func(r *record) {
+	p.force(ctx, func(r *record) {
 		r.State = StateStopped
 		r.ExitedAt = exitTime(vm)
 	})
 	if vm != nil {
-		err = errors.Join(err, vm.Close())
+		err = vm.Close()
 	}
 	p.markExited()
-	c.noteEnd(ctx, p, why, wasReady, begin)
+	c.noteEnd(ctx, p, why, begin)
 	return err
+}
+
+// endVM ends the sandbox's VMM, and returns whether it has gone.
+func (c *Controller) endVM(ctx context.Context, p *pod, graceful bool) (vmProcess, bool, error) {
+	proc, err := p.process()
+	if err != nil {
+		return nil, false, fmt.Errorf("take hold of the VM: %w", err)
+	}
+	if proc == nil {
+		return nil, true, nil
+	}
+	vm := p.handle()
+	if graceful && vm != nil && !isClosed(vm.Done()) && !c.powerOff(ctx, vm) {
+		log.G(ctx).Warn("the guest did not turn itself off in time")
+	}
+	err = proc.Kill(ctx)
+	return proc, isClosed(proc.Done()), err
 }
 
 func notGone(gone bool) error {
@@ -113,7 +153,7 @@ func notGone(gone bool) error {
 	return fmt.Errorf("the VM still runs: %w", errdefs.ErrUnavailable)
 }
 
-func exitTime(vm vmm.VM) time.Time {
+func exitTime(vm vmProcess) time.Time {
 	if vm != nil {
 		if at := vm.Exit().At; !at.IsZero() {
 			return at.UTC().Round(0)
@@ -122,31 +162,31 @@ func exitTime(vm vmm.VM) time.Time {
 	return now()
 }
 
-func (c *Controller) noteEnd(ctx context.Context, p *pod, why endReason, wasReady bool, begin time.Time) {
+func (c *Controller) noteEnd(ctx context.Context, p *pod, why endReason, begin time.Time) {
 	stopTimer.UpdateSince(begin)
 	endCounter.WithValues(why.label).Inc()
-	if wasReady {
-		sandboxesGauge.Dec()
-	}
-	rec := p.snapshot()
+	p.mu.Lock()
+	p.countLocked(false)
+	rec := p.rec
+	p.mu.Unlock()
 	log.G(ctx).WithFields(log.Fields{
 		"pid": vmmPid(&rec), "cause": rec.Cause, "duration": time.Since(begin),
 	}).Info("ended sandbox")
 }
 
-// force changes the record also if it cannot be written: what has ended has
-// ended, and recovery finds that out from an older record too.
-func (p *pod) force(change func(*record)) error {
+// force changes the record also if it cannot be written, as on a full disk: what
+// has ended has ended, recovery finds that out from an older record too, and
+// only when the sandbox is removed does the disk get room.
+func (p *pod) force(ctx context.Context, change func(*record)) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	if p.removed {
-		return nil
+		return
 	}
 	change(&p.rec)
 	if err := p.rec.save(p.dir); err != nil {
-		return fmt.Errorf("sandbox %q: %w", p.id, err)
+		log.G(ctx).WithError(err).WithField("state", p.rec.State).Error("cannot record what became of a sandbox")
 	}
-	return nil
 }
 
 // markExited lets Wait return.
@@ -159,8 +199,8 @@ func (p *pod) markExited() {
 }
 
 // watch ends the sandbox when its VM or its shim does. Its goroutine ends with
-// the sandbox.
-func (c *Controller) watch(ctx context.Context, p *pod, vm vmm.VM, s *shim) {
+// the sandbox, or with vm if that is not the sandbox's any more.
+func (c *Controller) watch(ctx context.Context, p *pod, vm vmProcess, s *shim) {
 	ctx = context.WithoutCancel(ctx)
 	go func() {
 		var why endReason
@@ -174,7 +214,7 @@ func (c *Controller) watch(ctx context.Context, p *pod, vm vmm.VM, s *shim) {
 				cause: fmt.Sprintf("the shim (pid %d) ended unexpectedly", s.id.Pid), label: "shim", status: exitKilled,
 			}
 		}
-		if isClosed(p.exited) || p.isEnding() {
+		if !p.isWatched(vm) {
 			return
 		}
 		log.G(ctx).WithFields(log.Fields{
@@ -195,10 +235,10 @@ func vmCause(exit vmm.Exit) string {
 	return "the VM ended: " + exit.Cause
 }
 
-func (p *pod) isEnding() bool {
+func (p *pod) hasEnded() bool {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	return p.ending != nil
+	return p.removed || p.rec.State == StateStopped
 }
 
 // remove removes what is left of a sandbox that has ended: shim, pins,
@@ -211,19 +251,16 @@ func (c *Controller) remove(ctx context.Context, p *pod) error {
 	}
 	defer func() { <-p.removing }()
 	p.mu.Lock()
-	s, removed := p.shim, p.removed
-	ended := p.rec.State == StateStopped
+	s, removed, rec := p.shim, p.removed, p.rec
 	p.mu.Unlock()
 	if removed {
 		return nil
 	}
-	if !ended {
+	if rec.State != StateStopped {
 		return fmt.Errorf("remove sandbox %q: it has not ended: %w", p.id, errdefs.ErrFailedPrecondition)
 	}
-	if s != nil {
-		if err := s.end(ctx); err != nil {
-			return fmt.Errorf("remove sandbox %q: %w", p.id, err)
-		}
+	if err := endShim(ctx, s, rec.Shim); err != nil {
+		return fmt.Errorf("remove sandbox %q: %w", p.id, err)
 	}
 	p.mu.Lock()
 	defer p.mu.Unlock()

@@ -7,6 +7,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"strconv"
 	"strings"
 	"time"
 	"unicode"
@@ -14,6 +15,7 @@ import (
 	"github.com/containerd/errdefs"
 	"github.com/containerd/errdefs/pkg/errgrpc"
 	"github.com/containerd/ttrpc"
+	"google.golang.org/grpc/status"
 
 	"github.com/cloudhv/containerd-cloudhv/guest/api"
 	guestv1 "github.com/cloudhv/containerd-cloudhv/guest/api/v1"
@@ -27,6 +29,9 @@ const (
 	maxGuestSteps = 64
 	// maxGuestError bounds the text of a guest's error.
 	maxGuestError = 1024
+	// maxGuestAnswer bounds what a guest may send in one call, in bytes. The
+	// longest honest answer, a Configure's with all its steps, has a tenth of it.
+	maxGuestAnswer = 64 << 10
 )
 
 // callGuest dials the guest's agent and makes one call within limit. The
@@ -42,11 +47,17 @@ func callGuest[T any](ctx context.Context, vm vmm.VM, limit time.Duration,
 	if err != nil {
 		return zero, fmt.Errorf("dial the guest's agent: %w", sentinel(err, errdefs.ErrUnavailable))
 	}
-	client := ttrpc.NewClient(conn)
+	// A guest that has stopped reading blocks the sending of the request too.
+	defer context.AfterFunc(ctx, func() { _ = conn.Close() })()
+	answer := &answerConn{Conn: conn}
+	client := ttrpc.NewClient(answer)
 	defer client.Close()
 	resp, err := call(ctx, guestv1.NewMachineClient(client))
 	if err != nil && ctx.Err() != nil {
 		return zero, fmt.Errorf("the guest's agent did not answer in time (%v): %w", limit, context.Cause(ctx))
+	}
+	if broken := answer.broken.Load(); err != nil && broken != nil {
+		return zero, *broken
 	}
 	if err != nil {
 		return zero, guestError(err)
@@ -59,7 +70,10 @@ func guestError(err error) error {
 	if errors.Is(err, ttrpc.ErrClosed) {
 		return fmt.Errorf("the connection to the guest's agent was lost: %w", errdefs.ErrUnavailable)
 	}
-	native := errgrpc.ToNative(err)
+	// Of the status only code and message: its details could be of any type that
+	// is known in this process.
+	st, _ := status.FromError(err)
+	native := errgrpc.ToNative(status.Error(st.Code(), st.Message()))
 	text := printable(native.Error(), maxGuestError)
 	for _, class := range []error{
 		context.DeadlineExceeded, context.Canceled, errdefs.ErrInvalidArgument, errdefs.ErrNotFound, errdefs.ErrAlreadyExists,
@@ -79,7 +93,8 @@ type agentError struct {
 	class error
 }
 
-func (e *agentError) Error() string { return "the guest's agent: " + e.text }
+// Error quotes the guest, so that its words cannot pass for ours.
+func (e *agentError) Error() string { return "the guest's agent: " + strconv.Quote(e.text) }
 
 func (e *agentError) Unwrap() error { return e.class }
 
@@ -100,12 +115,15 @@ func (c *Controller) waitForGuest(ctx context.Context, vm vmm.VM, watch *stopwat
 		return g, fmt.Errorf("the guest image's agent (%s) speaks version %d of the API, and this plugin version %d; "+
 			"install the image of the same build: %w", g.Agent, v, api.Version, errdefs.ErrFailedPrecondition)
 	}
-	// The guest's own clock starts with its kernel.
+	// The guest's own clock starts with its kernel. When that was by ours is known
+	// to within the time that the answer took.
 	const limit = uint64(time.Hour / time.Microsecond)
 	agent, ready := min(info.GetAgentStartUsec(), limit), min(info.GetBootUsec(), limit)
-	watch.add("guest: kernel", 0, time.Duration(agent)*time.Microsecond)
-	if ready >= agent {
-		watch.add("guest: agent", 0, time.Duration(ready-agent)*time.Microsecond)
+	kernel, up := time.Duration(agent)*time.Microsecond, time.Duration(ready)*time.Microsecond
+	begin := max(time.Since(watch.start)-max(kernel, up), 0)
+	watch.add("guest: kernel", begin, kernel)
+	if up >= kernel {
+		watch.add("guest: agent", begin+kernel, up-kernel)
 	}
 	return g, nil
 }
@@ -141,20 +159,17 @@ func (c *Controller) resizeGuest(ctx context.Context, vm vmm.VM, size vmm.Size) 
 }
 
 // powerOff asks the guest to turn itself off and waits until the VMM has
-// ended. It returns false if the guest did not within the limit.
+// ended. It returns false if the guest did not within the limit; the asking, if it
+// hangs, ends with the VMM.
 func (c *Controller) powerOff(ctx context.Context, vm vmm.VM) bool {
 	ctx, cancel := context.WithTimeout(ctx, c.cfg.PowerOffTimeout)
 	defer cancel()
-	asked := make(chan struct{})
 	go func() {
-		defer close(asked)
 		// The answer may be lost with the VM; what counts is the VMM's end.
 		_, _ = callGuest(ctx, vm, c.cfg.PowerOffTimeout, func(ctx context.Context, m guestv1.MachineService) (any, error) {
 			return m.PowerOff(ctx, &guestv1.PowerOffRequest{})
 		})
 	}()
-	defer func() { <-asked }()
-	defer cancel()
 	select {
 	case <-vm.Done():
 		return true

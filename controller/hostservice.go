@@ -102,9 +102,10 @@ func (c *Controller) plugImage(ctx context.Context, p *pod, img *rootfs.Image) (
 		close(pl.done)
 		return pl, nil
 	}
-	if p.vm == nil || p.rec.State != StateReady {
+	vm, err := p.machineLocked()
+	if err != nil {
 		img.Release()
-		return nil, fmt.Errorf("sandbox %q is %s: %w", p.id, p.rec.State, errdefs.ErrUnavailable)
+		return nil, err
 	}
 	if err := p.updateLocked(func(r *record) { r.Images = with(r.Images, img.Key, false) }); err != nil {
 		img.Release()
@@ -115,29 +116,36 @@ func (c *Controller) plugImage(ctx context.Context, p *pod, img *rootfs.Image) (
 	}
 	p.pins[img.Key] = img
 	p.plugs[img.Key] = pl
-	go func(vm vmm.VM) {
+	go func() {
 		defer close(pl.done)
 		// Detached: another container may wait for the same image.
 		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), c.cfg.HotPlugTimeout)
 		defer cancel()
 		pl.err = c.addImage(ctx, p, vm, img, known)
-	}(p.vm)
+	}()
 	return pl, nil
 }
 
-// addImage plugs the disk in and records it. A disk whose plugging an earlier
-// containerd did not finish is unplugged first.
+// addImage plugs the disk in and records it. A disk of which it is not known
+// whether it is plugged in, as an earlier attempt did not end well, is unplugged
+// first.
 func (c *Controller) addImage(ctx context.Context, p *pod, vm vmm.VM, img *rootfs.Image, unsure bool) error {
 	var err error
 	if unsure {
 		err = vm.RemoveDisk(ctx, img.Serial)
+		unsure = err != nil
 	}
 	if err == nil {
 		err = vm.AddDisk(ctx, vmm.Disk{Serial: img.Serial, Path: img.Path, ReadOnly: true})
+		unsure = err != nil && !isRefusal(err)
 	}
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	delete(p.plugs, img.Key)
+	if unsure {
+		// The VM may have the disk: its file has to stay, and the record says so.
+		return fmt.Errorf("plug in the image: %w", err)
+	}
 	if err != nil {
 		delete(p.pins, img.Key)
 		img.Release()
@@ -148,6 +156,16 @@ func (c *Controller) addImage(ctx context.Context, p *pod, vm vmm.VM, img *rootf
 		r.Images = with(r.Images, img.Key, true)
 		r.VM = stateOf(vm)
 	})
+}
+
+// isRefusal is true for an error of a hot-plug that was refused, so that the VM is
+// as it was. After any other, such as a time that was up, that is open.
+func isRefusal(err error) bool {
+	if isContextError(err) {
+		return false
+	}
+	return errdefs.IsInvalidArgument(err) || errdefs.IsNotImplemented(err) || errdefs.IsResourceExhausted(err) ||
+		errdefs.IsFailedPrecondition(err) || errdefs.IsNotFound(err)
 }
 
 // with and without copy a map: records are copied by value.

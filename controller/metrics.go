@@ -34,10 +34,10 @@ func (c *Controller) Metrics(_ context.Context, id string) (*types.Metric, error
 	if err != nil {
 		return nil, err
 	}
-	if _, err := p.machine(); err != nil {
+	rec := p.snapshot()
+	if err := rec.ready(); err != nil {
 		return nil, err
 	}
-	rec := p.snapshot()
 	data, err := readUsage(&rec)
 	if err != nil {
 		return nil, fmt.Errorf("metrics of sandbox %q: %w", id, sentinel(err, errdefs.ErrUnavailable))

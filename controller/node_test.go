@@ -6,9 +6,11 @@ package controller
 import (
 	"context"
 	"errors"
+	"maps"
 	"net"
 	"os"
 	"path/filepath"
+	"slices"
 	"sync"
 	"testing"
 	"time"
@@ -178,7 +180,7 @@ func newNode(t *testing.T) *node {
 func (n *node) controller() *Controller {
 	host, _ := n.driver.Probe(n.t.Context())
 	return New(Options{
-		Settings: n.cfg, Drivers: []vmm.Driver{n.driver}, Driver: n.driver, Host: host,
+		Settings: n.cfg, Drivers: []vmm.Driver{n.driver}, Driver: n.driver, Host: host, DriverReason: "a test has no other",
 		Sandboxes: n.sandboxes, Containers: n.containers, Images: n.images, Network: n.net, TTRPCAddress: "/run/x.ttrpc",
 	})
 }
@@ -198,6 +200,9 @@ func (n *node) restart(during ...func(*node)) {
 		if p.shim != nil && !isClosed(p.shim.done()) {
 			p.shim.handle.Close()
 		}
+		if p.held != nil {
+			_ = p.held.Close()
+		}
 		p.mu.Unlock()
 	}
 	for _, f := range during {
@@ -211,11 +216,20 @@ func (n *node) restart(during ...func(*node)) {
 	require.NoError(n.t, n.Recover(n.t.Context()))
 }
 
-// end removes all sandboxes.
+// end removes all sandboxes, and the machines that a failed test has lost.
 func (n *node) end() {
 	for _, p := range n.all() {
 		_ = n.Shutdown(n.ctx(), p.id)
 	}
+	for _, m := range n.machines() {
+		m.die("lost", false)
+	}
+}
+
+func (n *node) machines() []*fakeMachine {
+	n.driver.mu.Lock()
+	defer n.driver.mu.Unlock()
+	return slices.Collect(maps.Values(n.driver.machines))
 }
 
 func (n *node) all() []*pod {
@@ -252,11 +266,18 @@ func (n *node) run(id string) *pod {
 	return p
 }
 
+// requireNoMachines checks that all machines have ended. A process that was killed
+// by its identity is noted as ended a moment after.
+func (n *node) requireNoMachines() {
+	n.t.Helper()
+	require.Eventually(n.t, func() bool { return n.driver.running() == 0 }, 5*time.Second, time.Millisecond, "machines")
+}
+
 // requireNothing checks that no sandbox has anything on the host.
 func (n *node) requireNothing() {
 	n.t.Helper()
 	require.Empty(n.t, n.all())
-	require.Zero(n.t, n.driver.running(), "machines")
+	n.requireNoMachines()
 	require.Zero(n.t, n.net.count(), "networks")
 	require.Empty(n.t, n.images.pins, "pins")
 	entries, err := os.ReadDir(n.cfg.StateDir)

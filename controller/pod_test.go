@@ -4,6 +4,7 @@
 package controller
 
 import (
+	"context"
 	"encoding/json"
 	"fmt"
 	"math"
@@ -310,6 +311,41 @@ func TestAttachRootFSThatFails(t *testing.T) {
 	_, err = n.Wait(n.ctx(), "a")
 	require.NoError(t, err)
 	require.ErrorIs(t, attach("a", "c1"), errdefs.ErrUnavailable)
+}
+
+// As long as the VM may have the disk its file has to stay.
+func TestAttachRootFSThatMayHaveWorked(t *testing.T) {
+	n := newNode(t)
+	n.containers.sandbox["c1"] = "a"
+	p := n.run("a")
+	m := n.driver.only(t)
+	pinned := map[string]int{"image-of-c": 1}
+	n.driver.vm.disk, n.driver.vm.diskStays = fmt.Errorf("device_add: %w", context.DeadlineExceeded), true
+	_, err := n.attachRootFS(n.ctx(), "a", "c1")
+	require.ErrorIs(t, err, context.DeadlineExceeded)
+	require.Equal(t, pinned, n.images.pins)
+	require.Equal(t, map[string]bool{"image-of-c": false}, p.snapshot().Images)
+
+	n.driver.vm.disk, n.driver.vm.unplug = nil, errInjected
+	_, err = n.attachRootFS(n.ctx(), "a", "c1")
+	require.ErrorIs(t, err, errInjected, "it cannot be unplugged, so it is not plugged in again")
+	require.Equal(t, pinned, n.images.pins)
+	n.restart()
+	require.Equal(t, pinned, n.images.pins, "nor does another containerd forget it")
+
+	n.driver.vm.unplug, n.driver.vm.disk, n.driver.vm.diskStays = nil, errInjected, false
+	_, err = n.attachRootFS(n.ctx(), "a", "c1")
+	require.ErrorIs(t, err, errInjected)
+	require.Empty(t, m.disks)
+	require.Empty(t, n.images.pins, "it is known now that the VM has no such disk")
+
+	n.driver.vm.disk = nil
+	_, err = n.attachRootFS(n.ctx(), "a", "c1")
+	require.NoError(t, err)
+	require.Equal(t, map[string]int{"image-of-c": 1}, m.disks)
+	require.Equal(t, pinned, n.images.pins)
+	require.NoError(t, n.Shutdown(n.ctx(), "a"))
+	n.requireNothing()
 }
 
 // An earlier containerd may have ended between the plugging and its record.

@@ -10,19 +10,17 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"time"
 
 	"github.com/containerd/containerd/v2/pkg/namespaces"
 	"github.com/containerd/errdefs"
 	"github.com/containerd/log"
 	"golang.org/x/sync/errgroup"
-
-	"github.com/cloudhv/containerd-cloudhv/vmpool/process"
-	"github.com/cloudhv/containerd-cloudhv/vmpool/vmm"
 )
 
 const (
 	// recoverParallel is how many sandboxes are taken up at a time.
-	recoverParallel = 16
+	recoverParallel = 8
 	// damagedDir holds the records that could not be read.
 	damagedDir = "damaged"
 	// maxDamaged is how many of them are kept.
@@ -32,27 +30,90 @@ const (
 // Recover takes up the sandboxes of an earlier containerd: it re-adopts what
 // lives, ends what does not, and removes what no record claims. Call it once,
 // before any other method and, as CRI asks for each sandbox as soon as it can,
-// before the plugin is initialised. It returns within the configured limit; what
-// it has begun to end by then goes on. One sandbox's failure costs no other.
+// before the plugin is initialised.
+//
+// When it returns all sandboxes are known, and the ready ones are watched, by
+// the identity of their processes. What takes longer than the configured limit,
+// which is each sandbox's own and that of the whole, goes on in the background.
+// One sandbox's failure costs no other.
 func (c *Controller) Recover(ctx context.Context) error {
-	ctx, cancel := context.WithTimeout(ctx, c.cfg.RecoverTimeout)
-	defer cancel()
 	entries, err := os.ReadDir(c.cfg.StateDir)
-	if errors.Is(err, fs.ErrNotExist) {
-		return c.sweep(ctx)
-	}
-	if err != nil {
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return fmt.Errorf("read state directory: %w", err)
 	}
+	var all []*found
+	for _, e := range entries {
+		if e.IsDir() && e.Name() != damagedDir {
+			all = append(all, c.find(withPod(ctx, e.Name()), filepath.Join(c.cfg.StateDir, e.Name())))
+		}
+	}
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		c.recoverAll(context.WithoutCancel(ctx), all)
+	}()
+	limit := time.NewTimer(c.cfg.RecoverTimeout)
+	defer limit.Stop()
+	select {
+	case <-done:
+	case <-limit.C:
+		log.G(ctx).WithField("limit", c.cfg.RecoverTimeout).Warn("not all sandboxes were taken up in time; that goes on")
+	}
+	sweepCtx, cancel := c.cleanup(ctx)
+	defer cancel()
+	return c.sweep(sweepCtx)
+}
+
+// found is a directory of an earlier containerd's sandbox.
+type found struct {
+	dir string
+	// pod is nil if the record is of no use, for err.
+	pod *pod
+	// err is also why the pod's processes cannot be taken hold of.
+	err error
+}
+
+// find makes the sandbox in dir known and takes hold of its processes. It waits
+// for nobody.
+func (c *Controller) find(ctx context.Context, dir string) *found {
+	rec, err := loadRecord(dir)
+	if err != nil {
+		return &found{dir: dir, err: err}
+	}
+	p := newPod(dir, *rec)
+	close(p.started)
+	if err := c.add(p); err != nil {
+		return &found{dir: dir, err: err}
+	}
+	for key := range rec.Images {
+		p.pins[key] = c.images.Pin(key)
+	}
+	err = p.hold()
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	switch rec.State {
+	case StateStopped:
+		p.ending = &ending{done: make(chan struct{})}
+		close(p.ending.done)
+		close(p.exited)
+	case StateReady:
+		p.countLocked(true)
+		if p.held != nil && p.shim != nil {
+			c.watch(ctx, p, p.held, p.shim)
+		}
+	}
+	return &found{dir: dir, pod: p, err: err}
+}
+
+// recoverAll goes on with what was found, each within its own limit.
+func (c *Controller) recoverAll(ctx context.Context, all []*found) {
 	var g errgroup.Group
 	g.SetLimit(recoverParallel)
-	for _, e := range entries {
-		if !e.IsDir() || e.Name() == damagedDir {
-			continue
-		}
+	for _, f := range all {
 		g.Go(func() error {
-			ctx := withPod(ctx, e.Name())
-			result, err := c.recoverPod(ctx, filepath.Join(c.cfg.StateDir, e.Name()))
+			ctx, cancel := context.WithTimeout(withPod(ctx, filepath.Base(f.dir)), c.cfg.RecoverTimeout)
+			defer cancel()
+			result, err := c.recoverOne(ctx, f)
 			if err != nil {
 				log.G(ctx).WithError(err).Error("cannot recover sandbox")
 				result = "error"
@@ -62,78 +123,29 @@ func (c *Controller) Recover(ctx context.Context) error {
 		})
 	}
 	_ = g.Wait()
-	return c.sweep(ctx)
 }
 
-// recoverPod takes up the sandbox in dir and tells what became of it.
-func (c *Controller) recoverPod(ctx context.Context, dir string) (string, error) {
-	rec, err := loadRecord(dir)
+// recoverOne goes on with a sandbox and tells what became of it.
+func (c *Controller) recoverOne(ctx context.Context, f *found) (string, error) {
 	switch {
-	case errdefs.IsNotFound(err):
+	case f.pod != nil:
+	case errdefs.IsNotFound(f.err):
 		// Create ended before it had recorded anything.
-		return "removed", os.RemoveAll(dir)
-	case errdefs.IsDataLoss(err):
-		return "damaged", c.setAside(ctx, dir, err)
-	case err != nil:
-		return "", err
+		return "removed", os.RemoveAll(f.dir)
+	case errdefs.IsDataLoss(f.err):
+		return "damaged", c.setAside(ctx, f.dir, f.err)
+	default:
+		return "", f.err
 	}
-	p := newPod(dir, *rec)
-	close(p.started)
-	if err := c.add(p); err != nil {
-		return "", err
+	rec := f.pod.snapshot()
+	if rec.State != StateStopped && f.err != nil {
+		// It cannot be watched. Its end looks for its processes again, by the record.
+		return "ended", c.endAndWait(ctx, f.pod, "its processes cannot be taken hold of: "+f.err.Error())
 	}
-	for key := range rec.Images {
-		p.pins[key] = c.images.Pin(key)
+	if c.isOrphan(ctx, &rec) {
+		return "orphan", c.endOrphan(ctx, f.pod)
 	}
-	if err := c.adopt(ctx, p); err != nil {
-		return "", err
-	}
-	if c.isOrphan(ctx, rec) {
-		return "orphan", c.endOrphan(ctx, p)
-	}
-	return c.resume(ctx, p)
-}
-
-// adopt takes hold of the sandbox's VM and shim if they live. A VM that lives
-// but cannot be controlled is killed.
-func (c *Controller) adopt(ctx context.Context, p *pod) error {
-	rec := p.snapshot()
-	if rec.Shim != nil {
-		s, err := adoptShim(*rec.Shim)
-		if err != nil && !errdefs.IsNotFound(err) {
-			return err
-		}
-		p.shim = s
-	}
-	if rec.VM == nil || rec.State == StateStopped {
-		return nil
-	}
-	driver := c.drivers[rec.VM.Driver]
-	if driver == nil {
-		return fmt.Errorf("its VM is %s's, which this build does not know: %w", rec.VM.Driver, errdefs.ErrNotImplemented)
-	}
-	vm, err := driver.Attach(ctx, *rec.VM)
-	switch {
-	case err == nil:
-		p.vm = vm
-	case !errdefs.IsNotFound(err):
-		log.G(ctx).WithError(err).WithField("pid", rec.VM.Pid).Error("cannot take up a VM; it is killed")
-		return killVMM(ctx, rec.VM)
-	}
-	return nil
-}
-
-// killVMM kills a VMM by its identity alone.
-func killVMM(ctx context.Context, vm *vmm.State) error {
-	h, err := process.Identity{Pid: vm.Pid, StartTime: vm.StartTime, BootID: vm.BootID}.Open()
-	if errdefs.IsNotFound(err) {
-		return nil
-	}
-	if err != nil {
-		return err
-	}
-	defer h.Close()
-	return h.Kill(ctx)
+	return c.resume(ctx, f.pod)
 }
 
 // isOrphan is true if containerd does not know the sandbox: whoever made it
@@ -148,6 +160,8 @@ func (c *Controller) isOrphan(ctx context.Context, rec *record) bool {
 
 func (c *Controller) endOrphan(ctx context.Context, p *pod) error {
 	log.G(ctx).Warn("removing a sandbox that containerd does not know")
+	ctx, cancel := c.cleanup(ctx)
+	defer cancel()
 	if err := c.endAndWait(ctx, p, "containerd does not know the sandbox"); err != nil {
 		return err
 	}
@@ -170,9 +184,6 @@ func (c *Controller) resume(ctx context.Context, p *pod) (string, error) {
 	rec := p.snapshot()
 	switch rec.State {
 	case StateStopped:
-		p.ending = &ending{done: make(chan struct{})}
-		close(p.ending.done)
-		p.markExited()
 		return "stopped", nil
 	case StateCreated:
 		return "ended", c.endAndWait(ctx, p, "containerd ended before the sandbox was started")
@@ -182,16 +193,20 @@ func (c *Controller) resume(ctx context.Context, p *pod) (string, error) {
 	case StateStopping:
 		return "ended", c.endAndWait(ctx, p, "stopped")
 	}
+	p.mu.Lock()
+	held, s := p.held, p.shim
+	p.mu.Unlock()
 	switch {
-	case p.vm == nil:
+	case held == nil:
 		return "ended", c.endAndWait(ctx, p, "the VM ended while containerd was away")
-	case p.shim == nil:
+	case s == nil:
 		return "ended", c.endAndWait(ctx, p, "the shim ended while containerd was away")
 	}
-	sandboxesGauge.Inc()
-	c.watch(ctx, p, p.vm, p.shim)
-	log.G(ctx).WithFields(log.Fields{"pid": p.vm.State().Pid, "shim": p.shim.id.Pid}).Info("took up sandbox")
-	return "ready", nil
+	result, err := c.takeUp(ctx, p)
+	if result == resultPending {
+		go c.keepTakingUp(context.WithoutCancel(ctx), p)
+	}
+	return result, err
 }
 
 // setAside keeps a damaged record for people and removes the rest of its

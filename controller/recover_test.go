@@ -118,7 +118,7 @@ func TestWhatHappenedWhileContainerdWasAway(t *testing.T) {
 			if name == "while starting" {
 				n.driver.only(t).die("the stray would have been killed by its command line", false)
 			}
-			require.Zero(t, n.driver.running())
+			n.requireNoMachines()
 			n.restart()
 			_, again := n.status("a")
 			require.Equal(t, cause, again, "the cause survives too")
@@ -163,7 +163,7 @@ func TestADamagedRecordCostsOnlyItsPod(t *testing.T) {
 			n := newNode(t)
 			n.run("a")
 			n.run("b")
-			for _, m := range n.driver.machines {
+			for _, m := range n.machines() {
 				if m.cfg.ID == "a" {
 					defer m.die("a VMM is killed by its command line", false)
 				}

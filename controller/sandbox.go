@@ -104,7 +104,13 @@ type pod struct {
 	// vm and shim are set while they are known to have been started.
 	vm   vmm.VM
 	shim *shim
-	// cancelStart ends a Start under way.
+	// held is the VMM as long as its driver has not taken it up again, and
+	// pending why not.
+	held    *heldVM
+	pending string
+	// counted is true while the sandbox is one of the ready ones in the metrics.
+	counted bool
+	// cancelStart ends a Start under way; nil if there is none.
 	cancelStart context.CancelCauseFunc
 	// ending is the ending of the sandbox under way, or the last one.
 	ending *ending
@@ -166,10 +172,36 @@ func (p *pod) snapshot() record {
 func (p *pod) machine() (vmm.VM, error) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	if p.vm == nil || p.rec.State != StateReady {
-		return nil, fmt.Errorf("sandbox %q is %s%s: %w", p.id, p.rec.State, because(p.rec.Cause), errdefs.ErrUnavailable)
+	return p.machineLocked()
+}
+
+func (p *pod) machineLocked() (vmm.VM, error) {
+	if err := p.rec.ready(); err != nil {
+		return nil, err
+	}
+	if p.vm == nil {
+		return nil, fmt.Errorf("sandbox %q: its VM has not been taken up yet%s: %w", p.id, because(p.pending), errdefs.ErrUnavailable)
 	}
 	return p.vm, nil
+}
+
+// ready is nil for a ready sandbox, and else ErrUnavailable.
+func (r *record) ready() error {
+	if r.State == StateReady {
+		return nil
+	}
+	return fmt.Errorf("sandbox %q is %s%s: %w", r.ID, r.State, because(r.Cause), errdefs.ErrUnavailable)
+}
+
+// countLocked makes the sandbox one of the ready ones in the metrics, or no more.
+func (p *pod) countLocked(ready bool) {
+	switch {
+	case ready && !p.counted:
+		sandboxesGauge.Inc()
+	case !ready && p.counted:
+		sandboxesGauge.Dec()
+	}
+	p.counted = ready
 }
 
 func because(cause string) string {

@@ -143,6 +143,20 @@ func (s *shim) end(ctx context.Context) error {
 	return nil
 }
 
+// endShim ends s or, if nobody has hold of it, the shim that was recorded.
+func endShim(ctx context.Context, s *shim, recorded *process.Identity) error {
+	if s == nil && recorded != nil {
+		var err error
+		if s, err = adoptShim(*recorded); err != nil && !errdefs.IsNotFound(err) {
+			return err
+		}
+	}
+	if s == nil {
+		return nil
+	}
+	return s.end(ctx)
+}
+
 // listenFile makes a listening unix socket and gives its file.
 func listenFile(path string) (*os.File, error) {
 	if err := os.Remove(path); err != nil && !errors.Is(err, fs.ErrNotExist) {

@@ -32,12 +32,13 @@ func (c *Controller) Start(ctx context.Context, id string) (_ sandbox.Controller
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
 	mine, err := p.beginStart(cancel)
-	if err != nil {
-		return sandbox.ControllerInstance{}, err
-	}
 	if !mine {
+		if err != nil {
+			return sandbox.ControllerInstance{}, err
+		}
 		return c.joinStart(ctx, p)
 	}
+	// Last, as whoever ends the sandbox waits for it.
 	defer close(p.started)
 	watch := newStopwatch()
 	defer func() {
@@ -46,6 +47,9 @@ func (c *Controller) Start(ctx context.Context, id string) (_ sandbox.Controller
 			retErr = c.undoStart(ctx, p, retErr)
 		}
 	}()
+	if err != nil {
+		return sandbox.ControllerInstance{}, err
+	}
 	if err := c.bringUp(ctx, p, watch); err != nil {
 		if cause := context.Cause(ctx); errors.Is(cause, errStopped) {
 			err = cause
@@ -59,18 +63,23 @@ func (c *Controller) Start(ctx context.Context, id string) (_ sandbox.Controller
 }
 
 // beginStart makes the sandbox starting. It returns false if another Start
-// runs or has succeeded.
+// runs or has succeeded, and for a sandbox that cannot be started. With true the
+// caller has a Start to undo, also after an error.
 func (p *pod) beginStart(cancel context.CancelCauseFunc) (bool, error) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	if s := p.rec.State; s == StateStarting || s == StateReady {
+	switch s := p.rec.State; {
+	case p.removed:
+		return false, fmt.Errorf("sandbox %q: %w", p.id, errdefs.ErrNotFound)
+	case p.ending != nil:
+		return false, fmt.Errorf("sandbox %q is being stopped, or was: %w", p.id, errdefs.ErrFailedPrecondition)
+	case p.cancelStart != nil || s == StateReady:
 		return false, nil
-	}
-	if err := p.updateLocked(func(r *record) { r.State = StateStarting }); err != nil {
-		return false, err
+	case s.to(StateStarting) != nil:
+		return false, fmt.Errorf("sandbox %q: %w", p.id, s.to(StateStarting))
 	}
 	p.cancelStart = cancel
-	return true, nil
+	return true, p.updateLocked(func(r *record) { r.State = StateStarting })
 }
 
 // joinStart waits for another Start and answers as that does.
@@ -80,7 +89,8 @@ func (c *Controller) joinStart(ctx context.Context, p *pod) (sandbox.ControllerI
 	case <-ctx.Done():
 		return sandbox.ControllerInstance{}, context.Cause(ctx)
 	}
-	if _, err := p.machine(); err != nil {
+	rec := p.snapshot()
+	if err := rec.ready(); err != nil {
 		return sandbox.ControllerInstance{}, err
 	}
 	return p.instance(), nil
@@ -299,7 +309,7 @@ func (c *Controller) becomeReady(ctx context.Context, p *pod, watch *stopwatch) 
 	}
 	p.cancelStart = nil
 	startTimer.UpdateSince(watch.start)
-	sandboxesGauge.Inc()
+	p.countLocked(true)
 	c.watch(ctx, p, vm, s)
 	log.G(ctx).WithFields(log.Fields{"pid": vm.State().Pid, "shim": s.id.Pid}).Info("started sandbox")
 	return nil
@@ -308,7 +318,6 @@ func (c *Controller) becomeReady(ctx context.Context, p *pod, watch *stopwatch) 
 // undoStart removes all that a failed Start and its Create made, and returns
 // why the Start failed together with what could not be undone.
 func (c *Controller) undoStart(ctx context.Context, p *pod, why error) error {
-	e := c.end(ctx, p, endReason{cause: "start failed: " + why.Error(), label: "start", status: exitKilled})
-	<-e.done
-	return errors.Join(why, e.err, c.remove(ctx, p))
+	err := c.endStart(ctx, p, endReason{cause: "start failed: " + why.Error(), label: "start", status: exitKilled})
+	return errors.Join(why, err, c.remove(ctx, p))
 }

@@ -31,8 +31,13 @@ type Info struct {
 	// Cause is why the sandbox ended.
 	Cause string `json:"cause,omitempty"`
 
+	// Pending is why the VM of a ready sandbox, which runs, is not under control
+	// since containerd has started; it goes when that is achieved.
+	Pending string `json:"pending,omitempty"`
+
 	Hypervisor        string `json:"hypervisor"`
 	HypervisorVersion string `json:"hypervisor_version,omitempty"`
+	HypervisorReason  string `json:"hypervisor_reason,omitempty"`
 	Accelerator       string `json:"accelerator,omitempty"`
 	AcceleratorReason string `json:"accelerator_reason,omitempty"`
 	GuestKernel       string `json:"guest_kernel,omitempty"`
@@ -120,11 +125,14 @@ func (c *Controller) info(p *pod, rec *record) Info {
 		Phases:         rec.Phases,
 	}
 	if rec.Hypervisor == c.host.Driver {
-		info.HypervisorVersion = c.host.Version
+		info.HypervisorVersion, info.HypervisorReason = c.host.Version, c.why
 		info.Accelerator, info.AcceleratorReason = c.host.Accelerator, c.host.Reason
 	}
 	if rec.Shim != nil {
 		info.ShimPid = rec.Shim.Pid
+	}
+	if rec.State == StateReady {
+		info.Pending = p.whyPending()
 	}
 	return info
 }

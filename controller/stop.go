@@ -37,19 +37,6 @@ func (c *Controller) Stop(ctx context.Context, id string, opts ...sandbox.StopOp
 }
 
 func (c *Controller) stop(ctx context.Context, p *pod) error {
-	if wait := p.cancelStarting(); wait {
-		select {
-		case <-p.started:
-		case <-ctx.Done():
-			return fmt.Errorf("stop sandbox %q while it starts: %w", p.id, context.Cause(ctx))
-		}
-	}
-	p.mu.Lock()
-	removed := p.removed
-	p.mu.Unlock()
-	if removed {
-		return nil // Start has undone everything
-	}
 	e := c.end(ctx, p, endReason{cause: "stopped", label: "stop", graceful: true, status: exitOK})
 	select {
 	case <-e.done:
@@ -57,16 +44,4 @@ func (c *Controller) stop(ctx context.Context, p *pod) error {
 	case <-ctx.Done():
 		return fmt.Errorf("stop sandbox %q: %w", p.id, context.Cause(ctx))
 	}
-}
-
-// cancelStarting cancels a Start under way and returns true if there is one to
-// wait for.
-func (p *pod) cancelStarting() bool {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	if p.rec.State == StateStarting && p.cancelStart != nil {
-		p.cancelStart(errStopped)
-		return true
-	}
-	return false
 }

@@ -7,6 +7,7 @@ package docs
 
 import (
 	"fmt"
+	"io/fs"
 	"maps"
 	"os"
 	"path/filepath"
@@ -25,7 +26,7 @@ func options(prefix string, v reflect.Value) map[string]string {
 	keys := map[string]string{}
 	for i := range v.NumField() {
 		key := prefix + strings.Split(v.Type().Field(i).Tag.Get("toml"), ",")[0]
-		switch f := v.Field(i); f.Kind() {
+		switch f := v.Field(i).Elem(); f.Kind() {
 		case reflect.Struct:
 			maps.Copy(keys, options(key+".", f))
 		case reflect.Slice:
@@ -96,5 +97,69 @@ func TestPaths(t *testing.T) {
 			_, err := os.Stat(filepath.Join("..", m[1]))
 			require.NoError(t, err, "named in %s", file)
 		}
+	}
+}
+
+// everywhere are the documents outside of this directory too.
+func everywhere(t *testing.T) map[string]string {
+	t.Helper()
+	files, err := filepath.Glob("*.md")
+	require.NoError(t, err)
+	texts := map[string]string{}
+	for _, file := range append(files, "../README.md", "../CONTRIBUTING.md", "../e2e/README.md") {
+		text, err := os.ReadFile(file)
+		require.NoError(t, err)
+		texts[file] = string(text)
+	}
+	return texts
+}
+
+// TestTargets: what a document has make do, the Makefile can, with the variables
+// that are named.
+func TestTargets(t *testing.T) {
+	t.Parallel()
+	makefile, err := os.ReadFile("../Makefile")
+	require.NoError(t, err)
+	targets := map[string]bool{}
+	for _, m := range regexp.MustCompile(`(?m)^([a-z0-9-]+):`).FindAllStringSubmatch(string(makefile), -1) {
+		targets[m[1]] = true
+	}
+	require.True(t, targets["demo"])
+	command := regexp.MustCompile("(?m)(?:^|`)make ([a-z0-9-]+)((?: +[A-Z]+=[^ `]+)*)")
+	for file, text := range everywhere(t) {
+		for _, m := range command.FindAllStringSubmatch(text, -1) {
+			require.True(t, targets[m[1]], "%s names make %s", file, m[1])
+			for word := range strings.FieldsSeq(m[2]) {
+				name, _, _ := strings.Cut(word, "=")
+				require.Contains(t, string(makefile), name, "%s names %s", file, word)
+			}
+		}
+	}
+}
+
+// TestEnvironment: the variables of the end-to-end tests are documented in both
+// places, and no other is.
+func TestEnvironment(t *testing.T) {
+	t.Parallel()
+	variable := regexp.MustCompile(`\bE2E_[A-Z_]+\b`)
+	used := map[string]bool{}
+	err := filepath.WalkDir("../e2e", func(path string, d fs.DirEntry, err error) error {
+		if err != nil || filepath.Ext(path) != ".go" {
+			return err
+		}
+		text, err := os.ReadFile(path)
+		for _, m := range regexp.MustCompile(`(?:Getenv|LookupEnv)\("(E2E_[A-Z_]+)"\)`).FindAllStringSubmatch(string(text), -1) {
+			used[m[1]] = true
+		}
+		return err
+	})
+	require.NoError(t, err)
+	require.Greater(t, len(used), 5)
+	for _, file := range []string{"development.md", "../e2e/README.md"} {
+		documented := map[string]bool{}
+		for _, name := range variable.FindAllString(everywhere(t)[file], -1) {
+			documented[name] = true
+		}
+		require.Equal(t, used, documented, file)
 	}
 }

@@ -58,12 +58,12 @@ func build(ctx context.Context, ic *plugin.InitContext) *controller.Controller {
 			opts.Images = images
 		}
 	}
-	var driverErr error
-	opts.Drivers, opts.Driver, opts.Host, driverErr = chooseDriver(ctx, settings)
+	chosen, driverErr := chooseDriver(ctx, settings)
+	opts.Drivers, opts.Driver, opts.Host, opts.DriverReason = chosen.all, chosen.driver, chosen.host, chosen.why
 	opts.Unfit = allOf(unfit, lockErr, storeErr, imageErr, driverErr)
 	maps.Copy(ic.Meta.Exports, map[string]string{
-		"hypervisor": opts.Host.Driver, "hypervisor_version": opts.Host.Version,
-		"accelerator": opts.Host.Accelerator, "accelerator_reason": opts.Host.Reason,
+		"hypervisor": chosen.host.Driver, "hypervisor_version": chosen.host.Version, "hypervisor_reason": chosen.why,
+		"accelerator": chosen.host.Accelerator, "accelerator_reason": chosen.host.Reason,
 	})
 	c := controller.New(opts)
 	if opts.Images != nil { // without its directories there is nothing to recover
@@ -81,13 +81,14 @@ func allOf(errs ...error) error {
 	return &config.Error{Problems: errs}
 }
 
-// recoverAll takes up sandboxes and cleans the image store. Failures cost what
-// they concern, and are in the log.
-func recoverAll(ctx context.Context, c *controller.Controller, images *rootfs.Store, s *stores) {
+// recoverAll takes up sandboxes and cleans the image store, for which the last and
+// longest part goes on after it returned: the channel is closed when it is over.
+// Failures cost what they concern, and are in the log.
+func recoverAll(ctx context.Context, c *controller.Controller, images *rootfs.Store, s *stores) <-chan struct{} {
 	begin := time.Now()
-	namespaces, err := s.namespaces(ctx)
-	if err != nil {
-		log.G(ctx).WithError(err).Warn("cannot list namespaces")
+	namespaces, listErr := s.namespaces(ctx)
+	if listErr != nil {
+		log.G(ctx).WithError(listErr).Warn("cannot list namespaces; all images are kept")
 	}
 	if err := images.Clean(ctx, namespaces); err != nil {
 		log.G(ctx).WithError(err).Warn("cannot remove all that an earlier containerd left of images")
@@ -96,11 +97,17 @@ func recoverAll(ctx context.Context, c *controller.Controller, images *rootfs.St
 		log.G(ctx).WithError(err).Error("cannot recover all sandboxes")
 	}
 	log.G(ctx).WithField("duration", time.Since(begin)).Debug("recovered")
+	done := make(chan struct{})
 	go func() {
+		defer close(done)
+		if listErr != nil {
+			return // no snapshot is known, so every image would go
+		}
 		if err := images.Forget(context.WithoutCancel(ctx), namespaces, s.snapshotters); err != nil {
 			log.G(ctx).WithError(err).Warn("cannot remove images that are not needed any more")
 		}
 	}()
+	return done
 }
 
 // stores are what we use of containerd's.
@@ -162,19 +169,28 @@ func newImages(s *config.Settings, st *stores) (*rootfs.Store, error) {
 	})
 }
 
-// chooseDriver takes the configured hypervisor, if the host can run it. The
-// drivers are returned in any case: VMs of an earlier configuration may live.
-func chooseDriver(ctx context.Context, s *config.Settings) ([]vmm.Driver, vmm.Driver, vmm.Host, error) {
+// choice is the hypervisor that new sandboxes use.
+type choice struct {
+	// all are returned in any case: VMs of an earlier configuration may live.
+	all    []vmm.Driver
+	driver vmm.Driver
+	host   vmm.Host
+	// why it is that one, for people.
+	why string
+}
+
+// chooseDriver takes the configured hypervisor, if the host can run it.
+func chooseDriver(ctx context.Context, s *config.Settings) (choice, error) {
 	ctx, cancel := context.WithTimeout(ctx, probeTimeout)
 	defer cancel()
 	all := drivers(s)
 	name := s.VMM
-	why := "it is configured"
+	why := "vmm is " + name
 	if name == config.VMMAuto {
 		name, why = config.VMMQEMU, "vmm is auto, and this build has no other"
 	}
 	if name != config.VMMQEMU {
-		return all, nil, vmm.Host{}, nil // Validate has said what is wrong
+		return choice{all: all}, nil // Validate has said what is wrong
 	}
 	for _, d := range all {
 		if d.Name() != name {
@@ -182,13 +198,13 @@ func chooseDriver(ctx context.Context, s *config.Settings) ([]vmm.Driver, vmm.Dr
 		}
 		host, err := d.Probe(ctx)
 		if err != nil {
-			return all, nil, vmm.Host{}, fmt.Errorf("hypervisor %s: %w", name, err)
+			return choice{all: all}, fmt.Errorf("hypervisor %s: %w", name, err)
 		}
 		log.G(ctx).WithFields(log.Fields{
 			"hypervisor": host.Driver, "why": why, "version": host.Version, "binary": host.Binary,
 			"accelerator": host.Accelerator, "reason": host.Reason,
 		}).Info("chose hypervisor")
-		return all, d, host, nil
+		return choice{all: all, driver: d, host: host, why: why}, nil
 	}
-	return all, nil, vmm.Host{}, fmt.Errorf("hypervisor %q is not in this build: %w", name, errdefs.ErrFailedPrecondition)
+	return choice{all: all}, fmt.Errorf("hypervisor %q is not in this build: %w", name, errdefs.ErrFailedPrecondition)
 }

@@ -1,0 +1,136 @@
+// SPDX-License-Identifier: Apache-2.0
+// Copyright The containerd-cloudhv Authors
+
+package controller
+
+import (
+	"context"
+	"fmt"
+	"time"
+
+	"github.com/containerd/errdefs"
+	"github.com/containerd/log"
+
+	"github.com/cloudhv/containerd-cloudhv/vmpool/vmm"
+)
+
+const (
+	// resultPending is what becomes of a sandbox whose VM is not taken up in time.
+	resultPending = "pending"
+	// Pauses between attempts to take up a VM.
+	firstTakeUpPause = 100 * time.Millisecond
+	maxTakeUpPause   = 30 * time.Second
+)
+
+// takeUp has the driver take up the VM of a ready sandbox whose processes live,
+// and tells what became of it.
+//
+// That the driver gets no answer before ctx ends proves nothing against the VM:
+// on a host that starts anew everything is slow. So the sandbox stays ready,
+// which it is as far as its containers can tell: shim and guest serve them
+// without us. It is watched and can be ended by the identity of its processes;
+// only what needs the VMM, a new image or a resize, is ErrUnavailable until
+// another attempt succeeds. A VM that cannot be taken up for any other reason
+// never will be, and is ended.
+func (c *Controller) takeUp(ctx context.Context, p *pod) (string, error) {
+	err := c.attach(ctx, p)
+	switch {
+	case err == nil:
+		return "ready", nil
+	case isContextError(err):
+		log.G(ctx).WithError(err).Warn("cannot take up a VM in time; it runs on, and will be tried again")
+		return resultPending, nil
+	case errdefs.IsNotFound(err):
+		return "ended", c.endAndWait(ctx, p, "the VM ended while containerd was away")
+	default:
+		log.G(ctx).WithError(err).Error("cannot take up a VM; it is killed")
+		return "ended", c.endAndWait(ctx, p, "the VM cannot be taken up: "+err.Error())
+	}
+}
+
+// keepTakingUp tries until it is known what becomes of the VM. Nothing tells when
+// a VMM is able to answer, so there are pauses.
+func (c *Controller) keepTakingUp(ctx context.Context, p *pod) {
+	for pause := firstTakeUpPause; ; pause = min(2*pause, maxTakeUpPause) {
+		timer := time.NewTimer(pause)
+		select {
+		case <-p.exited:
+			timer.Stop()
+			return
+		case <-timer.C:
+		}
+		if p.isEnding() {
+			return
+		}
+		ctx, cancel := context.WithTimeout(ctx, c.cfg.RecoverTimeout)
+		result, err := c.takeUp(ctx, p)
+		cancel()
+		if err != nil {
+			log.G(ctx).WithError(err).Error("cannot recover sandbox")
+		}
+		if result != resultPending {
+			return
+		}
+	}
+}
+
+// attach makes the VM that is held the sandbox's. It is no error if somebody has
+// begun to end the sandbox meanwhile. After an error the VM is held as before.
+func (c *Controller) attach(ctx context.Context, p *pod) error {
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	go func() {
+		select {
+		case <-p.exited:
+			cancel()
+		case <-ctx.Done():
+		}
+	}()
+	state := p.snapshot().VM
+	driver := c.drivers[state.Driver]
+	if driver == nil {
+		return fmt.Errorf("it is %s's, which this build does not know: %w", state.Driver, errdefs.ErrNotImplemented)
+	}
+	vm, err := driver.Attach(ctx, *state)
+	if err != nil {
+		if ctx.Err() != nil && !isContextError(err) {
+			err = fmt.Errorf("%w: %w", context.Cause(ctx), err)
+		}
+		p.mu.Lock()
+		defer p.mu.Unlock()
+		p.pending = printable(err.Error(), maxCause)
+		return err
+	}
+	return c.adopt(ctx, p, vm)
+}
+
+// adopt gives the sandbox its VM, which is watched from now on, or lets go of it
+// if the sandbox ends.
+func (c *Controller) adopt(ctx context.Context, p *pod, vm vmm.VM) error {
+	p.mu.Lock()
+	held, s := p.held, p.shim
+	ends := p.ending != nil || isClosed(p.exited)
+	if !ends {
+		p.vm, p.held, p.pending = vm, nil, ""
+		c.watch(ctx, p, vm, s)
+	}
+	p.mu.Unlock()
+	if ends {
+		return vm.Close()
+	}
+	log.G(ctx).WithFields(log.Fields{"pid": vm.State().Pid, "shim": s.id.Pid}).Info("took up sandbox")
+	// Its watcher ends.
+	return held.Close()
+}
+
+func (p *pod) isEnding() bool {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.ending != nil
+}
+
+func (p *pod) whyPending() string {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.pending
+}
