@@ -11,6 +11,9 @@ SHELL := /bin/bash
 # Our own tools first; then the system's, with sbin, where mkfs, runc and iptables live.
 export PATH := $(CURDIR)/build/bin:$(CURDIR)/build/host/bin:$(PATH):/usr/local/go/bin:/usr/local/sbin:/usr/sbin:/sbin
 
+# Where compilers find what set-up has unpacked and not installed. Each shell reads it, if it is there.
+export BASH_ENV := $(CURDIR)/build/host/env
+
 # One set of flags for all that is compiled, so that binaries and tests share one build cache. With
 # these tags nothing links to libc but what cannot do without, and that does so statically.
 export GOFLAGS ?= -buildvcs=false -trimpath -tags=netgo,osusergo,urfave_cli_no_docs
@@ -19,7 +22,12 @@ export CGO_ENABLED ?= 1
 PKG ?= $$(go list ./... | grep -v /e2e)
 RUN ?= .
 FUZZTIME ?= 10s
+ROUNDS ?= 20
+STEP := source hack/lib.sh; step
 GOTEST := go test -exec '$(CURDIR)/hack/as-root' -run '$(RUN)' $(TESTFLAGS)
+
+# Each step says when it began, counted from here: in a log that tells where the time goes.
+export STEPS_SINCE := $(shell date +%s)
 
 ##@ To look at it
 
@@ -50,8 +58,9 @@ build: setup ## Our binaries into build/bin and the guest image into build/guest
 	@hack/setup/guest.sh image
 
 .PHONY: lint
-lint: ## gofmt, go vet, golangci-lint, shell syntax, and that generated code is current.
-	@hack/setup/tools.sh golangci-lint
+lint: ## gofmt, go vet, golangci-lint, shell scripts, kernel configurations, and that generated code is current.
+	@hack/setup/packages.sh install generate || echo '    without protoc'
+	@hack/setup/tools.sh golangci-lint protoc-gen-go protoc-gen-go-ttrpc
 	@hack/lint.sh
 
 .PHONY: fix
@@ -62,13 +71,13 @@ fix: ## Format the code and let the linters mend what they can.
 
 .PHONY: unit
 unit: build ## Tests of the packages, as root where they need it (PKG=./vmpool/... RUN=TestName TESTFLAGS=-v).
-	@echo '==> Unit tests'
-	@$(GOTEST) -timeout 20m $(PKG)
+	@$(STEP) 'Unit tests'
+	@hack/unit.sh $(PKG) -- $(GOTEST) -timeout 20m
 
 .PHONY: race
 race: build ## The same under the race detector.
-	@echo '==> Unit tests with the race detector'
-	@$(GOTEST) -race -timeout 30m $(PKG)
+	@$(STEP) 'Unit tests with the race detector'
+	@hack/unit.sh $(PKG) -- $(GOTEST) -race -timeout 30m
 
 .PHONY: fuzz
 fuzz: ## Each fuzz test for a short while (FUZZTIME=10s).
@@ -76,13 +85,13 @@ fuzz: ## Each fuzz test for a short while (FUZZTIME=10s).
 
 .PHONY: e2e
 e2e: build ## Tests through the CRI on a private containerd (RUN=TestName for some of them).
-	@echo '==> End-to-end tests'
+	@$(STEP) 'End-to-end tests'
 	@E2E_REQUIRE=1 $(GOTEST) -v -count=1 -timeout 60m ./e2e/...
 
 .PHONY: bench
-bench: build ## Compare with runc in one run; writes build/bench.json.
+bench: build ## Compare with runc in one run; writes build/bench.json (ROUNDS=20: pods by each handler).
 	@go build -o build/bin/bench ./e2e/bench
-	@hack/as-root build/bin/bench -o build/bench.json
+	@hack/as-root build/bin/bench -o build/bench.json -n $(ROUNDS)
 
 .PHONY: generate
 generate: ## Generate the protobuf code again.

@@ -5,7 +5,8 @@
 # Generates Go from the protobuf files.
 #
 #   generate.sh           in place
-#   generate.sh --check   elsewhere, and fail where the checked-in code differs
+#   generate.sh --check   elsewhere, and fail where the checked-in code differs. Exit status 3: what it
+#                         takes to find out is missing
 
 set -euo pipefail
 
@@ -27,17 +28,21 @@ generate() {
 
 case ${1:-} in
 --check)
-	if [[ $(protoc --version 2>/dev/null) != "libprotoc $wanted" ]]; then
-		say "generated code: not checked, as protoc $wanted is not here"
-		exit 0
+	found=$(protoc --version 2>/dev/null || echo none)
+	if [[ $found != "libprotoc $wanted" ]]; then
+		say "generated code: NOT CHECKED, as protoc $wanted is not here (found: $found)"
+		exit 3
 	fi
+	for plugin in protoc-gen-go protoc-gen-go-ttrpc; do
+		command -v "$plugin" >/dev/null || { say "generated code: NOT CHECKED, as $plugin is not here"; exit 3; }
+	done
 	scratch=$(mktemp -d)
 	trap 'rm -rf "$scratch"' EXIT
 	generate "$scratch"
 	while read -r file; do
 		cmp -s "$scratch/$file" "$file" || die "$file is not what its .proto generates: run make generate"
 	done < <(cd "$scratch" && find . -name '*.go' -printf '%P\n')
-	say "generated code: current"
+	say "generated code: current (${#protos[@]} files)"
 	;;
 '')
 	step "Protobufs"

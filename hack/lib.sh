@@ -14,8 +14,8 @@ else
 	bold='' dim='' red='' reset=''
 fi
 
-# step TEXT: the beginning of something that may take a while.
-step() { printf '%s==> %s%s\n' "$bold" "$*" "$reset"; }
+# step TEXT: the beginning of something that may take a while, and how long after make's own.
+step() { printf '%s==> %s%s%s\n' "$bold" "$*" "$reset" "${STEPS_SINCE:+ $dim(at $(($(date +%s) - STEPS_SINCE)) s)$reset}"; }
 say() { printf '    %s\n' "$*"; }
 warn() { printf '    %swarning:%s %s\n' "$red" "$reset" "$*" >&2; }
 die() { printf '%serror:%s %s\n' "$red" "$reset" "$*" >&2; exit 1; }
@@ -23,18 +23,33 @@ die() { printf '%serror:%s %s\n' "$red" "$reset" "$*" >&2; exit 1; }
 # announce COMMAND...: says what is about to be done as root.
 announce() { printf '    %sas root:%s %s\n' "$bold" "$reset" "$*"; }
 
+# kept_environment: fills the array kept with what sudo would drop and a command as root cannot do
+# without: the way to the network, where certificates lie, and Go's settings.
+kept_environment() {
+	local name
+	kept=()
+	for name in $(compgen -e); do
+		case $name in
+		[Hh][Tt][Tt][Pp]_[Pp][Rr][Oo][Xx][Yy] | [Hh][Tt][Tt][Pp][Ss]_[Pp][Rr][Oo][Xx][Yy] | \
+			[Ff][Tt][Pp]_[Pp][Rr][Oo][Xx][Yy] | [Aa][Ll][Ll]_[Pp][Rr][Oo][Xx][Yy] | [Nn][Oo]_[Pp][Rr][Oo][Xx][Yy] | \
+			SSL_CERT_FILE | SSL_CERT_DIR | GO[A-Z0-9]* | CGO_*) kept+=("$name=${!name}") ;;
+		esac
+	done
+}
+
 # as_root COMMAND...: runs it as root. Without a terminal nobody is asked for a password.
 as_root() {
+	local -a kept
 	if [[ $(id -u) == 0 ]]; then
 		"$@"
 		return
 	fi
 	command -v sudo >/dev/null || die "this needs root, and there is no sudo: run it as root"
-	if [[ -t 0 && -t 2 ]]; then
-		sudo -- "$@"
-	else
-		sudo -n -- "$@" || die "as root by sudo failed: $1 (without a terminal sudo must not ask for a password; or run it as root)"
+	if [[ ! -t 0 || ! -t 2 ]]; then
+		sudo -n true || die "sudo wants a password and there is no terminal to ask for it: run this as root"
 	fi
+	kept_environment
+	sudo -- env "${kept[@]}" "$@"
 }
 
 # indent: shows a long command's output as part of ours.

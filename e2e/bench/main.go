@@ -15,6 +15,8 @@
 //   - stop_remove: the calls StopPodSandbox and RemovePodSandbox.
 //   - vmm_private_bytes, shim_private_bytes: memory that is the process's alone
 //     (Private_Clean and Private_Dirty), with the container idle. runc has no VMM.
+//
+// What fails, and what could not be tried because of it, is counted as failed.
 package main
 
 import (
@@ -76,8 +78,8 @@ func run(ctx context.Context, out string, rounds, warmUp int) (retErr error) {
 		}
 		for j := range handlers {
 			h := handlers[(i+j)%2]
-			if err := b.pod(ctx, h); err != nil {
-				fmt.Fprintf(os.Stderr, "round %d, %s: %v\n", i-warmUp, h, err)
+			if err := b.round(ctx, h); err != nil {
+				fmt.Fprintf(os.Stderr, "\nround %d, %s: %v\n", i-warmUp, h, err)
 			}
 			if ctx.Err() != nil {
 				return ctx.Err()

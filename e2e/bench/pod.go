@@ -10,8 +10,8 @@ import (
 	"errors"
 	"fmt"
 	"os"
-	"os/exec"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -29,7 +29,16 @@ const execs = 3
 // firstLine is what the container writes first.
 const firstLine = "first"
 
-// pod is one pod's life, with all that is measured of it.
+// round is one pod's life. All that it was to measure and has not, because an
+// earlier step failed, counts as failed.
+func (b *bench) round(ctx context.Context, h string) error {
+	before := b.tried(h)
+	err := b.pod(ctx, h)
+	b.settle(h, before)
+	return err
+}
+
+// pod is one pod's life, with what can be measured of it.
 func (b *bench) pod(ctx context.Context, h string) (retErr error) {
 	cfg := b.node.PodConfig("bench")
 	defer func() { retErr = errors.Join(retErr, os.RemoveAll(cfg.GetLogDirectory())) }()
@@ -108,7 +117,7 @@ func awaitFirst(ctx context.Context, path string) (time.Time, error) {
 func (b *bench) inspect(ctx context.Context, h, id string) error {
 	if h == testnode.RunC {
 		pid, err := runcShim(id)
-		return errors.Join(err, b.memory(shimPrivate, h, pid, err))
+		return b.memory(shimPrivate, h, pid, err)
 	}
 	st, err := b.node.Runtime().PodSandboxStatus(ctx, &runtimeapi.PodSandboxStatusRequest{PodSandboxId: id, Verbose: true})
 	if err != nil {
@@ -172,9 +181,19 @@ func privateBytes(pid int) (float64, error) {
 
 // runcShim finds the shim of a runc pod by its command line.
 func runcShim(id string) (int, error) {
-	out, err := exec.Command("pgrep", "-f", "containerd-shim-runc-v2.*"+id).Output()
+	lines, err := filepath.Glob("/proc/[0-9]*/cmdline")
 	if err != nil {
-		return 0, fmt.Errorf("finding the shim of pod %s: %w", id, err)
+		return 0, err
 	}
-	return strconv.Atoi(strings.TrimSpace(string(out)))
+	for _, f := range lines {
+		data, err := os.ReadFile(f)
+		if err != nil {
+			continue // it has ended
+		}
+		args := strings.Split(string(data), "\x00")
+		if filepath.Base(args[0]) == "containerd-shim-runc-v2" && slices.Contains(args, id) {
+			return strconv.Atoi(filepath.Base(filepath.Dir(f)))
+		}
+	}
+	return 0, fmt.Errorf("the shim of pod %s: %w", id, errdefs.ErrNotFound)
 }

@@ -11,6 +11,8 @@ import (
 	"text/tabwriter"
 	"time"
 
+	"github.com/containerd/errdefs"
+
 	"github.com/cloudhv/containerd-cloudhv/e2e/testnode"
 )
 
@@ -31,6 +33,17 @@ const (
 	unitMillis = "ms"
 	unitBytes  = "bytes"
 )
+
+// wanted is how many values of each name a pod of h gives when nothing fails.
+func wanted(name, h string) int {
+	switch {
+	case name == execTrue:
+		return execs
+	case name == vmmPrivate && h == testnode.RunC:
+		return 0
+	}
+	return 1
+}
 
 func unit(name string) string {
 	if name == vmmPrivate || name == shimPrivate {
@@ -83,6 +96,30 @@ func (b *bench) add(name, h string, value float64, err error) {
 	s.values = append(s.values, value)
 }
 
+// tried is how many values and failures of each name there are by now.
+func (b *bench) tried(h string) map[string]int {
+	m := map[string]int{}
+	for _, name := range names {
+		if s := b.samples[key(name, h)]; s != nil {
+			m[name] = len(s.values) + s.failed
+		}
+	}
+	return m
+}
+
+// errNotReached stands for what was not even tried.
+var errNotReached = fmt.Errorf("an earlier step failed: %w", errdefs.ErrAborted)
+
+// settle counts as failed what a pod, begun when tried was before, has not given.
+func (b *bench) settle(h string, before map[string]int) {
+	now := b.tried(h)
+	for _, name := range names {
+		for range wanted(name, h) - (now[name] - before[name]) {
+			b.add(name, h, 0, errNotReached)
+		}
+	}
+}
+
 func (b *bench) duration(name, h string, d time.Duration, err error) {
 	b.add(name, h, float64(d.Microseconds())/1000, err)
 }
@@ -103,7 +140,8 @@ func (b *bench) failed() int {
 	return sum
 }
 
-// stats sums up a sample: how many values, how many failures, percentiles.
+// stats sums up a sample: how many values, how many that should be there and are
+// not (failed), and percentiles. N and Failed together are what was planned.
 type stats struct {
 	N      int     `json:"n"`
 	Failed int     `json:"failed"`

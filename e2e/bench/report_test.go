@@ -9,6 +9,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/containerd/errdefs"
 	"github.com/stretchr/testify/require"
 
 	"github.com/cloudhv/containerd-cloudhv/e2e/testnode"
@@ -51,4 +52,48 @@ func TestResults(t *testing.T) {
 		require.Nil(t, r.Ratio, r.Name)
 	}
 	require.Equal(t, 1, b.failed())
+}
+
+// A pod that fails early has failed at all that was to come.
+func TestWhatIsNotReachedHasFailed(t *testing.T) {
+	b := &bench{samples: map[string]*sample{}}
+	boom := errors.New("boom")
+	for _, h := range handlers {
+		// A good pod first, which must not make up for the bad ones.
+		before := b.tried(h)
+		for _, name := range names {
+			for range wanted(name, h) {
+				b.add(name, h, 1, nil)
+			}
+		}
+		b.settle(h, before)
+		// It does not start.
+		before = b.tried(h)
+		b.duration(runPodSandbox, h, time.Second, boom)
+		b.settle(h, before)
+		// One exec of it fails, and it cannot be inspected.
+		before = b.tried(h)
+		b.duration(runPodSandbox, h, time.Second, nil)
+		b.duration(firstWrite, h, time.Second, nil)
+		b.duration(execTrue, h, time.Second, nil)
+		b.duration(execTrue, h, time.Second, boom)
+		b.duration(execTrue, h, time.Second, nil)
+		b.duration(stopRemove, h, time.Second, nil)
+		b.settle(h, before)
+	}
+	failed := map[string][2]int{}
+	for _, r := range b.results() {
+		failed[r.Name] = [2]int{r.Ours.Failed, r.RunC.Failed}
+		require.Equal(t, 3*wanted(r.Name, testnode.CloudHV), r.Ours.N+r.Ours.Failed, r.Name)
+		require.Equal(t, 3*wanted(r.Name, testnode.RunC), r.RunC.N+r.RunC.Failed, r.Name)
+	}
+	require.Equal(t, map[string][2]int{
+		runPodSandbox: {1, 1}, firstWrite: {1, 1}, execTrue: {execs + 1, execs + 1}, stopRemove: {1, 1},
+		vmmPrivate: {2, 0}, shimPrivate: {2, 2},
+	}, failed)
+}
+
+func TestTheShimOfNoPod(t *testing.T) {
+	_, err := runcShim("no such pod")
+	require.ErrorIs(t, err, errdefs.ErrNotFound)
 }

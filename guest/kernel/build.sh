@@ -5,7 +5,9 @@
 # Builds the guest kernel from Debian's linux-source package.
 #
 #   build.sh                      build it, unless the one at hand is from the same inputs
-#   build.sh --check-config ARCH  only resolve the fragments for ARCH (x86_64, arm64) and verify them
+#   build.sh --check-config ARCH  only resolve the fragments for ARCH (x86_64, arm64) and verify them, unless
+#                                 that has been done from the same inputs. This needs no compiler for ARCH.
+#                                 Exit status 3: a tool or the source is missing
 #
 # Environment:
 #   LINUX_SOURCE   source tarball          (/usr/src/linux-source-6.12.tar.xz)
@@ -52,13 +54,23 @@ fragments() {
 	done
 }
 
-check_tools() {
-	local tool missing=()
-	for tool in make gcc ld flex bison bc perl xz readelf strip; do
-		command -v "$tool" >/dev/null || missing+=("$tool")
+# configure_tools are what resolving a configuration takes, build_tools what compiling does beyond.
+configure_tools=(make gcc ld flex bison xz)
+build_tools=(bc perl readelf strip)
+
+# missing_tools TOOL...: prints which are not there.
+missing_tools() {
+	local tool
+	for tool in "$@"; do
+		command -v "$tool" >/dev/null || echo "$tool"
 	done
+}
+
+check_tools() {
+	local -a missing
+	mapfile -t missing < <(missing_tools "${configure_tools[@]}" "${build_tools[@]}")
 	[[ ${#missing[@]} -eq 0 ]] || die "missing tools: ${missing[*]} (Debian: build-essential flex bison bc xz-utils)"
-	[[ -f /usr/include/libelf.h || -f /usr/include/gelf.h ]] || die "missing libelf headers (Debian: libelf-dev)"
+	gcc -E -include libelf.h -x c /dev/null >/dev/null 2>&1 || die "missing libelf headers (Debian: libelf-dev)"
 }
 
 # source_id: identifies the tarball without reading 150 MB of it.
@@ -66,6 +78,13 @@ source_id() {
 	[[ -r $LINUX_SOURCE ]] || die "no kernel source at $LINUX_SOURCE (Debian: linux-source-6.12, from bookworm-backports on Debian 12; or set LINUX_SOURCE)"
 	stat -L -c '%s-%Y' "$LINUX_SOURCE"
 }
+
+# unused are two thirds of the source: no fragment asks for any of it, and what Kconfig reads stays.
+unused=(
+	'*/drivers/gpu/drm/*/*.[ch]' '*/drivers/media/*/*.[ch]' '*/drivers/staging/*/*.[ch]' '*/drivers/infiniband/hw/*.[ch]'
+	'*/drivers/net/ethernet/*.[ch]' '*/drivers/net/wireless/*.[ch]' '*/sound/*/*.[ch]'
+	'*/tools/testing/*' '*/tools/perf/*' '*.rst' '*.dts' '*.dtsi' '*/Documentation/*.yaml'
+)
 
 # unpack: prints the source tree, which it extracts once a tarball.
 unpack() {
@@ -75,7 +94,7 @@ unpack() {
 		say "unpacking $LINUX_SOURCE" >&2
 		mkdir -p "$KERNEL_BUILD"
 		tmp=$(mktemp -d "$KERNEL_BUILD/unpack.XXXXXX")
-		if ! tar -C "$tmp" --strip-components=1 -xf "$LINUX_SOURCE"; then
+		if ! XZ_OPT=-T0 tar -C "$tmp" --strip-components=1 "${unused[@]/#/--exclude=}" -xf "$LINUX_SOURCE"; then
 			rm -rf "$tmp"
 			die "cannot unpack $LINUX_SOURCE"
 		fi
@@ -120,11 +139,14 @@ verify_config() {
 # has_pvh_note FILE: both hypervisors boot vmlinux by the entry point in this ELF note.
 has_pvh_note() { readelf -n "$1" 2>/dev/null | grep -Eq 'Xen .*0x00000012'; }
 
+# input_hash ARCH: of all that shapes the kernel. Of this script that is what compiles.
 input_hash() {
 	local -a list
 	mapfile -t list < <(fragments "$1")
 	{
-		cat "${list[@]}" "${BASH_SOURCE[0]}"
+		cat "${list[@]}"
+		declare -f configure verify_config compile
+		env | grep ^KBUILD_BUILD_ | sort
 		source_id
 		gcc --version
 		ld --version
@@ -139,14 +161,35 @@ install_as() {
 
 up_to_date() { [[ -f $OUT/vmlinux && -f $OUT/.kernel.stamp && $(<"$OUT/.kernel.stamp") == "$1" ]]; }
 
+# compile SRC OBJ ARCH: prints the file that the hypervisors boot.
+compile() {
+	local src=$1 obj=$2 arch=$3 image=vmlinux
+	[[ $arch == x86_64 ]] || image=Image
+	nice make -s -C "$src" O="$obj" ARCH="$arch" -j"$JOBS" "$image" >"$obj/build.log" 2>&1 ||
+		die "compilation failed:"$'\n'"$(grep -E 'error|Error' "$obj/build.log" | head -n 20)"
+	if [[ $arch != x86_64 ]]; then
+		echo "$obj/arch/$arch/boot/Image"
+		return
+	fi
+	strip -o "$obj/vmlinux.stripped" "$obj/vmlinux" || die "strip failed"
+	has_pvh_note "$obj/vmlinux.stripped" || die "vmlinux lacks the PVH entry note"
+	echo "$obj/vmlinux.stripped"
+}
+
+# lock: one process at a time works below KERNEL_BUILD.
+lock() {
+	mkdir -p "$KERNEL_BUILD"
+	exec 9>"$KERNEL_BUILD/.lock"
+	flock 9
+}
+
 build() {
 	local arch src obj hash stamp=$OUT/.kernel.stamp start image
 	arch=$(host_arch)
 	if ! up_to_date "$(input_hash "$arch")"; then
 		check_tools
-		mkdir -p "$OUT" "$KERNEL_BUILD"
-		exec 9>"$KERNEL_BUILD/.lock"
-		flock 9
+		mkdir -p "$OUT"
+		lock
 	fi
 	# Whoever held the lock may have built it, or the fragments may have changed meanwhile.
 	hash=$(input_hash "$arch")
@@ -159,37 +202,47 @@ build() {
 	obj=$KERNEL_BUILD/obj-$arch
 	configure "$src" "$obj" "$arch"
 
-	image=vmlinux
-	[[ $arch == x86_64 ]] || image=Image
 	say "compiling with $JOBS jobs (about five minutes of processor time; log in $obj/build.log)"
-	nice make -s -C "$src" O="$obj" ARCH="$arch" -j"$JOBS" "$image" >"$obj/build.log" 2>&1 ||
-		die "compilation failed:"$'\n'"$(grep -E 'error|Error' "$obj/build.log" | head -n 20)"
+	image=$(compile "$src" "$obj" "$arch")
 
 	rm -f "$stamp"
-	if [[ $arch == x86_64 ]]; then
-		strip -o "$obj/vmlinux.stripped" "$obj/vmlinux"
-		has_pvh_note "$obj/vmlinux.stripped" || die "vmlinux lacks the PVH entry note"
-		install_as "$obj/vmlinux.stripped" vmlinux
-	else
-		install_as "$obj/arch/$arch/boot/Image" vmlinux
-	fi
+	install_as "$image" vmlinux
 	install_as "$obj/.config" kernel.config
 	install_as "$obj/include/config/kernel.release" kernel.version
 	echo "$hash" >"$stamp"
 	say "built $(<"$OUT/kernel.version") in $((SECONDS - start)) s: $OUT/vmlinux, $(stat -c %s "$OUT/vmlinux") bytes"
 }
 
+# check_config ARCH: what has been found right once is not looked at again.
 check_config() {
-	local src
-	check_tools
-	mkdir -p "$KERNEL_BUILD"
+	local -a missing
+	local src stamp=$KERNEL_BUILD/check-$1/.stamp
+	[[ -f $here/config/$1.config ]] || die "no configuration for architecture $1"
+	mapfile -t missing < <(missing_tools "${configure_tools[@]}")
+	if [[ ${#missing[@]} -gt 0 ]]; then
+		say "configuration for $1: NOT CHECKED, missing tools: ${missing[*]}"
+		exit 3
+	elif [[ ! -r $LINUX_SOURCE ]]; then
+		say "configuration for $1: NOT CHECKED, no kernel source at $LINUX_SOURCE"
+		exit 3
+	fi
+	lock
+	if [[ $1 == "$(host_arch)" ]] && up_to_date "$(input_hash "$1")"; then
+		say "configuration for $1: all requested options are in effect in the kernel that was built"
+		return
+	elif [[ -f $stamp && $(<"$stamp") == "$(input_hash "$1")" ]]; then
+		say "configuration for $1: all requested options were in effect, and nothing has changed since"
+		return
+	fi
 	src=$(unpack)
+	rm -rf "$KERNEL_BUILD/check-$1"
 	configure "$src" "$KERNEL_BUILD/check-$1" "$1"
+	input_hash "$1" >"$stamp"
 }
 
 case ${1:-} in
 '') build ;;
 --check-config) check_config "${2:?--check-config needs an architecture}" ;;
--h | --help) sed -n '5,15s/^# \{0,1\}//p' "${BASH_SOURCE[0]}" ;;
+-h | --help) sed -n '5,17s/^# \{0,1\}//p' "${BASH_SOURCE[0]}" ;;
 *) die "unknown argument $1 (see --help)" ;;
 esac

@@ -38,6 +38,11 @@ type demo struct {
 	extra string
 
 	before testnode.Census
+	// site is where the node leaves its traces; first, during and last are those
+	// before there was a node, with the pod, and after the end.
+	site                site
+	first, during, last footprint
+	closed              bool
 	// podID and webID are the pod and its container; podIP its address by CNI.
 	podID, webID, podIP string
 	// info is what the plugin tells of the pod.
@@ -77,7 +82,9 @@ func (d *demo) start(ctx context.Context) error {
 		return fmt.Errorf("the plugin cannot serve here: %s", exports["reason"])
 	}
 	d.out.fact("hypervisor", exports["hypervisor"]+" "+exports["hypervisor_version"])
-	d.out.fact("accelerator", exports["accelerator"]+": "+exports["accelerator_reason"])
+	d.out.fact("", "because "+exports["hypervisor_reason"])
+	d.out.fact("accelerator", exports["accelerator"])
+	d.out.fact("", exports["accelerator_reason"])
 	return nil
 }
 
@@ -195,10 +202,10 @@ func (d *demo) inside(ctx context.Context) error {
 		if err != nil {
 			return err
 		}
-		d.out.output(out)
 		if c == "uname -r" {
-			d.out.note("and on the host `uname -r` says " + hostKernel() + ".")
+			out = table([]string{"in the pod\t" + out, "on the host\t" + hostKernel()})
 		}
+		d.out.output(out)
 	}
 	return nil
 }
@@ -307,9 +314,12 @@ func (d *demo) memory(ctx context.Context) error {
 	return nil
 }
 
-// cleanUp removes the pod, counts what is left, and removes the node.
-func (d *demo) cleanUp(ctx context.Context, closeNode func() error) error {
-	d.out.section("Clean-up", "The pod goes, and what the host has is counted and compared with before. Then containerd goes as well.")
+// cleanUp removes the pod and sees that nothing is left of it, then all the rest.
+func (d *demo) cleanUp(ctx context.Context) (err error) {
+	d.out.section("Clean-up", "The pod goes, then containerd. What they made on the host is then looked for again.")
+	if d.during, err = d.site.look(nil); err != nil {
+		return err
+	}
 	for _, args := range [][]string{{"stopp", d.podID}, {"rmp", d.podID}} {
 		if _, err := d.crictl(ctx, args...); err != nil {
 			return err
@@ -317,9 +327,9 @@ func (d *demo) cleanUp(ctx context.Context, closeNode func() error) error {
 	}
 	wait, cancel := context.WithTimeout(ctx, testnode.Scale(commandLimit))
 	defer cancel()
-	var after testnode.Census
-	err := testnode.Eventually(wait, func(ctx context.Context) (err error) {
-		if after, err = d.node.Census(ctx); err != nil {
+	err = testnode.Eventually(wait, func(ctx context.Context) error {
+		after, err := d.node.Census(ctx)
+		if err != nil {
 			return err
 		}
 		if left := leaks(after.Diff(d.before)); len(left) > 0 {
@@ -330,24 +340,42 @@ func (d *demo) cleanUp(ctx context.Context, closeNode func() error) error {
 	if err != nil {
 		return err
 	}
+	d.out.note("Of the pod nothing is left; for the next one containerd keeps the image as one erofs file, and the template of the writable disk.")
 	fmt.Fprintln(d.out.w)
-	rows := []string{"\tBEFORE\tAFTER"}
-	for _, class := range []string{"process", "mount", "link", "cgroup", "loop", "record"} {
-		rows = append(rows, fmt.Sprintf("%s\t%d\t%d", class, d.before.Count(class), after.Count(class)))
-	}
-	d.out.output(table(rows))
-	d.out.note("Kept for the next pod: the image as one erofs file, and the template of the writable disk.")
-	fmt.Fprintln(d.out.w)
-	dir := d.node.Dir()
-	if err := d.out.timed("end containerd, remove "+dir, closeNode); err != nil {
+	if err := d.out.timed("end containerd, remove "+d.node.Dir(), func() error { return d.close(ctx) }); err != nil {
 		return err
 	}
-	if _, err := os.Lstat(dir); err == nil {
-		return fmt.Errorf("%s is still there", dir)
-	}
+	fmt.Fprintln(d.out.w)
+	d.out.output(footprints(d.first, d.during, d.last))
+	fmt.Fprintln(d.out.w)
 	d.out.note("Nothing is left.")
 	fmt.Fprintln(d.out.w)
 	return nil
+}
+
+// close ends the node, once, and fails if anything of it is still there.
+func (d *demo) close(ctx context.Context) error {
+	if d.closed {
+		return nil
+	}
+	d.closed = true
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), testnode.Scale(cleanupLimit))
+	defer cancel()
+	if err := d.node.Close(ctx); err != nil {
+		return err
+	}
+	// The kernel takes a moment to end the links of a network namespace that has gone.
+	wait, cancel := context.WithTimeout(ctx, testnode.Scale(settleLimit))
+	defer cancel()
+	return testnode.Eventually(wait, func(context.Context) (err error) {
+		if d.last, err = d.site.look(d.during); err != nil {
+			return err
+		}
+		if lines := left(d.first, d.last); len(lines) > 0 {
+			return fmt.Errorf("left behind: %s", strings.Join(lines, "; "))
+		}
+		return nil
+	})
 }
 
 // leaks are those lines of a census's difference that tell of something left.

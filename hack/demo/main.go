@@ -19,19 +19,26 @@ import (
 	"github.com/cloudhv/containerd-cloudhv/e2e/testnode"
 )
 
-// cleanupLimit bounds the removal of everything at the end.
-const cleanupLimit = 2 * time.Minute
+// cleanupLimit bounds the removal of everything at the end, settleLimit how long
+// it may take until all of it is seen to be gone.
+const (
+	cleanupLimit = 2 * time.Minute
+	settleLimit  = 10 * time.Second
+)
+
+// errInterrupted is what an interrupted demo returns that has left nothing.
+var errInterrupted = errors.New("interrupted; everything it made is removed")
 
 func main() {
 	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGINT, syscall.SIGTERM, syscall.SIGHUP)
 	defer stop()
 	err := run(ctx, newPrinter(os.Stdout), os.Getenv("IMAGE"))
-	if ctx.Err() != nil {
-		fmt.Fprintln(os.Stderr, "\ndemo: interrupted; everything it made is removed")
-		os.Exit(130)
-	}
 	if err != nil {
 		fmt.Fprintln(os.Stderr, "\ndemo:", err)
+		stop()
+		if errors.Is(err, errInterrupted) {
+			os.Exit(130)
+		}
 		os.Exit(1)
 	}
 }
@@ -46,34 +53,30 @@ func run(ctx context.Context, out *printer, image string) (retErr error) {
 	if len(missing) > 0 {
 		return fmt.Errorf("not built yet: %v (make build)", missing)
 	}
-	node, err := testnode.New(opts)
-	if err != nil {
+	d := &demo{out: out, extra: image, site: newSite(opts.Name)}
+	if d.first, err = d.site.look(nil); err != nil {
 		return err
 	}
-	closed := false
-	closeNode := func() error {
-		if closed {
-			return nil
-		}
-		closed = true
-		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), testnode.Scale(cleanupLimit))
-		defer cancel()
-		return node.Close(ctx)
+	if d.node, err = testnode.New(opts); err != nil {
+		return err
 	}
 	defer func() {
 		if retErr != nil && ctx.Err() == nil {
-			fmt.Fprintf(os.Stderr, "\nThe end of containerd's log:\n%s\n", node.LogTail(2048))
+			fmt.Fprintf(os.Stderr, "\nThe end of containerd's log:\n%s\n", d.node.LogTail(2048))
 		}
-		retErr = errors.Join(retErr, closeNode())
+		err := d.close(ctx)
+		if ctx.Err() != nil && err == nil {
+			retErr = errInterrupted
+			return
+		}
+		retErr = errors.Join(retErr, err)
 	}()
-
-	d := &demo{node: node, out: out, extra: image}
 	for _, step := range []func(context.Context) error{
-		d.versions, d.start, d.images, d.pod, d.phases, d.inside, d.logs, d.http, d.extraContainer, d.memory,
+		d.versions, d.start, d.images, d.pod, d.phases, d.inside, d.logs, d.http, d.extraContainer, d.memory, d.cleanUp,
 	} {
 		if err := step(ctx); err != nil {
 			return err
 		}
 	}
-	return d.cleanUp(ctx, closeNode)
+	return nil
 }

@@ -25,9 +25,9 @@ foreign() {
 		hack/setup/kernel-source.sh | sed -u "s/^kernel source: /    source: /"
 		export LINUX_SOURCE=$repo/build/cache/linux-source-6.12.tar.xz
 	fi
-	guest/kernel/build.sh | sed -u 's/^guest kernel: /    /'
+	guest/kernel/build.sh 2>&1 | sed -u 's/^guest kernel: /    /'
 	step "Guest crun"
-	guest/rootfs/crun/build.sh | sed -u 's/^guest crun: /    /'
+	guest/rootfs/crun/build.sh 2>&1 | sed -u 's/^guest crun: /    /'
 }
 
 image() {

@@ -22,6 +22,8 @@ here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 repo=$(cd "$here/../.." && pwd)
 # shellcheck source=hack/lib.sh
 source "$repo/hack/lib.sh"
+# shellcheck source=hack/setup/unpack.sh
+source "$here/unpack.sh"
 
 HOST_DIR=${HOST_DIR:-$repo/build/host}
 # Outlives this checkout: another one can undo what this one did.
@@ -132,48 +134,6 @@ install_with_apt() {
 		die "apt-get install failed (see above, and /var/log/apt/term.log)"
 }
 
-# unpack PACKAGE: the package, and what it needs that is not there, under HOST_DIR; its commands in
-# HOST_DIR/bin. Needs no root and changes nothing outside of the directory.
-unpack() {
-	local package=$1 plan root=$HOST_DIR/root debs=$HOST_DIR/debs file
-	local -a wanted
-	plan=$(apt-get -s --no-install-recommends install "$package" 2>/dev/null) || die "apt finds no way to install $package"
-	mapfile -t wanted < <(awk '$1 == "Inst" { print $2 }' <<<"$plan")
-	say "$package conflicts with $(awk '$1 == "Remv" { printf "%s ", $2 }' <<<"$plan")here: unpacking ${wanted[*]} into $HOST_DIR"
-	mkdir -p "$root" "$debs" "$HOST_DIR/bin" "$HOST_DIR/unpacked"
-	(cd "$debs" && apt-get -q -o APT::Sandbox::User="$(id -un)" download "${wanted[@]}" 2>&1 | indent)
-	for file in "${wanted[@]}"; do
-		dpkg-deb -x "$debs/${file%%:*}"_*.deb "$root"
-	done
-	link_commands "$package" "$root" "$debs/$package"_*.deb
-	# Where test nodes look for the CNI plugins.
-	ln -sfn root/usr "$HOST_DIR/usr"
-	touch "$HOST_DIR/unpacked/$package"
-}
-
-# link_commands PACKAGE ROOT DEB: by a wrapper, so that libraries that came along are found.
-link_commands() {
-	local path name
-	while read -r path; do
-		name=$(basename "$path")
-		cat >"$HOST_DIR/bin/.$name.new" <<-EOF
-			#!/bin/sh
-			# $1, unpacked as it could not be installed.
-			LD_LIBRARY_PATH="$2/usr/lib/$(uname -m)-linux-gnu:$2/lib/$(uname -m)-linux-gnu\${LD_LIBRARY_PATH:+:\$LD_LIBRARY_PATH}"
-			export LD_LIBRARY_PATH
-			exec "$2/$path" "\$@"
-		EOF
-		chmod 0755 "$HOST_DIR/bin/.$name.new"
-		if ! readelf_interp "$2/$path"; then
-			ln -sf "$2/$path" "$HOST_DIR/bin/.$name.new"
-		fi
-		mv -f "$HOST_DIR/bin/.$name.new" "$HOST_DIR/bin/$name"
-	done < <(dpkg-deb --fsys-tarfile "$3" | tar -t | sed -n 's,^\./,,; /^\(usr\/\)\{0,1\}s\{0,1\}bin\/[^/]*[^/]$/p')
-}
-
-# readelf_interp FILE: whether FILE is linked dynamically. ELF's interpreter is a path in its first page.
-readelf_interp() { head -c 4096 "$1" | grep -qa '/ld-linux'; }
-
 install_groups() {
 	local -a wanted
 	local package probe
@@ -227,6 +187,7 @@ remove_packages() {
 }
 
 remove() {
+	say "package sources: none to take away; backports were added only to apts of our own, and went with them"
 	if [[ ! -e $record_dir ]]; then
 		say "set-up has installed nothing on this machine"
 		return

@@ -44,14 +44,17 @@ check_tools() {
 	done
 	[[ ${#missing[@]} -eq 0 ]] || die "missing tools: ${missing[*]} (Debian: build-essential dpkg-dev pkg-config python3)"
 	for package in "${libraries[@]}"; do
-		dpkg-query -W -f '${Status}' "$package" 2>/dev/null | grep -q 'ok installed' || missing+=("$package")
+		dpkg-query -W -f '${Status}' "$package" 2>/dev/null | grep -q 'ok installed' ||
+			[[ -e $repo/build/host/unpacked/$package ]] || missing+=("$package")
 	done
 	[[ ${#missing[@]} -eq 0 ]] || die "missing packages: ${missing[*]}"
 }
 
+# input_hash: of all that shapes crun. Of this script that is what fetches, compiles and checks.
 input_hash() {
 	{
-		cat "${BASH_SOURCE[0]}" "$repo/hack/setup/guest-apt.sh"
+		declare -f download compile verify
+		cat "$repo/hack/setup/guest-apt.sh"
 		cat /etc/debian_version
 		dpkg-query -W "${libraries[@]}" gcc 2>/dev/null || true
 	} | sha256sum | cut -d' ' -f1
