@@ -11,12 +11,15 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"regexp"
 	"slices"
 	"strings"
 	"testing"
 	"time"
 
 	"github.com/stretchr/testify/require"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	"github.com/cloudhv/containerd-cloudhv/e2e/testimage"
@@ -243,32 +246,38 @@ type logLine struct {
 
 // readLog parses a log of the CRI.
 func readLog(path string) ([]logLine, error) {
-	f, err := os.Open(path)
-	if err != nil {
-		return nil, err
-	}
-	defer f.Close()
 	var lines []logLine
+	err := scanLog(path, func(l logLine) { lines = append(lines, l) })
+	return lines, err
+}
+
+// scanLog calls f for each line of a CRI log.
+func scanLog(path string, f func(logLine)) error {
+	file, err := os.Open(path)
+	if err != nil {
+		return err
+	}
+	defer file.Close()
 	partial := map[string]string{}
-	s := bufio.NewScanner(f)
+	s := bufio.NewScanner(file)
 	s.Buffer(nil, 1<<20)
 	for s.Scan() {
 		// 2026-01-02T15:04:05.999999999Z stdout F text
 		parts := strings.SplitN(s.Text(), " ", 4)
 		if len(parts) != 4 {
-			return nil, fmt.Errorf("not a line of a CRI log: %q", s.Text())
+			return fmt.Errorf("not a line of a CRI log: %q", s.Text())
 		}
 		at, err := time.Parse(time.RFC3339Nano, parts[0])
 		if err != nil {
-			return nil, err
+			return err
 		}
 		partial[parts[1]] += parts[3]
 		if parts[2] == "F" {
-			lines = append(lines, logLine{stream: parts[1], text: partial[parts[1]], at: at})
+			f(logLine{stream: parts[1], text: partial[parts[1]], at: at})
 			delete(partial, parts[1])
 		}
 	}
-	return lines, s.Err()
+	return s.Err()
 }
 
 // awaitLog waits until the log has what done wants, and returns it.
@@ -303,19 +312,23 @@ func (c *container) awaitLine(text string) {
 	})
 }
 
-// hasLineSoon tells whether the log has a line, or gets it within seconds.
-func (c *container) hasLineSoon(text string) bool {
-	c.t.Helper()
-	ctx, cancel := context.WithTimeout(context.Background(), testnode.Scale(5*time.Second))
-	defer cancel()
-	return testnode.Eventually(ctx, func(context.Context) error {
-		lines, err := readLog(c.log)
-		if err != nil || !slices.ContainsFunc(lines, func(l logLine) bool { return l.text == text }) {
-			return errors.Join(err, errors.New("not yet"))
-		}
-		return nil
-	}) == nil
+// class is what an error of a CRI call tells whoever made it, whatever the handler:
+// the code, and the step of CRI's that has failed, without its IDs. What comes
+// after that are the handler's own words.
+func class(err error) string {
+	var s interface{ GRPCStatus() *status.Status }
+	if err == nil {
+		return codes.OK.String()
+	}
+	if !errors.As(err, &s) {
+		return err.Error()
+	}
+	st := s.GRPCStatus()
+	step, _, _ := strings.Cut(st.Message(), ": ")
+	return st.Code().String() + ": " + quoted.ReplaceAllString(step, "…")
 }
+
+var quoted = regexp.MustCompile(`"[^"]*"`)
 
 // field returns the rest of the line of text that begins with name.
 func field(text, name string) string {

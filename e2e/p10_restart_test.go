@@ -7,16 +7,60 @@ import (
 	"context"
 	"fmt"
 	"net"
+	"os"
+	"strings"
 	"testing"
+	"time"
 
 	"github.com/stretchr/testify/require"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
+	"github.com/cloudhv/containerd-cloudhv/e2e/testimage"
 	"github.com/cloudhv/containerd-cloudhv/e2e/testnode"
 )
 
-// flowing is how many numbered lines flow while containerd restarts.
-const flowing = 1500
+const (
+	// So many lines are written before containerd ends, up to when it ends and comes
+	// back, and when it is back. Those between are 2 MB, which is more than all buffers
+	// on their way.
+	early, flowing, late = 50, 1500, 1700
+	// parting is how many lines a container writes last, 150 KB: more than a pipe
+	// holds, and less than is on the way from our guest.
+	parting = 120
+)
+
+// scriptLine is a line of writeLines. Some are longer than a buffer of any copy,
+// and one is longer than CRI's own.
+func scriptLine(i int) string {
+	n := 500
+	switch {
+	case i == 700:
+		n = 20_000
+	case i%7 == 3:
+		n = 6_000
+	}
+	return fmt.Sprint("line ", i, " ", strings.Repeat("x", n))
+}
+
+// writeLines is a function of the shell that writes the numbered lines from $1 to
+// $2, each tenth to stderr, with pauses.
+const writeLines = `
+repeat() { printf "%$1s" "" | tr " " x; }
+short=$(repeat 500) long=$(repeat 6000) longest=$(repeat 20000)
+lines() {
+	i=$1
+	while [ $i -lt $2 ]; do
+		text=$short
+		[ $((i % 7)) -ne 3 ] || text=$long
+		[ $i -ne 700 ] || text=$longest
+		case $i in
+		*9) echo "line $i $text" >&2; sleep 0.02 ;;
+		*) echo "line $i $text" ;;
+		esac
+		i=$((i + 1))
+	done
+}
+`
 
 // TestRestart is point 10.
 func TestRestart(t *testing.T) {
@@ -30,13 +74,17 @@ func TestRestart(t *testing.T) {
 func restart(t *testing.T, h string, kill bool) {
 	p := newPod(t, h)
 	n := p.n
-	lines := p.start(helperConfig("lines", "count", "0", fmt.Sprint(flowing), "2ms", "6"))
+	// What containerd has read and not written when it is killed is lost, so nothing
+	// is on its way at that time.
+	away, back := newLatch(t, n), newLatch(t, n)
+	until := testimage.HelperPath + " until"
+	writer := p.start(shellConfig("writer", fmt.Sprintf("%s lines 0 %d; %s %s 0 >/dev/null; lines %d %d; %s %s 0 >/dev/null; lines %d %d; exit 6",
+		writeLines, early, until, away.addr, early, flowing, until, back.addr, flowing, late)))
 	idle := p.idle("idle")
-	release := newLatch(t, n)
-	meanwhile := p.start(helperConfig("meanwhile", "until", release.addr, "7"))
-	conn := release.accept(t)
+	meanwhile := startLeaver(p)
 	created := p.create(idleConfig("created"))
-	lines.awaitLine("line 50")
+	write := away.accept(t)
+	writer.awaitLog(func(l []logLine) bool { return len(l) == early })
 	ips := p.ips()
 	var before info
 	if h == testnode.CloudHV {
@@ -48,25 +96,17 @@ func restart(t *testing.T, h string, kill bool) {
 		end = n.Kill
 	}
 	require.NoError(t, end(testContext(t)))
-	require.NoError(t, conn.Close()) // its container exits while nobody looks
+	require.NoError(t, write.Close())
+	meanwhile.leave(t)
+	require.Len(t, readWhole(t, writer), early)
 	require.NoError(t, n.Start(testContext(t)))
 
 	require.Equal(t, runtimeapi.PodSandboxState_SANDBOX_READY, p.state())
 	require.Equal(t, ips, p.ips())
-	st := meanwhile.awaitExit()
-	if h == testnode.RunC && st.GetExitCode() == 255 {
-		// containerd takes a container without processes for one whose shim is gone,
-		// and then knows no exit code. Our shim still has it.
-		t.Log("runc: the exit while containerd was away is told as 255")
-	} else {
-		require.Equal(t, int32(7), st.GetExitCode())
-		require.Equal(t, "Error", st.GetReason())
-		if !meanwhile.hasLineSoon("released") {
-			// containerd deletes a task that it finds stopped, and may close its
-			// output before it has read what the shim still keeps of it.
-			t.Log("containerd dropped the tail of a container that ended while it was away")
-		}
-	}
+	meanwhile.check(t, h)
+	// What was on its way comes, and what is written from now on.
+	writer.awaitLog(func(l []logLine) bool { return len(l) == flowing })
+	require.NoError(t, back.accept(t).Close())
 	idle.exec("true")
 	require.NoError(t, n.StartContainer(testContext(t), created.id))
 	created.exec("true")
@@ -75,20 +115,68 @@ func restart(t *testing.T, h string, kill bool) {
 		after := p.info()
 		require.Equal(t, []int{before.VMMPid, before.ShimPid}, []int{after.VMMPid, after.ShimPid}, "the same processes")
 	}
-	require.Equal(t, int32(6), lines.awaitExit().GetExitCode())
-	requireWhole(t, lines)
+	require.Equal(t, int32(6), writer.awaitExit().GetExitCode())
+	require.Len(t, readWhole(t, writer), late)
 	require.NoError(t, n.StopContainer(testContext(t), idle.id, 0))
 	newPod(t, h).idle("other").exec("true")
 }
 
-// requireWhole checks that the log has each line once, in order, on its stream.
-func requireWhole(t *testing.T, c *container) {
+// leaver is a container that ends while containerd is away, after its last words.
+type leaver struct {
+	*container
+	release net.Conn // its end makes the container write and end
+	ended   net.Conn // is closed when the container has ended
+}
+
+func startLeaver(p *pod) *leaver {
+	p.t.Helper()
+	release, ended := newLatch(p.t, p.n), newLatch(p.t, p.n)
+	until := testimage.HelperPath + " until"
+	n := parting
+	if p.handler == testnode.RunC {
+		n = 10 // a pipe is all there is
+	}
+	c := p.start(shellConfig("meanwhile", fmt.Sprintf("%s %s %s 0 >/dev/null & %s %s 0 >/dev/null; lines 0 %d; exit 7",
+		writeLines, until, ended.addr, until, release.addr, n)))
+	return &leaver{container: c, ended: ended.accept(p.t), release: release.accept(p.t)}
+}
+
+// leave makes the container end, and returns when it has.
+func (l *leaver) leave(t *testing.T) {
+	t.Helper()
+	require.NoError(t, l.release.Close())
+	require.NoError(t, l.ended.SetReadDeadline(time.Now().Add(testnode.Scale(time.Minute))))
+	_, err := l.ended.Read(make([]byte, 1))
+	require.NotErrorIs(t, err, os.ErrDeadlineExceeded)
+	require.NoError(t, l.ended.Close())
+}
+
+// check checks what containerd has learned when it is back.
+func (l *leaver) check(t *testing.T, h string) {
+	t.Helper()
+	st := l.awaitExit()
+	if h == testnode.RunC {
+		// containerd takes a container without processes for one whose shim is gone,
+		// and then knows no exit code. A task that it finds stopped it deletes, and
+		// with it the output that is unread. Our shim still has both.
+		require.Contains(t, []int32{7, 255}, st.GetExitCode())
+		return
+	}
+	require.Equal(t, int32(7), st.GetExitCode())
+	require.Equal(t, "Error", st.GetReason())
+	require.Len(t, readWhole(t, l.container), parting)
+}
+
+// readWhole returns the log, which must have each line once, in order, on its stream.
+func readWhole(t *testing.T, c *container) []logLine {
 	t.Helper()
 	log, err := readLog(c.log)
 	require.NoError(t, err)
 	next := map[string]int{"stdout": 0, "stderr": 9}
 	for _, l := range log {
-		require.Equal(t, fmt.Sprint("line ", next[l.stream]), l.text, l.stream)
+		if l.text != scriptLine(next[l.stream]) {
+			require.Equal(t, scriptLine(next[l.stream]), l.text, l.stream)
+		}
 		switch {
 		case l.stream == "stderr":
 			next[l.stream] += 10
@@ -98,7 +186,7 @@ func requireWhole(t *testing.T, c *container) {
 			next[l.stream]++
 		}
 	}
-	require.Equal(t, map[string]int{"stdout": flowing, "stderr": flowing + 9}, next)
+	return log
 }
 
 // latch is a listener of the host; closing what it accepts releases a container.

@@ -97,12 +97,13 @@ func serve(opts *options) error {
 	if err := tune(); err != nil {
 		return fmt.Errorf("start again with other settings: %w", err)
 	}
-	log.L.Logger.SetOutput(shim.NewLogWriter(os.Stderr))
-	if err := log.SetFormat(log.TextFormat); err != nil {
-		return err
-	}
 	dir, err := filepath.Abs(opts.sandbox)
 	if err != nil {
+		return err
+	}
+	bound := shim.BoundLog(os.Stderr, filepath.Join(dir, shim.LogFile), filepath.Join(dir, shim.OldLogFile))
+	log.L.Logger.SetOutput(shim.NewLogWriter(bound))
+	if err := log.SetFormat(log.TextFormat); err != nil {
 		return err
 	}
 	cfg, err := shim.LoadConfig(dir)

@@ -30,6 +30,8 @@ const (
 	ConfigFile = "shim.json"
 	// LogFile is where the controller sends the shim's standard error.
 	LogFile = "shim.log"
+	// OldLogFile is where the shim keeps what LogFile held before.
+	OldLogFile = LogFile + ".1"
 	// SocketFile is the shim's Task API socket in the sandbox's directory.
 	SocketFile = "task.sock"
 	// ListenFD is the file descriptor of the listening socket.

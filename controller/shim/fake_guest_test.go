@@ -418,3 +418,7 @@ func (g *fakeGuest) Pids(context.Context, *guestv1.PidsRequest) (*guestv1.PidsRe
 func (g *fakeGuest) State(context.Context, *guestv1.StateRequest) (*guestv1.StateResponse, error) {
 	return nil, errgrpc.ToGRPC(errdefs.ErrNotImplemented)
 }
+
+func (g *fakeGuest) WarmUp(context.Context, *guestv1.WarmUpRequest) (*emptypb.Empty, error) {
+	return nil, errgrpc.ToGRPC(errdefs.ErrNotImplemented)
+}

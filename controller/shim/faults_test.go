@@ -249,6 +249,66 @@ func TestSilentGuest(t *testing.T) {
 	p.delete("a", "")
 }
 
+// A guest that answers everything but tells no end counts as lost when what was
+// killed in it goes on, from the first call on.
+func TestKillThatEndsNothing(t *testing.T) {
+	t.Parallel()
+	p, ctx := newPod(t), testContext(t)
+	p.svc.endLimit = 300 * time.Millisecond
+	never := make(chan struct{})
+	p.guest.holding(never, "Wait")
+	p.run("c", nil, "sleep")
+	p.run("other", nil, "sleep")
+	kill := func(id string, signal uint32) {
+		_, err := p.client.Kill(ctx, &taskapi.KillRequest{ID: id, Signal: signal, All: true})
+		require.NoError(t, err)
+	}
+	kill("other", 15)
+	assert.Nil(t, p.init("other").doom, "only what is killed has to end")
+	kill("c", 9)
+	first := p.init("c").doom
+	require.NotNil(t, first)
+	kill("c", 9)
+	assert.Same(t, first, p.init("c").doom, "another call gives no more time")
+	assert.EqualValues(t, 137, p.wait("c", "").ExitStatus)
+	assert.EqualValues(t, 137, p.wait("other", "").ExitStatus)
+	why, err := os.ReadFile(filepath.Join(p.dir, VMLostFile))
+	require.NoError(t, err)
+	assert.Contains(t, string(why), `container "c" has not ended`)
+	p.delete("c", "")
+}
+
+// What ends when it is killed is no reason to give up a guest.
+func TestKillThatEnds(t *testing.T) {
+	t.Parallel()
+	p, ctx := newPod(t), testContext(t)
+	p.svc.endLimit = 100 * time.Millisecond
+	p.run("c", nil, "sleep")
+	p.run("other", nil, "sleep")
+	_, err := p.client.Kill(ctx, &taskapi.KillRequest{ID: "c", Signal: 9})
+	require.NoError(t, err)
+	assert.EqualValues(t, 137, p.wait("c", "").ExitStatus)
+	assert.False(t, p.init("c").doom.Stop(), "the timer goes on")
+	assert.False(t, p.svc.guest.lost())
+	assert.Equal(t, tasktypes.Status_RUNNING, p.state("other", "").Status)
+}
+
+// A guest that refuses to delete what has ended keeps nobody from going on; what
+// has not ended is not deleted that way.
+func TestDeleteFails(t *testing.T) {
+	t.Parallel()
+	p, ctx := newPod(t), testContext(t)
+	p.run("c", nil, "exit", "5")
+	p.wait("c", "")
+	p.create("created", nil, "sleep")
+	p.guest.failing("Delete", errgrpc.ToGRPC(errdefs.ErrInternal))
+	assert.EqualValues(t, 5, p.delete("c", "").ExitStatus)
+	_, err := p.client.State(ctx, &taskapi.StateRequest{ID: "c"})
+	assert.True(t, errdefs.IsNotFound(native(err)), "%v", err)
+	_, err = p.client.Delete(ctx, &taskapi.DeleteRequest{ID: "created"})
+	assert.True(t, errdefs.IsInternal(native(err)), "%v", err)
+}
+
 // Events wait for containerd, in order, and a create does too.
 func TestContainerdAway(t *testing.T) {
 	t.Parallel()
@@ -281,13 +341,11 @@ func TestContainerdAway(t *testing.T) {
 
 func TestEventsAreBounded(t *testing.T) {
 	t.Parallel()
-	p := newPod(t)
-	p.daemon.stop()
+	// Nothing sends them.
+	p := newPublisher(nil, "x")
 	for range maxQueuedEvents + 100 {
-		p.svc.events.publish(eventFor(t))
+		p.publish(eventFor(t))
 	}
-	p.svc.events.mu.Lock()
-	defer p.svc.events.mu.Unlock()
-	assert.Len(t, p.svc.events.queue, maxQueuedEvents)
-	assert.Equal(t, 100, p.svc.events.dropped)
+	assert.Len(t, p.queue, maxQueuedEvents)
+	assert.Equal(t, 100, p.dropped)
 }

@@ -73,21 +73,3 @@ func FuzzExit(f *testing.F) {
 		assert.False(t, info.exitedAt.Before(p.since) || info.exitedAt.After(time.Now()))
 	})
 }
-
-func TestLogWriter(t *testing.T) {
-	t.Parallel()
-	var to strings.Builder
-	w := NewLogWriter(&to)
-	line := []byte(strings.Repeat("x", 1023) + "\n")
-	for range 10 * logBurst / len(line) {
-		n, err := w.Write(line)
-		require.NoError(t, err)
-		assert.Equal(t, len(line), n)
-	}
-	assert.LessOrEqual(t, to.Len(), logBurst+2*len(line))
-	w.mu.Lock()
-	w.at = w.at.Add(-time.Minute)
-	w.mu.Unlock()
-	_, _ = w.Write(line)
-	assert.Contains(t, to.String(), "messages dropped")
-}

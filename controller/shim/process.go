@@ -63,6 +63,10 @@ type process struct {
 	since      time.Time // no exit was before
 	exitStatus uint32
 	exitedAt   time.Time
+	waits      []context.Context // of the Wait calls from before the exit
+	told       bool              // a Wait has answered
+	asked      time.Time         // when State first held back the exit
+	doom       *time.Timer       // loses a guest in which a killed process does not end
 }
 
 func newProcess(t *task, execID string, paths stdioPaths, pio *processIO) *process {
@@ -197,9 +201,15 @@ func (p *process) exitLocked(status uint32, at time.Time, oomKills uint64) {
 	}
 	p.state, p.exitStatus, p.exitedAt = stateStopped, min(status, maxStatus), at
 	pid, tried := p.pid, p.tried
+	if p.doom != nil {
+		p.doom.Stop()
+	}
 	p.mu.Unlock()
 
 	p.task.noteOOM(oomKills)
+	if p.execID == "" {
+		p.task.setPaused(false)
+	}
 	// An exec that was never started has no exit to tell.
 	if tried || p.execID == "" {
 		p.svc.events.publish(&wirev1.TaskExit{
@@ -224,8 +234,27 @@ func (p *process) id() string {
 	return p.execID
 }
 
+// mustEnd gives a container that is killed its time to end, from the first call
+// on. If it is still there after that, no answer of the guest's can be trusted to
+// come, and the guest counts as lost: who stops a pod waits for this exit.
+func (p *process) mustEnd() {
+	limit := p.svc.endLimit
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.state == stateStopped || p.doom != nil {
+		return
+	}
+	p.doom = time.AfterFunc(limit, func() {
+		if p.info().state == stateStopped || p.svc.ctx.Err() != nil {
+			return
+		}
+		p.svc.guest.lose(fmt.Errorf("%s has not ended in the guest within %s of being killed", p, limit))
+	})
+}
+
 // delete removes the process in the guest, after its output is delivered or has
-// had the time for it. A VM that is gone has nothing left to remove.
+// had the time for it. A VM that is gone has nothing left to remove, and a guest
+// that fails to remove what has ended keeps nobody from going on.
 func (p *process) delete(ctx context.Context) (processInfo, error) {
 	p.order.Lock()
 	defer p.order.Unlock()
@@ -245,6 +274,9 @@ func (p *process) delete(ctx context.Context) (processInfo, error) {
 		case err == nil:
 			status, at = resp.ExitStatus, resp.ExitedAt.AsTime()
 		case errdefs.IsNotFound(err), errors.Is(err, errVMLost):
+		case info.state == stateStopped:
+			log.G(ctx).WithError(err).WithField("container", p.task.id).WithField("exec", p.execID).
+				Warn("a process that has ended may be left in the guest")
 		default:
 			return info, err
 		}

@@ -35,6 +35,8 @@ const (
 	// defaultDrainLimit is how long a delete waits for output that goes on after
 	// its process has ended, as another process holds the other end. It is runc's.
 	defaultDrainLimit = 2 * time.Second
+	// defaultEndLimit is how long a container may take to end that is killed.
+	defaultEndLimit = time.Minute
 	// cutLimit is how long it then waits for what is on its way.
 	cutLimit = time.Second
 	// quietDelay is how long after the last change freed memory goes back to the
@@ -65,6 +67,8 @@ type service struct {
 	running    sync.WaitGroup
 	drainLimit time.Duration
 	killLimit  time.Duration
+	tailLimit  time.Duration
+	endLimit   time.Duration
 	// silent is set while the guest owes an answer about figures.
 	silent atomic.Bool
 	calm   *time.Timer // gives memory back
@@ -84,6 +88,7 @@ func newService(ctx context.Context, cfg Config, dir string, transport Guest) *s
 		cfg: cfg, dir: dir, ctx: ctx, cancel: cancel,
 		daemon: d, events: newPublisher(d, cfg.Namespace),
 		drainLimit: defaultDrainLimit, killLimit: quickLimit,
+		tailLimit: defaultTailLimit, endLimit: defaultEndLimit,
 		tasks: make(map[string]*task),
 	}
 	s.guest = newGuestClient(transport, s.vmLost)

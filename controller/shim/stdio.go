@@ -13,6 +13,7 @@ import (
 	"net"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -138,6 +139,26 @@ func (p *processIO) wait(limit time.Duration) {
 	select {
 	case <-p.drained:
 	case <-timer.C:
+	}
+}
+
+// read reports whether nothing of the output waits for a reader of a FIFO.
+func (p *processIO) read() bool {
+	select {
+	case <-p.drained:
+		return true
+	default:
+		return !slices.ContainsFunc(p.outputs, func(o *output) bool { return o.r != nil })
+	}
+}
+
+// waitRead is wait that ends with ctx too.
+func (p *processIO) waitRead(ctx context.Context, limit time.Duration) {
+	ctx, cancel := context.WithTimeout(ctx, limit)
+	defer cancel()
+	select {
+	case <-p.drained:
+	case <-ctx.Done():
 	}
 }
 

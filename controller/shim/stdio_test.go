@@ -102,15 +102,9 @@ func TestStdinOfTheDead(t *testing.T) {
 func TestTailWaitsForItsReader(t *testing.T) {
 	t.Parallel()
 	p := newPod(t)
-	s := p.stdio("c", false)
-	p.create("c", s, "bytes", "40000")
-	// containerd goes away before the process has written anything.
-	require.NoError(t, s.out.Close())
-	require.NoError(t, s.err.Close())
-	_, err := p.client.Start(testContext(t), &taskapi.StartRequest{ID: "c"})
-	require.NoError(t, err)
+	p.svc.tailLimit = 50 * time.Millisecond
+	s := p.unread("c", "40000")
 	assert.Zero(t, p.wait("c", "").ExitStatus)
-	time.Sleep(100 * time.Millisecond)
 	for range 2 {
 		// One reader that dies half-way, and one that reads to the end.
 		r := p.fifo(s.paths[1], syscall.O_RDONLY)
@@ -129,7 +123,7 @@ func TestTailWaitsForItsReader(t *testing.T) {
 func TestDeleteCutsOutput(t *testing.T) {
 	t.Parallel()
 	p := newPod(t)
-	p.svc.drainLimit = 100 * time.Millisecond
+	p.svc.drainLimit, p.svc.tailLimit = 100*time.Millisecond, 100*time.Millisecond
 	s := p.stdio("c", false)
 	p.run("c", s, "bytes", "30000")
 	p.wait("c", "")

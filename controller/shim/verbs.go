@@ -77,7 +77,7 @@ func (s *service) take(t *task) bool {
 }
 
 // Kill sends a signal. A guest that does not even answer a SIGKILL has lost its
-// containers as a dead one has.
+// containers as a dead one has, and so has one in which a container outlives it.
 func (s *service) Kill(ctx context.Context, r *wirev1.KillRequest) (*emptypb.Empty, error) {
 	p, err := s.process(r.Id, r.ExecId)
 	if err != nil {
@@ -90,12 +90,16 @@ func (s *service) Kill(ctx context.Context, r *wirev1.KillRequest) (*emptypb.Emp
 	case r.ExecId != "" && !info.tried:
 		return nil, fmt.Errorf("%s has not been started: %w", p, errdefs.ErrFailedPrecondition)
 	}
+	killed := unix.Signal(r.Signal) == unix.SIGKILL
+	if killed && r.ExecId == "" {
+		p.mustEnd()
+	}
 	asked := time.Now()
 	_, err = callGuest(ctx, s.guest, s.killLimit, func(ctx context.Context, c guestv1.TaskService) (*emptypb.Empty, error) {
 		return c.Kill(ctx, &guestv1.KillRequest{Id: r.Id, ExecId: r.ExecId, Signal: r.Signal, All: r.All})
 	})
 	silent := errors.Is(err, context.DeadlineExceeded) && s.guest.heard.Load() < asked.UnixNano()
-	if silent && unix.Signal(r.Signal) == unix.SIGKILL {
+	if silent && killed {
 		s.guest.lose(fmt.Errorf("the guest has not answered for %s while a container was to be killed", s.killLimit))
 		return &emptypb.Empty{}, nil
 	}
@@ -108,28 +112,27 @@ func (s *service) Kill(ctx context.Context, r *wirev1.KillRequest) (*emptypb.Emp
 	return &emptypb.Empty{}, nil
 }
 
-// Wait answers when the process has ended.
+// Wait answers when the process has ended, and somewhat later if nobody else
+// waited for it: see hold.go.
 func (s *service) Wait(ctx context.Context, r *wirev1.WaitRequest) (*wirev1.WaitResponse, error) {
 	p, err := s.process(r.Id, r.ExecId)
 	if err != nil {
 		return nil, err
 	}
-	select {
-	case <-p.exited:
-	case <-ctx.Done():
-		return nil, ctx.Err()
+	if err := p.await(ctx); err != nil {
+		return nil, err
 	}
 	info := p.info()
 	return &wirev1.WaitResponse{ExitStatus: info.exitStatus, ExitedAt: info.exitTimestamp()}, nil
 }
 
-// State answers from what the shim knows.
+// State answers from what the shim knows. An exit that is held back is not told.
 func (s *service) State(_ context.Context, r *wirev1.StateRequest) (*wirev1.StateResponse, error) {
 	p, err := s.process(r.Id, r.ExecId)
 	if err != nil {
 		return nil, err
 	}
-	info := p.info()
+	info := p.shown()
 	return &wirev1.StateResponse{
 		Id:         p.id(),
 		Bundle:     p.task.bundle,

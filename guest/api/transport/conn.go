@@ -43,7 +43,10 @@ type Conn struct {
 	port   uint32
 
 	fin   atomic.Bool // the peer ended its direction
-	reset atomic.Bool // a reset was sent
+	reset atomic.Bool // a reset is sent, or about to be
+	told  atomic.Bool // a reset was sent
+
+	resetAt time.Time // when reset was set; under the link's mu
 
 	rmu sync.Mutex // held by a Read
 	eof bool       // Read has returned the peer's end; under rmu
@@ -217,28 +220,6 @@ func (c *Conn) Close() error {
 	case <-timer.C:
 	}
 	return nil
-}
-
-// linger waits for the peer's end of a closed connection, and resets it if the
-// peer sends more.
-func (c *Conn) linger(told chan<- struct{}) {
-	defer c.link.remove(c)
-	_ = c.stream.Close()
-	close(told)
-	c.rmu.Lock()
-	defer c.rmu.Unlock()
-	if c.eof {
-		return
-	}
-	_ = c.stream.SetReadDeadline(time.Time{})
-	buf := make([]byte, 512)
-	for {
-		_, err := c.stream.Read(buf)
-		if err != nil {
-			return
-		}
-		c.link.sendReset(c)
-	}
 }
 
 func (c *Conn) isClosed() bool {

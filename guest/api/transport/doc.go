@@ -26,6 +26,13 @@
 // reads (after what had arrived) and writes fail with an error that is
 // errdefs.ErrUnavailable; io.EOF is only ever the peer's own end of stream.
 //
+// A connection that the host has closed stays until the guest ends it too. The
+// guest may do so late, but not without bounds, as each one costs the host memory:
+// of more than maxLingering the host resets the oldest. A guest that then leaves a
+// reset unanswered for half a minute, or that sends more than a window after one,
+// is no agent of ours, and the host ends the session with it. The guest trusts its
+// host and sets no such limits.
+//
 // # On the wire
 //
 // The host begins with a preamble: padding of 0xFF longer than any frame, 8

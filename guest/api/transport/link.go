@@ -66,12 +66,15 @@ type link struct {
 	wbuf    []byte // a header whose body comes with the next Write
 	retired bool
 
-	mu    sync.Mutex
-	conns map[uint32]*Conn
+	mu        sync.Mutex
+	conns     map[uint32]*Conn
+	resetWait time.Duration
+	lingering []*Conn     // on the host's side, in the order of their Close
+	overdue   *time.Timer // set while too many of them linger
 }
 
 func newLink(r *bufio.Reader, w io.Writer, closeFn func() error, guest bool) *link {
-	return &link{r: r, w: w, close: closeFn, allowSYN: guest, conns: make(map[uint32]*Conn)}
+	return &link{r: r, w: w, close: closeFn, allowSYN: guest, conns: make(map[uint32]*Conn), resetWait: defaultResetWait}
 }
 
 // Read gives yamux the bytes of frames that passed the check. It waits only
@@ -149,6 +152,7 @@ func (l *link) ended(id uint32, flags uint16) {
 	if c == nil {
 		return
 	}
+	l.unlinger(c)
 	if flags&flagFIN != 0 {
 		c.fin.Store(true)
 	}
@@ -191,14 +195,6 @@ func (l *link) retire() {
 // Close ends reads and writes.
 func (l *link) Close() error { return l.close() }
 
-// sendReset tells the peer that what it sends on a closed stream is not wanted.
-// The peer's answer frees the stream at this side.
-func (l *link) sendReset(c *Conn) {
-	if c.reset.CompareAndSwap(false, true) {
-		l.writeReset(c.stream.StreamID())
-	}
-}
-
 func (l *link) writeReset(id uint32) {
 	hdr := make([]byte, headerSize+1)
 	hdr[1] = typeWindowUpdate
@@ -225,12 +221,6 @@ func (l *link) open() int {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	return len(l.conns)
-}
-
-func (l *link) remove(c *Conn) {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	delete(l.conns, c.stream.StreamID())
 }
 
 // yamuxConfig leaves time limits to those who use the streams: a VM may be
