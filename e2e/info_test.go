@@ -5,9 +5,15 @@ package e2e
 
 import (
 	"encoding/json"
+	"errors"
+	"net"
+	"os"
 	"os/exec"
+	"path/filepath"
 	"strconv"
 	"strings"
+	"syscall"
+	"testing"
 
 	"github.com/stretchr/testify/require"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
@@ -49,6 +55,7 @@ func (p *pod) shimPid() int {
 		require.NotZero(p.t, pid)
 		return pid
 	}
+	p.t.Cleanup(func() { removeDeadSockets(p.t, p.n.Dir("s")) })
 	out, err := exec.Command("pgrep", "-f", "containerd-shim-.*"+p.id).Output()
 	require.NoError(p.t, err)
 	pids := strings.Fields(string(out))
@@ -56,4 +63,21 @@ func (p *pod) shimPid() int {
 	pid, err := strconv.Atoi(pids[0])
 	require.NoError(p.t, err)
 	return pid
+}
+
+// removeDeadSockets removes the sockets that nobody serves: runc's shim leaves its
+// own when it is killed, and containerd does not care.
+func removeDeadSockets(t *testing.T, dir string) {
+	t.Helper()
+	entries, err := os.ReadDir(dir)
+	require.NoError(t, err)
+	for _, e := range entries {
+		path := filepath.Join(dir, e.Name())
+		conn, err := net.Dial("unix", path)
+		if err == nil {
+			require.NoError(t, conn.Close())
+		} else if errors.Is(err, syscall.ECONNREFUSED) {
+			require.NoError(t, os.Remove(path))
+		}
+	}
 }

@@ -4,7 +4,6 @@
 package e2e
 
 import (
-	"errors"
 	"io"
 	"strconv"
 	"strings"
@@ -44,6 +43,50 @@ func TestExitCodes(t *testing.T) {
 			require.Equal(t, tc.reason, st.GetReason(), tc.name)
 			require.WithinDuration(t, time.Now(), time.Unix(0, st.GetFinishedAt()), testnode.Scale(30*time.Second), "the guest's clock")
 		}
+	})
+}
+
+// TestSignalDeaths ends containers by signals that they do not handle. That takes
+// the pod's PID namespace: the first process of one survives them.
+func TestSignalDeaths(t *testing.T) {
+	forHandlers(t, func(t *testing.T, h string) {
+		shared := func(o *runtimeapi.NamespaceOption) { o.Pid = runtimeapi.NamespaceMode_POD }
+		p := newPod(t, h, func(cfg *runtimeapi.PodSandboxConfig) {
+			shared(cfg.GetLinux().GetSecurityContext().GetNamespaceOptions())
+		})
+		other := idleConfig("other")
+		shared(other.GetLinux().GetSecurityContext().GetNamespaceOptions())
+		killer := p.start(other)
+		stop := func(grace time.Duration) func(*container, string) {
+			return func(c *container, _ string) { require.NoError(t, p.n.StopContainer(testContext(t), c.id, grace)) }
+		}
+		kill := func(signal string) func(*container, string) {
+			return func(_ *container, pid string) { killer.exec("kill", "-"+signal, pid) }
+		}
+		for _, tc := range []struct {
+			name string
+			end  func(c *container, pid string)
+			code int32
+		}{
+			{"stopped", stop(time.Minute), 143},
+			{"stopped at once", stop(0), 137},
+			{"TERM", kill("TERM"), 143},
+			{"KILL", kill("KILL"), 137},
+			{"SEGV", kill("SEGV"), 139},
+		} {
+			cfg := shellConfig(tc.name, "echo $$; exec sleep 1000")
+			shared(cfg.GetLinux().GetSecurityContext().GetNamespaceOptions())
+			c := p.start(cfg)
+			pid := c.awaitLog(func(l []logLine) bool { return len(l) > 0 })[0].text
+			require.NotEqual(t, "1", pid, tc.name)
+			start := time.Now()
+			tc.end(c, pid)
+			st := c.awaitExit()
+			require.Less(t, time.Since(start), testnode.Scale(20*time.Second), tc.name)
+			require.Equal(t, tc.code, st.GetExitCode(), tc.name)
+			require.Equal(t, "Error", st.GetReason(), tc.name)
+		}
+		killer.exec("true")
 	})
 }
 
@@ -92,34 +135,42 @@ func TestStopSignal(t *testing.T) {
 	})
 }
 
-// TestMissingBinary is the second half of point 6.
+// missing are programs that cannot be started, and what is said of them: runc and
+// crun say it in words of their own.
+var missing = []struct{ name, path, runc, crun string }{
+	{"absolute", "/does/not/exist", "no such file or directory", "no such file or directory"},
+	{"in PATH", "does-not-exist", "not found in $path", "not found in $path"},
+	{"not executable", "/etc/passwd", "permission denied", "permission denied"},
+	{"directory", "/etc", "permission denied", "operation not permitted"},
+}
+
+// TestMissingBinary is the second half of point 6. The classes of the errors are
+// runc's.
 func TestMissingBinary(t *testing.T) {
 	forHandlers(t, func(t *testing.T, h string) {
 		p := newPod(t, h)
 		idle := p.idle("idle")
 		before, err := settled(testContext(t), p.n)
 		require.NoError(t, err)
-		for _, tc := range []struct{ name, path, text string }{
-			{"absolute", "/does/not/exist", "no such file or directory"},
-			{"in PATH", "does-not-exist", "not found in $path"},
-			{"not executable", "/etc/passwd", "permission denied"},
-			{"directory", "/etc", ""},
-		} {
+		for _, tc := range missing {
+			words := tc.runc
+			if h == testnode.CloudHV {
+				words = tc.crun
+			}
 			c := p.create(testnode.ContainerConfig(tc.name, testimage.HelperRef, tc.path))
 			err := p.n.StartContainer(testContext(t), c.id)
-			require.Error(t, err, tc.name)
-			require.Equal(t, codes.Unknown, status.Code(errors.Unwrap(err)), "%s: %v", tc.name, err)
-			// runc and crun say it in words of their own.
-			require.Contains(t, strings.ToLower(err.Error()), tc.text, tc.name)
+			require.Equal(t, notCreated, class(err), "%s: %v", tc.name, err)
+			require.Contains(t, strings.ToLower(err.Error()), words, tc.name)
 			st := c.status()
 			require.Equal(t, runtimeapi.ContainerState_CONTAINER_EXITED, st.GetState(), tc.name)
 			require.Equal(t, "StartError", st.GetReason(), tc.name)
 			require.Equal(t, int32(128), st.GetExitCode(), tc.name)
+			require.Contains(t, strings.ToLower(st.GetMessage()), words, tc.name)
 			require.NoError(t, p.n.RemoveContainer(testContext(t), c.id))
 
 			_, _, _, err = p.n.ExecSync(testContext(t), idle.id, tc.path)
-			require.Error(t, err, tc.name)
-			require.Contains(t, strings.ToLower(err.Error()), tc.text, tc.name)
+			require.Equal(t, notExecuted, class(err), "%s: %v", tc.name, err)
+			require.Contains(t, strings.ToLower(err.Error()), words, tc.name)
 		}
 		idle.exec("true")
 		require.NoError(t, p.n.AwaitCensus(testContext(t), before), "what is left of them")

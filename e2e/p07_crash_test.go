@@ -6,14 +6,18 @@ package e2e
 import (
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"os"
+	"path/filepath"
 	"strings"
 	"syscall"
 	"testing"
 	"time"
 
 	"github.com/stretchr/testify/require"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	"github.com/cloudhv/containerd-cloudhv/e2e/testnode"
@@ -31,11 +35,12 @@ func TestVMMKilled(t *testing.T) {
 	require.Equal(t, "Error", st.GetReason())
 	require.Equal(t, int32(3), ended.status().GetExitCode(), "what was known stays known")
 	p.awaitNotReady()
-	require.Contains(t, p.info().Cause, "signal 9")
-	requireInLog(t, p, "signal 9")
+	const cause = "the VM ended: the VMM was killed by signal 9"
+	require.Contains(t, p.info().Cause, cause)
+	requireInLog(t, p.n, p.id, cause)
 	_, _, _, err := p.n.ExecSync(testContext(t), running.id, "true")
-	require.Error(t, err)
-	require.Error(t, p.n.StartContainer(testContext(t), created.id))
+	require.Equal(t, notExecuted, class(err))
+	require.Equal(t, notRunning, class(p.n.StartContainer(testContext(t), created.id)))
 	endsWell(t, p, running, created)
 }
 
@@ -44,27 +49,29 @@ func TestShimKilled(t *testing.T) {
 	forHandlers(t, func(t *testing.T, h string) {
 		p := newPod(t, h)
 		c := p.idle("c")
-		require.NoError(t, testnode.Kill9(testContext(t), p.shimPid()))
+		pid := p.shimPid()
+		require.NoError(t, testnode.Kill9(testContext(t), pid))
 		st := c.awaitExit()
 		require.Contains(t, []int32{137, 255}, st.GetExitCode())
 		require.Equal(t, "Error", st.GetReason())
 		p.awaitNotReady()
 		if h == testnode.CloudHV {
-			require.Contains(t, p.info().Cause, "shim")
-			requireInLog(t, p, "shim")
+			cause := fmt.Sprintf("the shim (pid %d) ended unexpectedly", pid)
+			require.Equal(t, cause, p.info().Cause)
+			requireInLog(t, p.n, p.id, cause)
 		}
 		endsWell(t, p, c)
 	})
 }
 
 // requireInLog looks for a line of containerd's log above level info that names
-// the pod and the cause.
-func requireInLog(t *testing.T, p *pod, cause string) {
+// the pod or container and the cause.
+func requireInLog(t *testing.T, n *testnode.Node, id, cause string) {
 	t.Helper()
-	log, err := os.ReadFile(p.n.LogPath())
+	log, err := os.ReadFile(n.LogPath())
 	require.NoError(t, err)
 	for line := range strings.Lines(string(log)) {
-		if strings.Contains(line, p.id) && strings.Contains(line, cause) && (strings.Contains(line, "level=error") || strings.Contains(line, "level=warning")) {
+		if strings.Contains(line, id) && strings.Contains(line, cause) && (strings.Contains(line, "level=error") || strings.Contains(line, "level=warning")) {
 			return
 		}
 	}
@@ -89,43 +96,115 @@ func endsWell(t *testing.T, p *pod, cs ...*container) {
 	again.idle("again").exec("true")
 }
 
-// TestFrozen is point 7's third case: a guest that stops answering. A VMM that is
-// stopped is as silent as a guest can be; for runc it is the container's process.
-// A stopped shim is no case: CRI's statistics wait for it without a limit, by
-// runc's as by ours.
-func TestFrozen(t *testing.T) {
+// silent is a pod that does not answer any more, and a container of it.
+type silent struct {
+	*pod
+	c *container
+}
+
+// TestSilent is point 7's third case: guests that stop answering, one whose
+// processors stand still under a VMM that lives, and one whose VMM is stopped,
+// which is as silent as a guest can be. For runc it is the container's process. A
+// stopped shim is no case: CRI's statistics wait for it without a limit, by runc's
+// as by ours.
+func TestSilent(t *testing.T) {
 	forHandlers(t, func(t *testing.T, h string) {
-		other, frozen := newPod(t, h), newPod(t, h)
-		oc, fc := other.idle("other"), frozen.idle("frozen")
+		other := newPod(t, h)
+		oc := other.idle("other")
+		frozen := newPod(t, h)
+		pods := []silent{{frozen, frozen.idle("frozen")}}
 		pid := 0
 		if h == testnode.CloudHV {
+			hung := newPod(t, h)
+			pods = append(pods, silent{hung, hung.idle("hung")})
+			hung.hang()
 			pid = frozen.info().VMMPid
 		} else {
-			pid = fc.hostPid()
+			pid = pods[0].c.hostPid()
 		}
 		require.NoError(t, syscall.Kill(pid, syscall.SIGSTOP))
 		t.Cleanup(func() { _ = syscall.Kill(pid, syscall.SIGCONT) })
 		since := time.Now()
-		// A call that hangs in the frozen pod, as kubelet's probes would.
-		hanging, cancel := context.WithCancel(testContext(t))
-		done := make(chan struct{})
-		go func() {
-			defer close(done)
-			_, _, _, _ = frozen.n.ExecSync(hanging, fc.id, "true")
-		}()
-		for range 5 {
-			within(t, 5*time.Second, "another pod's exec", func() { oc.exec("true") })
+		if h == testnode.RunC {
+			othersGoOn(t, other, oc, since)
+		} else {
+			release := hangingCalls(t, pods)
+			othersGoOn(t, other, oc, since)
+			release()
 		}
-		within(t, 5*time.Second, "lists", func() { lists(t, other.n) })
-		statsGoOn(t, other, oc, since)
-		within(t, 60*time.Second, "a new pod", func() { newPod(t, h).idle("new").exec("true") })
-		cancel()
-		<-done
-		within(t, 90*time.Second, "removing the frozen pod", func() {
-			require.NoError(t, frozen.n.StopPod(testContext(t), frozen.id))
-			require.NoError(t, frozen.n.RemovePod(testContext(t), frozen.id))
+		ctx := testContext(t)
+		gone := make(chan error, 1)
+		within(t, 90*time.Second, "stopping and removing the frozen pod", func() {
+			go func() { gone <- errors.Join(frozen.n.StopPod(ctx, frozen.id), frozen.n.RemovePod(ctx, frozen.id)) }()
+			if h == testnode.CloudHV {
+				hungIsEnded(t, pods[1])
+			}
+			require.NoError(t, <-gone)
 		})
 	})
+}
+
+// hangingCalls executes something in each pod, as kubelet's probes would, and
+// returns a function that ends these calls, which must hang till then.
+func hangingCalls(t *testing.T, pods []silent) (release func()) {
+	t.Helper()
+	ctx, cancel := context.WithCancel(testContext(t))
+	answers := make(chan error, len(pods))
+	for _, s := range pods {
+		go func() {
+			_, _, _, err := s.n.ExecSync(ctx, s.c.id, "true")
+			answers <- err
+		}()
+	}
+	return func() {
+		require.Empty(t, answers, "a silent pod has answered")
+		cancel()
+		for range pods {
+			require.Equal(t, codes.Canceled, status.Code(errors.Unwrap(<-answers)))
+		}
+	}
+}
+
+// othersGoOn checks that another pod and the node are held up by nothing.
+func othersGoOn(t *testing.T, other *pod, oc *container, since time.Time) {
+	t.Helper()
+	for range 5 {
+		within(t, 5*time.Second, "another pod's exec", func() { oc.exec("true") })
+	}
+	within(t, 5*time.Second, "lists", func() { lists(t, other.n) })
+	c := cli{t: t, n: other.n, ctx: testContext(t)}
+	within(t, 15*time.Second, "crictl stats", func() {
+		require.Contains(t, c.run("stats", "-o", "json"), oc.id)
+		require.Contains(t, c.run("statsp", "-o", "json"), other.id)
+	})
+	statsGoOn(t, other, oc, since)
+	within(t, 60*time.Second, "a new pod", func() { newPod(t, other.handler).idle("new").exec("true") })
+}
+
+// hungIsEnded ends a pod whose guest hangs, from the inside to the outside, and
+// looks for the cause.
+func hungIsEnded(t *testing.T, s silent) {
+	t.Helper()
+	pid := s.info().VMMPid
+	require.NoError(t, syscall.Kill(pid, 0), "the VMM")
+	within(t, 60*time.Second, "stopping the hung container", func() {
+		require.NoError(t, s.n.StopContainer(testContext(t), s.c.id, 0))
+	})
+	st := s.c.status()
+	require.Equal(t, int32(137), st.GetExitCode())
+	require.Equal(t, "Error", st.GetReason())
+	// The shim knows why; the log tells of the container and of the machine.
+	shimLog, err := os.ReadFile(filepath.Join(s.n.StateDir(), s.id, "shim.log"))
+	require.NoError(t, err)
+	require.Contains(t, string(shimLog), "the guest has not answered for")
+	requireInLog(t, s.n, s.c.id, "the guest does not answer")
+	within(t, 60*time.Second, "stopping and removing the hung pod", func() {
+		require.NoError(t, s.n.StopPod(testContext(t), s.id))
+		s.awaitNotReady()
+		require.NoError(t, s.n.RemovePod(testContext(t), s.id))
+	})
+	require.ErrorIs(t, syscall.Kill(pid, 0), syscall.ESRCH)
+	requireInLog(t, s.n, s.id, "the guest did not turn itself off in time")
 }
 
 // hostPid is the process ID of a container that runs on the host.

@@ -35,11 +35,11 @@ func TestOrder(t *testing.T) {
 			p := newPod(t, h)
 			c := p.idle("c")
 			ctx := testContext(t)
-			require.Error(t, p.n.StartContainer(ctx, c.id), "it runs")
+			require.Equal(t, notStartable, class(p.n.StartContainer(ctx, c.id)), "it runs")
 			for range 2 {
 				require.NoError(t, p.n.StopContainer(ctx, c.id, 10*time.Second))
 			}
-			require.Error(t, p.n.StartContainer(ctx, c.id), "it has ended")
+			require.Equal(t, notStartable, class(p.n.StartContainer(ctx, c.id)), "it has ended")
 			for range 2 {
 				require.NoError(t, p.n.StopPod(ctx, p.id))
 			}
@@ -55,8 +55,14 @@ func TestOrder(t *testing.T) {
 			p := newPod(t, h)
 			c := p.idle("c")
 			ctx := testContext(t)
-			together(t, 4, func() error { return p.n.StopContainer(ctx, c.id, 10*time.Second) })
-			together(t, 4, func() error { return p.n.StopPod(ctx, p.id) })
+			for _, err := range together(4, func() error { return p.n.StopContainer(ctx, c.id, 10*time.Second) }) {
+				require.NoError(t, err)
+			}
+			// The CNI plugin may find that another has just removed what it is to remove.
+			for _, err := range together(4, func() error { return p.n.StopPod(ctx, p.id) }) {
+				require.Contains(t, []string{ok, networkGone}, class(err), "%v", err)
+			}
+			require.NoError(t, p.n.StopPod(ctx, p.id))
 		})
 		t.Run("remove what runs", func(t *testing.T) {
 			p := newPod(t, h)
@@ -65,50 +71,28 @@ func TestOrder(t *testing.T) {
 			p.idle("d")
 			require.NoError(t, p.n.RemovePod(testContext(t), p.id))
 		})
-		t.Run("stop the pod during a container's start", func(t *testing.T) { stopDuringStart(t, h) })
 		t.Run("in a stopped pod", func(t *testing.T) {
 			p := newPod(t, h)
 			c := p.create(idleConfig("c"))
 			require.NoError(t, p.n.StopPod(testContext(t), p.id))
-			require.Error(t, p.n.StartContainer(testContext(t), c.id))
+			require.Equal(t, notRunning, class(p.n.StartContainer(testContext(t), c.id)))
 			_, err := p.n.CreateContainer(testContext(t), p.id, p.cfg, idleConfig("d"))
-			require.Error(t, err)
+			require.Equal(t, notRunning, class(err), "%v", err)
 		})
 	})
 }
 
-// together calls f n times at once; none may fail.
-func together(t *testing.T, n int, f func() error) {
-	t.Helper()
+// together calls f n times at once and returns what came of it.
+func together(n int, f func() error) []error {
 	errs := make(chan error, n)
 	for range n {
 		go func() { errs <- f() }()
 	}
+	var all []error
 	for range n {
-		require.NoError(t, <-errs)
+		all = append(all, <-errs)
 	}
-}
-
-// stopDuringStart stops and removes pods while a container of theirs is created
-// and started, at several moments of it.
-func stopDuringStart(t *testing.T, h string) {
-	for _, delay := range []time.Duration{0, 20 * time.Millisecond, 80 * time.Millisecond, 200 * time.Millisecond} {
-		p := newPod(t, h)
-		ctx := testContext(t)
-		started := make(chan struct{})
-		go func() {
-			defer close(started)
-			// Whether it succeeds is a matter of time.
-			if id, err := p.n.CreateContainer(ctx, p.id, p.cfg, idleConfig("c")); err == nil {
-				_ = p.n.StartContainer(ctx, id)
-			}
-		}()
-		time.Sleep(delay) // chooses the moment, nothing waits for it
-		require.NoError(t, p.n.StopPod(ctx, p.id))
-		<-started
-		require.NoError(t, p.n.StopPod(ctx, p.id))
-		require.NoError(t, p.n.RemovePod(ctx, p.id))
-	}
+	return all
 }
 
 // TestOrderMachineGone is point 9 for a pod whose virtual machine is gone.
@@ -149,8 +133,10 @@ func TestOrderCancelledStart(t *testing.T) {
 				require.NoError(t, n.RemovePod(testContext(t), id))
 				continue
 			}
-			code := status.Code(errors.Unwrap(err))
-			require.Contains(t, []codes.Code{codes.DeadlineExceeded, codes.Canceled, codes.Unknown}, code, "%v", err)
+			// A CNI plugin that is killed does not tell why it has ended.
+			if class(err) != noNetwork {
+				require.Contains(t, []codes.Code{codes.DeadlineExceeded, codes.Canceled}, status.Code(errors.Unwrap(err)), "%v", err)
+			}
 		}
 		require.NoError(t, testnode.Eventually(testContext(t), func(ctx context.Context) error {
 			if err := n.RemoveAllPods(ctx); err != nil {

@@ -20,13 +20,12 @@ import (
 
 	"github.com/containerd/containerd/v2/core/leases"
 	"github.com/containerd/errdefs"
-	"github.com/vishvananda/netlink"
 )
 
 // Census counts what a node uses on its host, by class and by name with IDs
 // taken out.
 type Census struct {
-	// Items are processes, mounts (network namespaces among them), links, cgroups,
+	// Items are processes, mounts, network namespaces, links, CNI's results, cgroups,
 	// loop devices, files and containerd's own records.
 	Items map[string]int
 	// Own are containerd's open files and goroutines. Only those of one process
@@ -100,7 +99,7 @@ func (n *Node) Census(ctx context.Context) (Census, error) {
 			return Census{}, err
 		}
 	}
-	errs := []error{n.countProcesses(c.Items), n.countMounts(c.Items), n.countLinks(c.Items), n.countCgroups(c.Items), n.countLoops(c.Items), n.countFiles(c.Items)}
+	errs := []error{n.countProcesses(c.Items), n.countMounts(c.Items), n.countNetwork(c.Items), n.countCgroups(c.Items), n.countLoops(c.Items), n.countFiles(c.Items)}
 	if c.pid != 0 {
 		errs = append(errs, n.countRecords(ctx, c.Items), n.countOpenFiles(c), n.countGoroutines(ctx, c.Own))
 	}
@@ -165,32 +164,6 @@ func (n *Node) countMounts(items map[string]int) error {
 	return nil
 }
 
-// strayTAP begins the names of our TAPs, which have no business in the host's
-// own network namespace.
-const strayTAP = "tap_chv"
-
-// countLinks counts the bridge's ports, and TAPs of ours that have lost their way.
-func (n *Node) countLinks(items map[string]int) error {
-	links, err := netlink.LinkList()
-	if err != nil && !errors.Is(err, netlink.ErrDumpInterrupted) {
-		return fmt.Errorf("listing links: %w", err)
-	}
-	bridge := -1
-	for _, l := range links {
-		if l.Attrs().Name == n.Bridge() {
-			bridge = l.Attrs().Index
-		}
-	}
-	for _, l := range links {
-		a := l.Attrs()
-		stray := l.Type() == "tuntap" && strings.HasPrefix(a.Name, strayTAP)
-		if a.MasterIndex == bridge || stray {
-			items["link "+l.Type()]++
-		}
-	}
-	return nil
-}
-
 func (n *Node) countCgroups(items map[string]int) error {
 	dirs, err := n.cgroups()
 	if err != nil {
@@ -221,9 +194,8 @@ func (n *Node) countLoops(items map[string]int) error {
 	return nil
 }
 
-// uncounted are directories that grow with images or logs, by design, and "s",
-// where runc's shim leaves its socket when it is killed.
-var uncounted = []string{"logs", "s", "root/io.containerd.content.v1.content", "root/io.containerd.metadata.v1.bolt"}
+// uncounted are directories that grow with images or logs, by design.
+var uncounted = []string{"logs", "root/io.containerd.content.v1.content", "root/io.containerd.metadata.v1.bolt"}
 
 // snapshotDepth is how far below its root a snapshotter's directory is looked at.
 const snapshotDepth = 4

@@ -22,7 +22,10 @@ import (
 )
 
 // cniCache is where libcni keeps its results; containerd offers no other place.
-const cniCache = "/var/lib/cni/results"
+const cniCache = cniDir + "/results"
+
+// cniDir is libcni's own directory.
+const cniDir = "/var/lib/cni"
 
 // cgroupRoot is where cgroup hierarchies are mounted.
 const cgroupRoot = "/sys/fs/cgroup"
@@ -48,6 +51,10 @@ func (n *Node) Close(ctx context.Context) error {
 		// Fails, as it should, while other nodes exist.
 		_ = unix.Rmdir(BaseDir)
 	}
+	if n.ownCNI {
+		// Fail, as they should, if somebody else uses them by now.
+		_, _ = unix.Rmdir(cniCache), unix.Rmdir(cniDir)
+	}
 	return errors.Join(errs...)
 }
 
@@ -56,8 +63,8 @@ func (n *Node) Close(ctx context.Context) error {
 func (n *Node) sweep(ctx context.Context) error {
 	ctx, cancel := limited(ctx)
 	defer cancel()
-	errs := []error{Eventually(ctx, n.killProcesses), n.unmountAll(), n.removeBridge(), Eventually(ctx, n.removeCgroups)}
-	caches, err := filepath.Glob(filepath.Join(cniCache, n.Bridge()+"-*"))
+	errs := []error{Eventually(ctx, n.killProcesses), n.unmountAll(), n.closeFirewall(), n.removeBridge(), Eventually(ctx, n.removeCgroups)}
+	caches, err := n.cniResults()
 	errs = append(errs, err)
 	for _, f := range caches {
 		errs = append(errs, os.Remove(f))

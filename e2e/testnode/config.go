@@ -116,6 +116,9 @@ func (n *Node) controllerConfig() table {
 		"state_dir": n.StateDir(),
 		"cache_dir": n.CacheDir(),
 	}
+	if n.opts.Debug {
+		c["debug"] = true
+	}
 	maps.Copy(c, n.opts.CloudHV)
 	return c
 }

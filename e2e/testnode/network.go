@@ -53,7 +53,7 @@ func (n *Node) setUpNetwork() (retErr error) {
 	}
 	defer func() {
 		if retErr != nil {
-			retErr = errors.Join(retErr, n.removeBridge())
+			retErr = errors.Join(retErr, n.closeFirewall(), n.removeBridge())
 		}
 	}()
 	for _, ip := range n.HostIPs() {
@@ -69,6 +69,9 @@ func (n *Node) setUpNetwork() (retErr error) {
 	}
 	if err := netlink.LinkSetUp(br); err != nil {
 		return fmt.Errorf("bringing up bridge %s: %w", n.Bridge(), err)
+	}
+	if err := n.openFirewall(); err != nil {
+		return fmt.Errorf("letting bridge %s through the firewall: %w", n.Bridge(), err)
 	}
 	return n.writeCNI()
 }

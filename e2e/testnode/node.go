@@ -8,6 +8,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"os"
 	"path/filepath"
 	"regexp"
@@ -59,7 +60,7 @@ type Options struct {
 	// CloudHV is added to the plugin's configuration, or replaces what the node
 	// would set. Values are strings, numbers, booleans or lists of strings.
 	CloudHV map[string]any
-	// Debug makes containerd log at level debug.
+	// Debug makes containerd log at level debug, and the shims every request.
 	Debug bool
 }
 
@@ -69,6 +70,8 @@ type Node struct {
 	dir    string
 	subnet subnets
 	lock   *os.File
+	// ownCNI says that the host had no directories of CNI's before.
+	ownCNI bool
 
 	mu   sync.Mutex
 	proc *process
@@ -114,6 +117,8 @@ func New(opts Options) (_ *Node, retErr error) {
 			return nil, err
 		}
 	}
+	_, err = os.Lstat(cniDir)
+	n.ownCNI = errors.Is(err, fs.ErrNotExist)
 	if err := n.setUpNetwork(); err != nil {
 		return nil, err
 	}

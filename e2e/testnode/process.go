@@ -100,7 +100,10 @@ func (n *Node) env() []string {
 		"HOME=" + n.Dir("tmp"),
 		"TMPDIR=" + n.Dir("tmp"),
 	}
-	for _, k := range []string{"GOCOVERDIR", "GORACE", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY"} {
+	for _, k := range []string{
+		"GOCOVERDIR", "GORACE", "SSL_CERT_FILE", "SSL_CERT_DIR",
+		"HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "http_proxy", "https_proxy", "no_proxy",
+	} {
 		if v, ok := os.LookupEnv(k); ok {
 			env = append(env, k+"="+v)
 		}

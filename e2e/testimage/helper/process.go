@@ -8,6 +8,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"net"
 	"os"
 	"os/signal"
 	"runtime"
@@ -69,9 +70,35 @@ func term(args []string) (int, error) {
 
 // mem prints "MemTotal MemAvailable CPUs", in bytes.
 func mem([]string) (int, error) {
-	f, err := os.Open("/proc/meminfo")
+	return 0, writeMem(os.Stdout)
+}
+
+// memd answers each connection with what mem prints, so that it can be asked
+// without an exec.
+func memd(args []string) (int, error) {
+	if len(args) != 1 {
+		return 0, errors.New("a port is needed")
+	}
+	l, err := net.Listen("tcp", ":"+args[0])
 	if err != nil {
 		return 0, err
+	}
+	fmt.Println("listening")
+	for {
+		c, err := l.Accept()
+		if err != nil {
+			return 0, err
+		}
+		if err := errors.Join(writeMem(c), c.Close()); err != nil {
+			fmt.Fprintln(os.Stderr, err)
+		}
+	}
+}
+
+func writeMem(w io.Writer) error {
+	f, err := os.Open("/proc/meminfo")
+	if err != nil {
+		return err
 	}
 	defer f.Close()
 	val := map[string]int64{}
@@ -80,13 +107,13 @@ func mem([]string) (int, error) {
 		if len(words) == 3 {
 			kb, err := strconv.ParseInt(words[1], 10, 64)
 			if err != nil {
-				return 0, err
+				return err
 			}
 			val[words[0]] = kb << 10
 		}
 	}
-	fmt.Println(val["MemTotal:"], val["MemAvailable:"], runtime.NumCPU())
-	return 0, nil
+	_, err = fmt.Fprintln(w, val["MemTotal:"], val["MemAvailable:"], runtime.NumCPU())
+	return err
 }
 
 // hold touches BYTES of memory and keeps them until stdin ends.
