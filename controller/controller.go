@@ -39,6 +39,7 @@ import (
 	"github.com/cloudhv/containerd-cloudhv/controller/config"
 	"github.com/cloudhv/containerd-cloudhv/controller/network"
 	"github.com/cloudhv/containerd-cloudhv/controller/rootfs"
+	"github.com/cloudhv/containerd-cloudhv/vmpool"
 	"github.com/cloudhv/containerd-cloudhv/vmpool/vmm"
 )
 
@@ -98,6 +99,8 @@ type Controller struct {
 	scratch    *scratchStore
 	// boots are the VMs that may start at a time.
 	boots *semaphore.Weighted
+	// pool has VMs ready; nil if every sandbox boots its own.
+	pool *vmpool.Pool
 
 	// mu guards pods, and nothing slow is done under it.
 	mu   sync.Mutex

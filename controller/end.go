@@ -262,6 +262,9 @@ func (c *Controller) remove(ctx context.Context, p *pod) error {
 	if err := endShim(ctx, s, rec.Shim); err != nil {
 		return fmt.Errorf("remove sandbox %q: %w", p.id, err)
 	}
+	if err := c.forgetVM(&rec); err != nil {
+		return fmt.Errorf("remove sandbox %q: %w", p.id, err)
+	}
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	p.shim = nil

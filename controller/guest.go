@@ -19,6 +19,7 @@ import (
 
 	"github.com/cloudhv/containerd-cloudhv/guest/api"
 	guestv1 "github.com/cloudhv/containerd-cloudhv/guest/api/v1"
+	"github.com/cloudhv/containerd-cloudhv/vmpool"
 	"github.com/cloudhv/containerd-cloudhv/vmpool/vmm"
 )
 
@@ -40,6 +41,23 @@ const (
 func callGuest[T any](ctx context.Context, vm vmm.VM, limit time.Duration,
 	call func(context.Context, guestv1.MachineService) (T, error),
 ) (T, error) {
+	return callAgent(ctx, vm, limit, func(ctx context.Context, client *ttrpc.Client) (T, error) {
+		return call(ctx, guestv1.NewMachineClient(client))
+	})
+}
+
+// callTasks is callGuest for the agent's other service.
+func callTasks[T any](ctx context.Context, vm vmm.VM, limit time.Duration,
+	call func(context.Context, guestv1.TaskService) (T, error),
+) (T, error) {
+	return callAgent(ctx, vm, limit, func(ctx context.Context, client *ttrpc.Client) (T, error) {
+		return call(ctx, guestv1.NewTaskClient(client))
+	})
+}
+
+func callAgent[T any](ctx context.Context, vm vmm.VM, limit time.Duration,
+	call func(context.Context, *ttrpc.Client) (T, error),
+) (T, error) {
 	var zero T
 	ctx, cancel := context.WithTimeout(ctx, limit)
 	defer cancel()
@@ -52,7 +70,7 @@ func callGuest[T any](ctx context.Context, vm vmm.VM, limit time.Duration,
 	answer := &answerConn{Conn: conn}
 	client := ttrpc.NewClient(answer)
 	defer client.Close()
-	resp, err := call(ctx, guestv1.NewMachineClient(client))
+	resp, err := call(ctx, client)
 	if err != nil && ctx.Err() != nil {
 		return zero, fmt.Errorf("the guest's agent did not answer in time (%v): %w", limit, context.Cause(ctx))
 	}
@@ -98,22 +116,44 @@ func (e *agentError) Error() string { return "the guest's agent: " + strconv.Quo
 
 func (e *agentError) Unwrap() error { return e.class }
 
-// waitForGuest waits until the agent answers, and checks that it is this build's.
-func (c *Controller) waitForGuest(ctx context.Context, vm vmm.VM, watch *stopwatch) (guestInfo, error) {
-	info, err := callGuest(ctx, vm, c.cfg.BootTimeout,
+// guestOf waits until the agent answers, and checks that it is this build's.
+func guestOf(ctx context.Context, vm vmm.VM, limit time.Duration) (*guestv1.InfoResponse, error) {
+	info, err := callGuest(ctx, vm, limit,
 		func(ctx context.Context, m guestv1.MachineService) (*guestv1.InfoResponse, error) {
 			return m.Info(ctx, &guestv1.InfoRequest{})
 		})
 	if err != nil {
-		return guestInfo{}, fmt.Errorf("wait for the guest: %w", err)
+		return nil, fmt.Errorf("wait for the guest: %w", err)
 	}
-	g := guestInfo{
+	if v := info.GetApiVersion(); v != api.Version {
+		return nil, fmt.Errorf("the guest image's agent (%s) speaks version %d of the API, and this plugin version %d; "+
+			"install the image of the same build: %w", guestOfInfo(info).Agent, v, api.Version, errdefs.ErrFailedPrecondition)
+	}
+	return info, nil
+}
+
+// guestOfInfo is what a record keeps of an agent's answer.
+func guestOfInfo(info *guestv1.InfoResponse) guestInfo {
+	return guestInfo{
 		Agent:  printable(info.GetAgentVersion(), maxGuestText),
 		Kernel: printable(info.GetKernelRelease(), maxGuestText),
 	}
-	if v := info.GetApiVersion(); v != api.Version {
-		return g, fmt.Errorf("the guest image's agent (%s) speaks version %d of the API, and this plugin version %d; "+
-			"install the image of the same build: %w", g.Agent, v, api.Version, errdefs.ErrFailedPrecondition)
+}
+
+// waitForGuest waits until the agent answers. Of a VM that was booted it tells
+// the boot's parts.
+func (c *Controller) waitForGuest(ctx context.Context, p *pod, vm vmm.VM, watch *stopwatch) (guestInfo, error) {
+	rec := p.snapshot()
+	if rec.Outcome == string(vmpool.Hit) {
+		return rec.Guest, nil // it has answered
+	}
+	info, err := guestOf(ctx, vm, c.cfg.BootTimeout)
+	if err != nil {
+		return guestInfo{}, err
+	}
+	g := guestOfInfo(info)
+	if rec.Outcome != "" {
+		return g, nil // the boot was another's
 	}
 	// The guest's own clock starts with its kernel. When that was by ours is known
 	// to within the time that the answer took.

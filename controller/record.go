@@ -55,6 +55,10 @@ type record struct {
 	// VM is set once the VMM runs, Shim once the shim does.
 	VM   *vmm.State        `json:"vm,omitempty"`
 	Shim *process.Identity `json:"shim,omitempty"`
+	// Outcome is how the pool came by the VM, "" if it was booted for the sandbox;
+	// Snapshot is what it was restored from.
+	Outcome  string `json:"outcome,omitempty"`
+	Snapshot string `json:"snapshot,omitempty"`
 	// Images are the disks of the VM by image key: false while one is being plugged.
 	Images map[string]bool `json:"images,omitempty"`
 

@@ -43,9 +43,13 @@ func (c *Controller) Recover(ctx context.Context) error {
 	}
 	var all []*found
 	for _, e := range entries {
-		if e.IsDir() && e.Name() != damagedDir {
+		if e.IsDir() && e.Name() != damagedDir && e.Name() != poolDir {
 			all = append(all, c.find(withPod(ctx, e.Name()), filepath.Join(c.cfg.StateDir, e.Name())))
 		}
+	}
+	// First, as the ending of a sandbox waits for a VM that it was about to get.
+	if err := c.recoverPool(ctx); err != nil {
+		log.G(ctx).WithError(err).Error("cannot recover the pool of VMs")
 	}
 	done := make(chan struct{})
 	go func() {
@@ -61,7 +65,11 @@ func (c *Controller) Recover(ctx context.Context) error {
 	}
 	sweepCtx, cancel := c.cleanup(ctx)
 	defer cancel()
-	return c.sweep(sweepCtx)
+	err = c.sweep(sweepCtx)
+	if c.pool != nil {
+		c.pool.Run()
+	}
+	return err
 }
 
 // found is a directory of an earlier containerd's sandbox.

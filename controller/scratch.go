@@ -7,7 +7,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io"
 	"io/fs"
 	"os"
 	"os/exec"
@@ -19,6 +18,8 @@ import (
 
 	"github.com/containerd/errdefs"
 	"golang.org/x/sys/unix"
+
+	"github.com/cloudhv/containerd-cloudhv/vmpool/sparse"
 )
 
 const (
@@ -52,28 +53,14 @@ func (s *scratchStore) templatePath() string {
 }
 
 // make makes the disk at path. After an error there is none.
-func (s *scratchStore) make(ctx context.Context, path string) (retErr error) {
+func (s *scratchStore) make(ctx context.Context, path string) error {
 	if err := s.template(ctx); err != nil {
 		return err
 	}
-	src, err := os.Open(s.templatePath())
-	if err != nil {
-		return fmt.Errorf("open scratch template: %w", err)
-	}
-	defer src.Close()
-	dst, err := os.OpenFile(path, os.O_CREATE|os.O_EXCL|os.O_WRONLY, 0o600)
-	if err != nil {
+	if err := sparse.CopyFile(path, s.templatePath()); err != nil {
 		return fmt.Errorf("make scratch disk: %w", err)
 	}
-	defer func() {
-		if err := dst.Close(); err != nil && retErr == nil {
-			retErr = fmt.Errorf("make scratch disk: %w", err)
-		}
-		if retErr != nil {
-			_ = os.Remove(path)
-		}
-	}()
-	return copySparse(dst, src)
+	return nil
 }
 
 // template makes the template unless there is one of the right size.
@@ -128,40 +115,6 @@ func (s *scratchStore) makeTemplate(ctx context.Context, path string) (retErr er
 	}
 	if err := os.Rename(tmp.Name(), path); err != nil {
 		return fmt.Errorf("make scratch template: %w", err)
-	}
-	return nil
-}
-
-// copySparse makes dst equal to src, sharing blocks where the file system can,
-// and else without filling holes.
-func copySparse(dst, src *os.File) error {
-	if err := unix.IoctlFileClone(int(dst.Fd()), int(src.Fd())); err == nil {
-		return nil
-	}
-	st, err := src.Stat()
-	if err != nil {
-		return fmt.Errorf("copy scratch template: %w", err)
-	}
-	if err := dst.Truncate(st.Size()); err != nil {
-		return fmt.Errorf("copy scratch template: %w", err)
-	}
-	for at := int64(0); at < st.Size(); {
-		data, err := unix.Seek(int(src.Fd()), at, unix.SEEK_DATA)
-		if errors.Is(err, unix.ENXIO) {
-			return nil // only a hole is left
-		}
-		if err != nil {
-			return fmt.Errorf("copy scratch template: find data: %w", err)
-		}
-		hole, err := unix.Seek(int(src.Fd()), data, unix.SEEK_HOLE)
-		if err != nil {
-			return fmt.Errorf("copy scratch template: find hole: %w", err)
-		}
-		w := io.NewOffsetWriter(dst, data)
-		if _, err := io.Copy(w, io.NewSectionReader(src, data, hole-data)); err != nil {
-			return fmt.Errorf("copy scratch template: %w", err)
-		}
-		at = hole
 	}
 	return nil
 }

@@ -122,11 +122,6 @@ func vmmPid(rec *record) uint32 {
 // bringUp makes all that a ready sandbox has. What the VM does not need yet is
 // made while it boots.
 func (c *Controller) bringUp(ctx context.Context, p *pod, watch *stopwatch) error {
-	err := watch.time(ctx, "queue", func(ctx context.Context) error { return c.boots.Acquire(ctx, 1) })
-	if err != nil {
-		return fmt.Errorf("wait for other VMs to start: %w", err)
-	}
-	defer c.boots.Release(1)
 	n := &network.Network{}
 	defer func() {
 		// The VMM has its own files by now, or there is none.
@@ -138,8 +133,17 @@ func (c *Controller) bringUp(ctx context.Context, p *pod, watch *stopwatch) erro
 	g.Go(func() error {
 		return watch.time(gctx, "network", func(ctx context.Context) error { return c.connect(ctx, p, n) })
 	})
-	g.Go(func() error { return c.boot(gctx, p, watch) })
-	if err := g.Wait(); err != nil {
+	booted := func() {}
+	g.Go(func() error {
+		acquired, err := c.acquire(gctx, p, watch)
+		if err == nil && !acquired {
+			booted, err = c.boot(gctx, p, watch)
+		}
+		return err
+	})
+	err := g.Wait()
+	defer func() { booted() }()
+	if err != nil {
 		return err
 	}
 	vm := p.handle()
@@ -182,14 +186,20 @@ func (c *Controller) connect(ctx context.Context, p *pod, n *network.Network) er
 	return nil
 }
 
-// boot makes the scratch disk and starts the VM, whose record names both.
-func (c *Controller) boot(ctx context.Context, p *pod, watch *stopwatch) error {
-	rec := p.snapshot()
-	err := watch.time(ctx, "scratch", func(ctx context.Context) error { return c.scratch.make(ctx, rec.Scratch) })
+// boot makes the scratch disk and starts the VM, whose record names both. It waits
+// for its turn, which the caller ends by calling booted, after an error too.
+func (c *Controller) boot(ctx context.Context, p *pod, watch *stopwatch) (booted func(), _ error) {
+	err := watch.time(ctx, "queue", func(ctx context.Context) error { return c.boots.Acquire(ctx, 1) })
 	if err != nil {
-		return err
+		return func() {}, fmt.Errorf("wait for other VMs to start: %w", err)
 	}
-	return watch.time(ctx, "boot", func(ctx context.Context) error {
+	booted = func() { c.boots.Release(1) }
+	rec := p.snapshot()
+	err = watch.time(ctx, "scratch", func(ctx context.Context) error { return c.scratch.make(ctx, rec.Scratch) })
+	if err != nil {
+		return booted, err
+	}
+	return booted, watch.time(ctx, "boot", func(ctx context.Context) error {
 		ctx, cancel := context.WithTimeout(ctx, c.cfg.BootTimeout)
 		defer cancel()
 		vm, err := c.driver.Boot(ctx, c.vmConfig(p, &rec))
@@ -254,7 +264,7 @@ func (c *Controller) plugIn(ctx context.Context, p *pod, vm vmm.VM, n *network.N
 	var guest guestInfo
 	err := watch.time(ctx, "guest", func(ctx context.Context) error {
 		var err error
-		guest, err = c.waitForGuest(ctx, vm, watch)
+		guest, err = c.waitForGuest(ctx, p, vm, watch)
 		return err
 	})
 	if err != nil {
@@ -282,6 +292,11 @@ func (c *Controller) plugIn(ctx context.Context, p *pod, vm vmm.VM, n *network.N
 			return nil
 		})
 	})
+	if rec.Cgroup != "" && rec.VM != nil && rec.VM.Cgroup != rec.Cgroup {
+		g.Go(func() error {
+			return watch.time(gctx, "cgroup", func(ctx context.Context) error { return vm.SetCgroup(ctx, rec.Cgroup) })
+		})
+	}
 	if err := g.Wait(); err != nil {
 		return err
 	}

@@ -4,10 +4,12 @@
 package controller
 
 import (
+	"cmp"
 	"context"
 	"encoding/json"
 	"fmt"
 	"maps"
+	"path/filepath"
 	"slices"
 
 	"github.com/containerd/containerd/v2/core/sandbox"
@@ -15,6 +17,7 @@ import (
 	runtime "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	shimapi "github.com/cloudhv/containerd-cloudhv/controller/shim"
+	"github.com/cloudhv/containerd-cloudhv/vmpool"
 	"github.com/cloudhv/containerd-cloudhv/vmpool/vmm"
 )
 
@@ -48,16 +51,28 @@ type Info struct {
 	MemoryBytes    int64 `json:"memory_bytes"`
 	MaxMemoryBytes int64 `json:"max_memory_bytes"`
 
-	VMMPid     uint32   `json:"vmm_pid,omitempty"`
-	ShimPid    int      `json:"shim_pid,omitempty"`
-	Cgroup     string   `json:"cgroup,omitempty"`
-	NetNS      string   `json:"netns,omitempty"`
-	ConsoleLog string   `json:"console_log"`
-	VMMLog     string   `json:"vmm_log"`
-	ShimLog    string   `json:"shim_log"`
-	Images     []string `json:"images,omitempty"`
+	VMMPid     uint32 `json:"vmm_pid,omitempty"`
+	ShimPid    int    `json:"shim_pid,omitempty"`
+	Cgroup     string `json:"cgroup,omitempty"`
+	NetNS      string `json:"netns,omitempty"`
+	ConsoleLog string `json:"console_log"`
+	VMMLog     string `json:"vmm_log"`
+	ShimLog    string `json:"shim_log"`
+	// Outcome is how the sandbox came by its VM: hit (was ready), miss (restored),
+	// cold (booted). Snapshot is what it was restored from.
+	Outcome  string   `json:"outcome"`
+	Snapshot string   `json:"snapshot,omitempty"`
+	Images   []string `json:"images,omitempty"`
 	// Phases are the parts of the start, in the order they began.
 	Phases []Phase `json:"phases,omitempty"`
+}
+
+// vmFile is the path of a file of the sandbox's VM.
+func vmFile(p *pod, rec *record, name string) string {
+	if rec.VM != nil {
+		return filepath.Join(rec.VM.Dir, name)
+	}
+	return p.file(name)
 }
 
 // Status tells a sandbox's state from memory: it asks neither VMM nor guest.
@@ -118,8 +133,10 @@ func (c *Controller) info(p *pod, rec *record) Info {
 		VMMPid:         vmmPid(rec),
 		Cgroup:         rec.Cgroup,
 		NetNS:          rec.NetNS,
-		ConsoleLog:     p.file(vmm.ConsoleLog),
-		VMMLog:         p.file(vmm.VMMLog),
+		ConsoleLog:     vmFile(p, rec, vmm.ConsoleLog),
+		VMMLog:         vmFile(p, rec, vmm.VMMLog),
+		Outcome:        cmp.Or(rec.Outcome, string(vmpool.Cold)),
+		Snapshot:       rec.Snapshot,
 		ShimLog:        p.file(shimapi.LogFile),
 		Images:         slices.Sorted(maps.Keys(rec.Images)),
 		Phases:         rec.Phases,

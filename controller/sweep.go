@@ -30,7 +30,7 @@ func (c *Controller) sweep(ctx context.Context) error {
 		claimed[p.snapshot().Scratch] = true
 	}
 
-	c.killStrays(ctx, c.cfg.StateDir, c.scratch.dir)
+	c.killStrays(ctx, c.cfg.StateDir, c.scratch.dir, filepath.Join(c.cfg.CacheDir, poolScratch))
 	entries, err := os.ReadDir(c.scratch.dir)
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil
@@ -88,6 +88,11 @@ func (c *Controller) allPods() []*pod {
 
 func (c *Controller) claimedPids() map[int]bool {
 	claimed := map[int]bool{}
+	if c.pool != nil {
+		for _, pid := range c.pool.Pids() {
+			claimed[pid] = true
+		}
+	}
 	for _, p := range c.allPods() {
 		rec := p.snapshot()
 		if rec.VM != nil {

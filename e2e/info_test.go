@@ -25,6 +25,7 @@ import (
 // controller's Info.
 type info struct {
 	State       string `json:"state"`
+	Outcome     string `json:"outcome"`
 	Cause       string `json:"cause"`
 	Hypervisor  string `json:"hypervisor"`
 	VMMPid      int    `json:"vmm_pid"`

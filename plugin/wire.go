@@ -66,6 +66,9 @@ func build(ctx context.Context, ic *plugin.InitContext) *controller.Controller {
 		"accelerator": chosen.host.Accelerator, "accelerator_reason": chosen.host.Reason,
 	})
 	c := controller.New(opts)
+	if err := c.OpenPool(); err != nil {
+		log.G(ctx).WithError(err).Error("cannot make the pool of VMs; each sandbox boots its own")
+	}
 	if opts.Images != nil { // without its directories there is nothing to recover
 		recoverAll(ctx, c, images, stores)
 	}

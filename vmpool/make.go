@@ -62,30 +62,6 @@ func (vm *VM) started(v vmm.VM) error {
 	return vm.rec.save(vm.Dir)
 }
 
-// boot boots a VM for a pod.
-func (p *Pool) boot(ctx context.Context, req Request) (_ *VM, retErr error) {
-	vm, cfg, err := p.plan("", req.Owner, req.Cgroup)
-	if err != nil {
-		return nil, err
-	}
-	defer func() {
-		bootTimer.UpdateSince(vm.Made)
-		if retErr != nil {
-			retErr = p.undo(vm, retErr)
-		}
-	}()
-	vm.Outcome = Cold
-	cfg.KernelParams = append(cfg.KernelParams, req.KernelParams...)
-	if err := p.cfg.NewScratch(ctx, vm.Scratch); err != nil {
-		return nil, err
-	}
-	v, err := p.cfg.Driver.Boot(ctx, cfg)
-	if err != nil {
-		return nil, fmt.Errorf("boot a VM: %w", err)
-	}
-	return vm, vm.started(v)
-}
-
 // restore restores a VM, for a pod or for the pool.
 func (p *Pool) restore(ctx context.Context, snap *snapshot.Snapshot, req Request) (_ *VM, retErr error) {
 	vm, cfg, err := p.plan(snap.Key, req.Owner, req.Cgroup)

@@ -4,6 +4,8 @@
 package vmpool
 
 import (
+	"maps"
+
 	metrics "github.com/docker/go-metrics"
 )
 
@@ -11,7 +13,6 @@ var (
 	acquireCounter metrics.LabeledCounter
 	failCounter    metrics.LabeledCounter
 	badCounter     metrics.Counter
-	bootTimer      metrics.Timer
 	restoreTimer   metrics.Timer
 	readyTimer     metrics.Timer
 	snapshotTimer  metrics.Timer
@@ -22,20 +23,11 @@ func init() {
 	acquireCounter = ns.NewLabeledCounter("acquire", "VMs that pods were given, by how: hit (was ready), miss (restored), cold (booted), failed", "outcome")
 	failCounter = ns.NewLabeledCounter("failures", "What the pool failed to do, by step: snapshot, restore, ready", "step")
 	badCounter = ns.NewCounter("bad", "Ready VMs that died or did not answer, and were ended")
-	bootTimer = ns.NewTimer("boot", "Time to start a VMM that boots")
 	restoreTimer = ns.NewTimer("restore", "Time to restore a VM until its guest runs")
 	readyTimer = ns.NewTimer("ready", "Time to make a VM ready for the pool: restore, answer, warm-up")
 	snapshotTimer = ns.NewTimer("snapshot", "Time to make a base snapshot")
 	metrics.Register(ns)
 }
-
-// counts are what Status tells.
-type counts struct {
-	outcomes map[Outcome]int
-	failed   int
-}
-
-func newCounts() counts { return counts{outcomes: map[Outcome]int{}} }
 
 // Status is a picture of the pool.
 type Status struct {
@@ -46,9 +38,8 @@ type Status struct {
 	Ready, Making, Target int
 	// Drained is true after Drain, until Fill.
 	Drained bool
-	// Outcomes and Failed count what Acquire did since the start.
+	// Outcomes counts what Acquire did since the start.
 	Outcomes map[Outcome]int
-	Failed   int
 	// Err is the last failure that nothing has made good since.
 	Err error
 }
@@ -60,10 +51,7 @@ func (p *Pool) Status() Status {
 	defer p.mu.Unlock()
 	s := Status{
 		Key: p.key, Usable: err == nil, Ready: len(p.ready), Making: p.making, Target: p.target(), Drained: p.drained,
-		Outcomes: map[Outcome]int{}, Failed: p.counts.failed, Err: p.lastErr,
-	}
-	for k, n := range p.counts.outcomes {
-		s.Outcomes[k] = n
+		Outcomes: maps.Clone(p.outcomes), Err: p.lastErr,
 	}
 	return s
 }

@@ -4,8 +4,8 @@
 // Package vmpool has VMs ready before they are asked for. A VM is restored
 // copy-on-write from a base snapshot, made warm, and kept until a pod takes it;
 // it serves that pod and no other. When none is ready one is restored while the
-// pod waits (a miss), and where there is no snapshot that can be used one is
-// booted (cold).
+// pod waits (a miss). Where there is no snapshot that can be used the pool gives
+// none, and the caller boots one (cold).
 //
 // Every VM has a directory below Config.Dir with its sockets, logs and a record,
 // and a writable disk below Config.ScratchDir. The record is written before each
@@ -26,6 +26,7 @@ import (
 
 	"github.com/containerd/errdefs"
 	"github.com/containerd/log"
+	"golang.org/x/sync/semaphore"
 
 	"github.com/cloudhv/containerd-cloudhv/vmpool/snapshot"
 	"github.com/cloudhv/containerd-cloudhv/vmpool/vmm"
@@ -38,8 +39,11 @@ type Outcome string
 const (
 	Hit  Outcome = "hit"  // it was ready
 	Miss Outcome = "miss" // it was restored
-	Cold Outcome = "cold" // it was booted
+	Cold Outcome = "cold" // the caller had to boot one
 )
+
+// ErrNone means that the pool has no VM and cannot restore one: boot it.
+var ErrNone = fmt.Errorf("the pool has no VM to give: %w", errdefs.ErrUnavailable)
 
 // Guest is what the pool asks of a VM's agent.
 type Guest interface {
@@ -61,7 +65,7 @@ type Config struct {
 	Machine vmm.Config
 	// Dir holds a directory for each VM, ScratchDir their disks.
 	Dir, ScratchDir string
-	// NewScratch makes an empty disk at path.
+	// NewScratch makes an empty disk at path, for a template.
 	NewScratch func(ctx context.Context, path string) error
 	// Cgroup is the parent group of VMs that no pod has taken; empty for none.
 	Cgroup string
@@ -72,10 +76,12 @@ type Config struct {
 	MaxMemory, VMMemory int64
 	// Parallel is how many VMs are made ready at a time.
 	Parallel int
+	// Slots bound the VMs that are restored while a pod waits; nil means no bound.
+	Slots *semaphore.Weighted
 	// Warm says whether a VM is made warm before it is ready.
 	Warm bool
 	// SnapshotLimit, ReadyLimit and CheckLimit bound the making of a snapshot, the
-	// making of a ready VM, and the first answer of one that is handed out.
+	// making of a ready VM, and the check of one that is handed out.
 	SnapshotLimit, ReadyLimit, CheckLimit time.Duration
 }
 
@@ -103,8 +109,8 @@ type Pool struct {
 	// badRestores are the restores that failed one after the other.
 	badRestores int
 	lastErr     error
-	drained  bool
-	counts   counts
+	drained     bool
+	outcomes    map[Outcome]int
 }
 
 // VM is one that the pool made. Its owner ends it with Discard.
@@ -130,11 +136,12 @@ func (vm *VM) Key() string { return vm.rec.Key }
 type Request struct {
 	// Owner is the pod.
 	Owner string
-	// KernelParams beyond the pool's make it boot a VM of its own.
-	KernelParams []string
 	// Cgroup is the pod's, for a VM that is made now. One that was ready moves there
 	// later: see vmm.VM.SetCgroup.
 	Cgroup string
+	// Check, if set, decides whether a VM that was ready is fit to be handed out: it
+	// asks the guest's agent something.
+	Check func(ctx context.Context, vm vmm.VM) error
 }
 
 // New makes a pool that does nothing yet: call Recover, then Run.
@@ -147,20 +154,18 @@ func New(cfg Config) (*Pool, error) {
 	ctx, cancel := context.WithCancel(context.Background())
 	p := &Pool{
 		cfg: cfg, key: cfg.Inputs.Key(), wake: make(chan struct{}, 1),
-		ctx: ctx, cancel: cancel, counts: newCounts(),
+		ctx: ctx, cancel: cancel, outcomes: map[Outcome]int{},
 	}
 	p.idle = sync.NewCond(&p.mu)
 	return p, nil
 }
 
-// Acquire gives a pod its VM. After an error nothing is left. The guest's agent
-// has answered if the VM was ready; otherwise the caller waits for it.
+// Acquire gives a pod its VM, or returns ErrNone. After an error nothing is left.
+// A VM that was ready has passed the check; in another the guest runs, but need
+// not have answered.
 func (p *Pool) Acquire(ctx context.Context, req Request) (*VM, error) {
 	done := p.begin()
 	defer done()
-	if len(req.KernelParams) > 0 {
-		return p.counted(p.boot(ctx, req))
-	}
 	for {
 		vm := p.take()
 		if vm == nil {
@@ -172,20 +177,25 @@ func (p *Pool) Acquire(ctx context.Context, req Request) (*VM, error) {
 		}
 		p.discardBad(ctx, vm, err)
 		if ctx.Err() != nil {
-			return nil, fmt.Errorf("acquire a VM: %w", context.Cause(ctx))
+			return p.counted(nil, fmt.Errorf("acquire a VM: %w", context.Cause(ctx)))
 		}
 	}
-	if snap, err := p.cfg.Store.Peek(p.key); err == nil {
-		vm, err := p.restore(ctx, snap, req)
-		if err == nil {
-			return p.counted(vm, nil)
-		}
-		if ctx.Err() != nil {
-			return nil, err
-		}
-		log.G(ctx).WithError(err).Warn("cannot restore a VM; it is booted instead")
+	snap, err := p.cfg.Store.Peek(p.key)
+	if err != nil {
+		p.poke()
+		return p.counted(nil, fmt.Errorf("%w: %w", ErrNone, err))
 	}
-	return p.counted(p.boot(ctx, req))
+	if p.cfg.Slots != nil {
+		if err := p.cfg.Slots.Acquire(ctx, 1); err != nil {
+			return p.counted(nil, fmt.Errorf("wait for other VMs to be restored: %w", err))
+		}
+		defer p.cfg.Slots.Release(1)
+	}
+	vm, err := p.restore(ctx, snap, req)
+	if err != nil && ctx.Err() == nil {
+		err = fmt.Errorf("%w: %w", ErrNone, err)
+	}
+	return p.counted(vm, err)
 }
 
 // begin notes that a pod came, and holds the refill back until done is called.
@@ -224,15 +234,20 @@ func (p *Pool) poke() {
 }
 
 func (p *Pool) counted(vm *VM, err error) (*VM, error) {
+	outcome := Outcome("failed")
+	switch {
+	case err == nil:
+		outcome = vm.Outcome
+	case errors.Is(err, ErrNone):
+		outcome = Cold
+	}
 	p.mu.Lock()
 	defer p.mu.Unlock()
+	p.outcomes[outcome]++
+	acquireCounter.WithValues(string(outcome)).Inc()
 	if err != nil {
-		p.counts.failed++
-		acquireCounter.WithValues("failed").Inc()
 		return nil, err
 	}
-	p.counts.outcomes[vm.Outcome]++
-	acquireCounter.WithValues(string(vm.Outcome)).Inc()
 	return vm, nil
 }
 
@@ -263,8 +278,10 @@ func (p *Pool) handOver(ctx context.Context, vm *VM, req Request) error {
 	if err := vm.Resume(ctx); err != nil {
 		return fmt.Errorf("VM %s does not go on: %w", vm.ID(), err)
 	}
-	if err := p.cfg.Guest.Ready(ctx, vm); err != nil {
-		return fmt.Errorf("VM %s does not answer: %w", vm.ID(), err)
+	if req.Check != nil {
+		if err := req.Check(ctx, vm); err != nil {
+			return fmt.Errorf("VM %s: %w", vm.ID(), err)
+		}
 	}
 	vm.Outcome = Hit
 	return nil

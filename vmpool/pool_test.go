@@ -9,16 +9,15 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
-	"strings"
 	"sync"
 	"sync/atomic"
 	"testing"
 	"time"
 
-	"github.com/containerd/errdefs"
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
 	"go.uber.org/goleak"
+	"golang.org/x/sync/semaphore"
 
 	"github.com/cloudhv/containerd-cloudhv/vmpool/snapshot"
 	"github.com/cloudhv/containerd-cloudhv/vmpool/vmm"
@@ -172,35 +171,42 @@ func TestHit(t *testing.T) {
 	assert.Equal(t, 2, r.pool.Status().Outcomes[Hit])
 }
 
-func TestMissAndCold(t *testing.T) {
-	r := newRig(t, func(c *Config) { c.Demand = Demand{Window: time.Second, Horizon: time.Minute} })
+func TestMiss(t *testing.T) {
+	r := newRig(t, func(c *Config) {
+		c.Demand = Demand{Window: time.Second, Horizon: time.Minute}
+		c.Slots = semaphore.NewWeighted(1)
+	})
 	r.eventually("the snapshot is made", func(s Status) bool { return s.Usable })
 	vm := r.acquire("a")
 	assert.Equal(t, Miss, vm.Outcome)
 	assert.Equal(t, r.pool.Status().Key, vm.Key())
-	own, err := r.pool.Acquire(t.Context(), Request{Owner: "b", KernelParams: []string{"debug"}})
-	require.NoError(t, err)
-	assert.Equal(t, Cold, own.Outcome)
-	seen, _ := r.driver.Seen(own.ID())
-	assert.Contains(t, seen.Config.KernelParams, "debug")
+	require.NoError(t, r.cfg.Slots.Acquire(t.Context(), 1))
+	ctx, cancel := context.WithTimeout(t.Context(), 10*time.Millisecond)
+	defer cancel()
+	_, err := r.pool.Acquire(ctx, Request{Owner: "b"})
+	require.ErrorIs(t, err, context.DeadlineExceeded, "it waits for its turn")
+	r.cfg.Slots.Release(1)
 	require.NoError(t, r.pool.Discard(t.Context(), vm))
-	require.NoError(t, r.pool.Discard(t.Context(), own))
 	r.left(0)
 }
 
-// TestNoSnapshot makes pods boot while there is no snapshot, however it fails.
+// TestNoSnapshot lets the making of a snapshot fail at each step: pods have to
+// boot, nothing is left, and the reason is told.
 func TestNoSnapshot(t *testing.T) {
-	for _, op := range []vmmtest.Op{vmmtest.OpPause, vmmtest.OpSnapshot, vmmtest.OpDisconnect} {
+	for _, op := range []vmmtest.Op{vmmtest.OpBoot, vmmtest.OpPause, vmmtest.OpSnapshot, vmmtest.OpDisconnect, vmmtest.OpKill} {
 		r := newRig(t)
-		r.driver.Fail(op, errTest)
+		r.full(2)
+		r.pool.Drain()
+		r.full(0)
 		require.NoError(t, r.store.SetAside(r.pool.key))
-		r.restart()
-		vm := r.acquire("a")
-		r.eventually("it says why", func(s Status) bool { return errors.Is(s.Err, errTest) || s.Ready > 0 })
-		if vm.Outcome != Hit {
-			assert.Equal(t, Cold, vm.Outcome)
-		}
-		require.NoError(t, r.pool.Discard(t.Context(), vm))
+		r.driver.Fail(op, errTest)
+		_, err := r.pool.Acquire(t.Context(), Request{Owner: "a"})
+		require.ErrorIs(t, err, ErrNone, op)
+		r.eventually("it says why", func(s Status) bool { return errors.Is(s.Err, errTest) })
+		r.driver.Fail(op, nil)
+		r.pool.Fill()
+		r.full(2)
+		assert.NoError(t, r.pool.Status().Err, op)
 	}
 }
 
@@ -220,8 +226,9 @@ func TestBadVM(t *testing.T) {
 		}
 		return nil
 	}
-	r.guest.ready.Store(&say)
-	vm := r.acquire("a")
+	check := func(_ context.Context, vm vmm.VM) error { return say(vm.ID()) }
+	vm, err := r.pool.Acquire(t.Context(), Request{Owner: "a", Check: check})
+	require.NoError(t, err)
 	assert.NotContains(t, silent, vm.ID())
 	r.eventually("the silent ones are gone", func(Status) bool {
 		return !slices.ContainsFunc(r.driver.VMs(), func(id string) bool { return slices.Contains(silent, id) })
@@ -236,9 +243,9 @@ func TestBadSnapshot(t *testing.T) {
 	r.eventually("the snapshot is made", func(s Status) bool { return s.Usable })
 	r.driver.Fail(vmmtest.OpRestore, errTest)
 	for range badSnapshot {
-		vm := r.acquire("a")
-		assert.Equal(t, Cold, vm.Outcome)
-		require.NoError(t, r.pool.Discard(t.Context(), vm))
+		_, err := r.pool.Acquire(t.Context(), Request{Owner: "a"})
+		require.ErrorIs(t, err, ErrNone)
+		require.ErrorIs(t, err, errTest)
 	}
 	r.driver.Fail(vmmtest.OpRestore, nil)
 	list, err := r.store.List()
@@ -365,17 +372,4 @@ func TestMemoryBound(t *testing.T) {
 	r := newRig(t, func(c *Config) { c.MaxMemory, c.VMMemory = 100, 70 })
 	r.full(1)
 	assert.Equal(t, 1, r.pool.Status().Target)
-}
-
-// TestAcquireFails leaves nothing of a VM that cannot be booted.
-func TestAcquireFails(t *testing.T) {
-	r := newRig(t, func(c *Config) { c.Demand.Min, c.Demand.Max = 0, 0 })
-	r.eventually("the snapshot is made", func(s Status) bool { return s.Usable })
-	r.driver.Fail(vmmtest.OpRestore, errTest)
-	r.driver.Fail(vmmtest.OpBoot, errdefs.ErrUnavailable)
-	_, err := r.pool.Acquire(t.Context(), Request{Owner: "a"})
-	require.ErrorIs(t, err, errdefs.ErrUnavailable)
-	r.left(0)
-	assert.Equal(t, 1, r.pool.Status().Failed)
-	assert.True(t, strings.Contains(err.Error(), "boot a VM"))
 }

@@ -110,3 +110,41 @@ func (p *Pool) unfit(rec *record) string {
 		return ""
 	}
 }
+
+// Pids are the processes of the pool's VMs, those of pods included.
+func (p *Pool) Pids() []int {
+	var pids []int
+	for _, rec := range p.records() {
+		if rec.VM != nil {
+			pids = append(pids, rec.VM.Pid)
+		}
+	}
+	return pids
+}
+
+// Unrecorded are the disks of VMs whose VMM, if there is one, was not recorded
+// when an earlier process ended. Its command line names the disk.
+func (p *Pool) Unrecorded() []string {
+	var disks []string
+	for _, rec := range p.records() {
+		if rec.VM == nil {
+			disks = append(disks, p.scratch(rec.ID))
+		}
+	}
+	return disks
+}
+
+// records are those that can be read.
+func (p *Pool) records() []*record {
+	entries, err := os.ReadDir(p.cfg.Dir)
+	if err != nil {
+		return nil
+	}
+	var list []*record
+	for _, e := range entries {
+		if rec, err := loadRecord(filepath.Join(p.cfg.Dir, e.Name())); err == nil {
+			list = append(list, rec)
+		}
+	}
+	return list
+}

@@ -76,9 +76,42 @@ type Config struct {
 	// RootFSBuilder, a RootFSBuilder or a table, bounds the process that writes an
 	// image's file system.
 	RootFSBuilder Value `toml:"rootfs_builder"`
+	// Pool, a Pool or a table, sizes the pool of ready VMs.
+	Pool Value `toml:"pool"`
 	// Timeouts, a Timeouts or a table, bound what waits for something else.
 	Timeouts Value `toml:"timeouts"`
 }
+
+// Pool is the section pool.
+type Pool struct {
+	// Restore makes VMs from a snapshot; false boots each.
+	Restore Value `toml:"restore"`
+	// Min and Max bound the VMs that are ready; with Max 0 none is, and each is
+	// restored when its pod comes.
+	Min Value `toml:"min"`
+	Max Value `toml:"max"`
+	// MaxMemory bounds what ready VMs may hold together; 0 stands for a tenth of the
+	// host's.
+	MaxMemory Value `toml:"max_memory"`
+	// Parallel is how many are made ready at a time; 0 stands for half the host's
+	// processors.
+	Parallel Value `toml:"parallel"`
+	// WarmUp runs a throw-away container in each VM before it is ready: "auto" (in
+	// software emulation), "always" or "never".
+	WarmUp Value `toml:"warm_up"`
+	// Memory is how long a burst of pods is remembered, Window what counts as one.
+	Memory Value `toml:"memory"`
+	Window Value `toml:"window"`
+	// TemplateDir holds the snapshots; empty stands for templates in cache_dir.
+	TemplateDir Value `toml:"template_dir"`
+}
+
+// Values of Pool.WarmUp.
+const (
+	WarmUpAuto   = "auto"
+	WarmUpAlways = "always"
+	WarmUpNever  = "never"
+)
 
 // RootFSBuilder is the section rootfs_builder.
 type RootFSBuilder struct {
@@ -144,12 +177,19 @@ func Default() *Config {
 		EnableUnprivilegedICMP:  true,
 		Debug:                   false,
 		RootFSBuilder:           defaultBuilder(),
+		Pool:                    defaultPool(),
 		Timeouts:                defaultTimeouts(),
 	}
 }
 
 func defaultBuilder() RootFSBuilder {
 	return RootFSBuilder{Binary: "", Memory: "1GiB", ImageSize: "64GiB", Parallel: 2}
+}
+
+func defaultPool() Pool {
+	return Pool{
+		Restore: true, Min: 1, Max: 16, MaxMemory: "0", Parallel: 0, WarmUp: WarmUpAuto, Memory: "10m", Window: "5s", TemplateDir: "",
+	}
 }
 
 func defaultTimeouts() Timeouts {

@@ -41,6 +41,8 @@ const (
 	maxBootParallel    = 1024
 	maxBuilderParallel = 64
 
+	maxPool = 1000
+
 	minTimeout = 100 * time.Millisecond
 	maxTimeout = 24 * time.Hour
 )
@@ -78,8 +80,21 @@ type Settings struct {
 	BuilderImageSize int64
 	BuilderParallel  int
 
+	Pool PoolSettings
+
 	BootTimeout, AgentTimeout, HotPlugTimeout, PowerOffTimeout time.Duration
 	CleanupTimeout, RootFSTimeout, RecoverTimeout              time.Duration
+}
+
+// PoolSettings are the checked section pool.
+type PoolSettings struct {
+	Restore         bool
+	Min, Max        int
+	MaxMemory       int64
+	Parallel        int
+	WarmUp          string
+	Horizon, Window time.Duration
+	TemplateDir     string
 }
 
 // HostInfo is what Validate fills open values from.
@@ -118,6 +133,7 @@ func (c *Config) Validate(host HostInfo) (*Settings, error) {
 	v.directories(c, s)
 	v.limits(c, s)
 	v.builder(section(v, "rootfs_builder", c.RootFSBuilder, defaultBuilder()), s)
+	v.pool(section(v, "pool", c.Pool, defaultPool()), s, host)
 	v.timeouts(section(v, "timeouts", c.Timeouts, defaultTimeouts()), s)
 	if len(v.errs) > 0 {
 		return s, &Error{Problems: v.errs}
@@ -243,6 +259,43 @@ func (v *validator) builder(b RootFSBuilder, s *Settings) {
 	s.BuilderParallel = v.count("rootfs_builder.parallel", b.Parallel, 1, maxBuilderParallel)
 }
 
+func (v *validator) pool(p Pool, s *Settings, host HostInfo) {
+	wrong := len(v.errs)
+	out := &s.Pool
+	out.Restore = v.flag("pool.restore", p.Restore)
+	out.Min = v.count("pool.min", p.Min, 0, maxPool)
+	out.Max = v.count("pool.max", p.Max, 0, maxPool)
+	if len(v.errs) == wrong && out.Min > out.Max {
+		v.errorf("pool.min", p.Min, "is more than pool.max = %d", out.Max)
+	}
+	out.MaxMemory = v.atLeast("pool.max_memory", p.MaxMemory, 0)
+	if out.MaxMemory == 0 {
+		out.MaxMemory = host.Memory / 10
+	}
+	out.Parallel = v.count("pool.parallel", p.Parallel, 0, maxBootParallel)
+	var ok bool
+	out.WarmUp, ok = v.text("pool.warm_up", p.WarmUp)
+	if ok && !slices.Contains([]string{WarmUpAuto, WarmUpAlways, WarmUpNever}, out.WarmUp) {
+		v.errorf("pool.warm_up", p.WarmUp, "use %q, %q or %q", WarmUpAuto, WarmUpAlways, WarmUpNever)
+	}
+	out.Horizon = v.duration("pool.memory", p.Memory)
+	out.Window = v.duration("pool.window", p.Window)
+	out.TemplateDir = filepath.Join(s.CacheDir, "templates")
+	if p.TemplateDir != "" {
+		out.TemplateDir = v.path("pool.template_dir", p.TemplateDir)
+	}
+}
+
+func (v *validator) duration(field string, value Value) time.Duration {
+	text, _ := value.(string)
+	d, err := time.ParseDuration(text)
+	if err != nil || d < minTimeout || d > maxTimeout {
+		v.errorf(field, value, "use a duration from %s to %s, such as %q", minTimeout, maxTimeout, "30s")
+		return 30 * time.Second
+	}
+	return d
+}
+
 func (v *validator) timeouts(t Timeouts, s *Settings) {
 	for _, f := range []struct {
 		name  string
@@ -257,13 +310,7 @@ func (v *validator) timeouts(t Timeouts, s *Settings) {
 		{"rootfs_build", t.RootFSBuild, &s.RootFSTimeout},
 		{"recover", t.Recover, &s.RecoverTimeout},
 	} {
-		text, _ := f.value.(string)
-		d, err := time.ParseDuration(text)
-		if err != nil || d < minTimeout || d > maxTimeout {
-			v.errorf("timeouts."+f.name, f.value, "use a duration from %s to %s, such as %q", minTimeout, maxTimeout, "30s")
-			d = 30 * time.Second
-		}
-		*f.to = d
+		*f.to = v.duration("timeouts."+f.name, f.value)
 	}
 }
 

@@ -32,8 +32,9 @@ import (
 )
 
 const (
-	// MemoryFile is the template's RAM, ScratchFile its writable disk.
-	MemoryFile  = "memory"
+	// MemoryFile is the template's RAM.
+	MemoryFile = "memory"
+	// ScratchFile is its writable disk.
 	ScratchFile = "scratch"
 
 	tmpPrefix     = ".making-"

@@ -29,8 +29,8 @@ import (
 )
 
 const (
-	// ociVersion is the version of the OCI spec that the guest's crun implements.
-	ociVersion = "1.0.2"
+	// OCIVersion is the version of the OCI spec that the guest's crun implements.
+	OCIVersion = "1.0.2"
 	// rootPath stands in Root.Path until the agent sets it.
 	rootPath = "rootfs"
 	// cgroupParent is where the agent keeps the cgroups of a pod's containers.
@@ -68,7 +68,7 @@ type Container struct {
 func Translate(host *specs.Spec, id string, pod Pod) (*Container, error) {
 	t := &translation{pod: pod, out: &Container{}}
 	out := &specs.Spec{
-		Version: ociVersion,
+		Version: OCIVersion,
 		Process: t.process("process", host.Process),
 		Root:    t.root(host.Root),
 	}

@@ -1,0 +1,225 @@
+// SPDX-License-Identifier: Apache-2.0
+// Copyright The containerd-cloudhv Authors
+
+package controller
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"path/filepath"
+	"runtime"
+	"slices"
+
+	"github.com/containerd/containerd/v2/contrib/seccomp"
+	"github.com/containerd/containerd/v2/core/containers"
+	"github.com/containerd/containerd/v2/pkg/namespaces"
+	"github.com/containerd/containerd/v2/pkg/oci"
+	"google.golang.org/protobuf/types/known/emptypb"
+
+	"github.com/cloudhv/containerd-cloudhv/controller/config"
+	"github.com/cloudhv/containerd-cloudhv/controller/shim/guestspec"
+	guestv1 "github.com/cloudhv/containerd-cloudhv/guest/api/v1"
+	"github.com/cloudhv/containerd-cloudhv/vmpool"
+	"github.com/cloudhv/containerd-cloudhv/vmpool/snapshot"
+	"github.com/cloudhv/containerd-cloudhv/vmpool/sparse"
+	"github.com/cloudhv/containerd-cloudhv/vmpool/vmm"
+)
+
+const (
+	// poolDir holds a directory for each VM of the pool, in the state directory; no
+	// sandbox can have this name. poolScratch holds their disks.
+	poolDir     = ".vms"
+	poolScratch = "pool"
+	// poolCgroup is the parent group of VMs that no pod has taken.
+	poolCgroup = "/cloudhv/pool"
+	// vmMemory is what a ready VM is reckoned to hold beyond the snapshot's pages,
+	// in software emulation with its translated code, and with a hypervisor.
+	vmMemoryTCG, vmMemory = 96 << 20, 24 << 20
+)
+
+// OpenPool makes the pool of ready VMs, which begins its work with Recover.
+// Without it, or after an error, every sandbox boots a VM of its own.
+func (c *Controller) OpenPool() error {
+	if c.unfit != nil || !c.cfg.Pool.Restore {
+		return nil
+	}
+	guest, err := newGuestOfPool(c.cfg)
+	if err != nil {
+		return err
+	}
+	store, err := snapshot.Open(c.cfg.Pool.TemplateDir)
+	if err != nil {
+		return err
+	}
+	machine := vmm.Config{
+		Kernel: c.cfg.Kernel, RootFS: c.cfg.Image, KernelParams: c.cfg.KernelParams, ConsoleLimit: c.cfg.ConsoleLogLimit,
+		Size: vmm.Size{VCPUs: 1, MemoryBytes: c.cfg.BaseMemory},
+		Max:  vmm.Size{VCPUs: c.cfg.MaxVCPUs, MemoryBytes: c.cfg.MaxMemory},
+	}
+	inputs, err := c.snapshotInputs(&machine)
+	if err != nil {
+		return err
+	}
+	tcg := c.host.Accelerator == softwareEmulation
+	cfg := vmpool.Config{
+		Driver: c.driver, Store: store, Guest: guest, Inputs: inputs, Machine: machine,
+		Dir: filepath.Join(c.cfg.StateDir, poolDir), ScratchDir: filepath.Join(c.cfg.CacheDir, poolScratch),
+		NewScratch: c.scratch.make,
+		Demand:     vmpool.Demand{Min: c.cfg.Pool.Min, Max: c.cfg.Pool.Max, Window: c.cfg.Pool.Window, Horizon: c.cfg.Pool.Horizon},
+		MaxMemory:  c.cfg.Pool.MaxMemory, VMMemory: vmMemory, Parallel: c.cfg.Pool.Parallel, Slots: c.boots,
+		Warm:          c.cfg.Pool.WarmUp == config.WarmUpAlways || c.cfg.Pool.WarmUp == config.WarmUpAuto && tcg,
+		SnapshotLimit: 2 * c.cfg.BootTimeout, ReadyLimit: c.cfg.BootTimeout, CheckLimit: c.cfg.HotPlugTimeout,
+	}
+	if tcg {
+		cfg.VMMemory = vmMemoryTCG
+	}
+	if c.cfg.Cgroup {
+		cfg.Cgroup = poolCgroup
+	}
+	if cfg.Parallel == 0 {
+		cfg.Parallel = max(1, runtime.NumCPU()/2)
+	}
+	c.pool, err = vmpool.New(cfg)
+	return err
+}
+
+// snapshotInputs hashes all that shapes a VM.
+func (c *Controller) snapshotInputs(m *vmm.Config) (snapshot.Inputs, error) {
+	cpu, err := snapshot.HostCPU()
+	in := snapshot.Inputs{
+		Driver: c.host.Driver, Version: c.host.Version, Accelerator: c.host.Accelerator,
+		KernelParams: slices.Clone(m.KernelParams), Size: m.Size, Max: m.Max, ScratchBytes: c.cfg.ScratchSize, CPU: cpu,
+	}
+	for _, f := range []struct {
+		to   *string
+		path string
+	}{{&in.Binary, c.host.Binary}, {&in.Kernel, m.Kernel}, {&in.RootFS, m.RootFS}} {
+		sum, hashErr := sparse.Hash(f.path)
+		*f.to, err = sum, errors.Join(err, hashErr)
+	}
+	return in, err
+}
+
+// guestOfPool is what the pool asks of a guest.
+type guestOfPool struct {
+	cfg *config.Settings
+	// spec is the throw-away container's.
+	spec []byte
+}
+
+func newGuestOfPool(cfg *config.Settings) (*guestOfPool, error) {
+	spec, err := warmUpSpec()
+	if err != nil {
+		return nil, fmt.Errorf("the warm-up's container: %w", err)
+	}
+	return &guestOfPool{cfg: cfg, spec: spec}, nil
+}
+
+// warmUpSpec is like what CRI makes for a container without wishes, so that the
+// guest does for it what it does for a pod's, and compiles the seccomp profile
+// that pods have.
+func warmUpSpec() ([]byte, error) {
+	ctx := namespaces.WithNamespace(context.Background(), "cloudhv")
+	spec, err := oci.GenerateSpec(ctx, nil, &containers.Container{ID: "warm-up"}, oci.WithProcessArgs("true"), oci.WithNewPrivileges)
+	if err != nil {
+		return nil, err
+	}
+	spec.Linux.Seccomp = seccomp.DefaultProfile(spec)
+	spec.Version = guestspec.OCIVersion
+	return json.Marshal(spec)
+}
+
+// Ready waits until the agent answers.
+func (g *guestOfPool) Ready(ctx context.Context, vm vmm.VM) error {
+	_, err := guestOf(ctx, vm, g.cfg.BootTimeout)
+	return err
+}
+
+// WarmUp runs the throw-away container.
+func (g *guestOfPool) WarmUp(ctx context.Context, vm vmm.VM) error {
+	_, err := callTasks(ctx, vm, g.cfg.BootTimeout, func(ctx context.Context, t guestv1.TaskService) (*emptypb.Empty, error) {
+		return t.WarmUp(ctx, &guestv1.WarmUpRequest{Spec: g.spec})
+	})
+	return err
+}
+
+// acquire takes a VM from the pool for a sandbox, whose record then names it. It
+// returns false if one must be booted.
+func (c *Controller) acquire(ctx context.Context, p *pod, watch *stopwatch) (bool, error) {
+	if c.pool == nil || len(p.start.kernelParams) > 0 {
+		return false, nil
+	}
+	var vm *vmpool.VM
+	var info *guestv1.InfoResponse
+	err := watch.time(ctx, "acquire", func(ctx context.Context) (err error) {
+		vm, err = c.pool.Acquire(ctx, vmpool.Request{
+			Owner: p.id, Cgroup: p.snapshot().Cgroup,
+			Check: func(ctx context.Context, vm vmm.VM) (err error) {
+				info, err = guestOf(ctx, vm, c.cfg.AgentTimeout)
+				return err
+			},
+		})
+		return err
+	})
+	if errors.Is(err, vmpool.ErrNone) {
+		return false, nil
+	}
+	if err != nil {
+		return false, err
+	}
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.vm = vm
+	return true, p.updateLocked(func(r *record) {
+		r.VM, r.Scratch, r.Outcome, r.Snapshot = stateOf(vm), vm.Scratch, string(vm.Outcome), vm.Key()
+		if info != nil {
+			r.Guest = guestOfInfo(info)
+		}
+	})
+}
+
+// forgetVM removes what the pool knows of a sandbox's VM that has ended.
+func (c *Controller) forgetVM(rec *record) error {
+	if c.pool == nil {
+		return nil
+	}
+	return c.pool.Forget(rec.VM)
+}
+
+// recoverPool takes up the pool's VMs, once those of sandboxes are known. VMMs that
+// were started and not recorded are killed.
+func (c *Controller) recoverPool(ctx context.Context) error {
+	if c.pool == nil {
+		return nil
+	}
+	ctx, cancel := context.WithTimeout(ctx, c.cfg.RecoverTimeout)
+	defer cancel()
+	if unrecorded := c.pool.Unrecorded(); len(unrecorded) > 0 {
+		c.killStrays(ctx, unrecorded...)
+	}
+	owned := map[string]bool{}
+	for _, p := range c.allPods() {
+		if rec := p.snapshot(); rec.VM != nil {
+			owned[rec.VM.Dir] = true
+		}
+	}
+	return c.pool.Recover(ctx, func(dir string) bool { return owned[dir] })
+}
+
+// Close lets go of the pool's VMs, which go on.
+func (c *Controller) Close() error {
+	if c.pool == nil {
+		return nil
+	}
+	return c.pool.Close()
+}
+
+// PoolStatus tells how the pool is; false if there is none.
+func (c *Controller) PoolStatus() (vmpool.Status, bool) {
+	if c.pool == nil {
+		return vmpool.Status{}, false
+	}
+	return c.pool.Status(), true
+}

@@ -1,0 +1,84 @@
+// SPDX-License-Identifier: Apache-2.0
+// Copyright The containerd-cloudhv Authors
+
+package e2e
+
+import (
+	"context"
+	"testing"
+	"time"
+
+	"github.com/stretchr/testify/assert"
+	"github.com/stretchr/testify/require"
+
+	"github.com/cloudhv/containerd-cloudhv/e2e/testimage"
+	"github.com/cloudhv/containerd-cloudhv/e2e/testnode"
+)
+
+// poolNode is a node of the test's own, with a pool.
+func poolNode(t *testing.T, pool map[string]any) *testnode.Node {
+	t.Helper()
+	requireCloudHV(t)
+	opts := nodeOptions("e2epool")
+	opts.CloudHV = map[string]any{"pool": pool}
+	n, err := testnode.New(opts)
+	require.NoError(t, err)
+	t.Cleanup(func() {
+		ctx, cancel := context.WithTimeout(context.Background(), testnode.Scale(time.Minute))
+		defer cancel()
+		require.NoError(t, n.Close(ctx))
+	})
+	require.NoError(t, n.Start(testContext(t)), n.LogTail(4000))
+	return n
+}
+
+// podOn runs a pod on a node, and removes it when the test ends.
+func podOn(t *testing.T, n *testnode.Node) *pod {
+	t.Helper()
+	p := &pod{t: t, n: n, handler: testnode.CloudHV, cfg: n.PodConfig("pool")}
+	id, err := n.RunPod(testContext(t), p.cfg, testnode.CloudHV)
+	require.NoError(t, err, n.LogTail(4000))
+	p.id = id
+	t.Cleanup(p.remove)
+	return p
+}
+
+// awaitOutcome runs pods until one comes by its VM as said.
+func awaitOutcome(t *testing.T, n *testnode.Node, want string) *pod {
+	t.Helper()
+	for end := time.Now().Add(testnode.Scale(2 * time.Minute)); ; {
+		p := podOn(t, n)
+		got := p.info().Outcome
+		if got == want {
+			return p
+		}
+		p.remove()
+		require.True(t, time.Now().Before(end), "pods are %s, and never %s: %s", got, want, n.LogTail(4000))
+	}
+}
+
+// TestPool takes VMs that were ready, restored and booted: all serve the same pod.
+func TestPool(t *testing.T) {
+	for _, c := range []struct {
+		outcome string
+		pool    map[string]any
+	}{
+		{"hit", map[string]any{"min": 1, "max": 2}},
+		{"miss", map[string]any{"min": 0, "max": 0}},
+		{"cold", map[string]any{"restore": false}},
+	} {
+		t.Run(c.outcome, func(t *testing.T) {
+			n := poolNode(t, c.pool)
+			img, err := testimage.Helper(suite.helper)
+			require.NoError(t, err)
+			require.NoError(t, n.Import(testContext(t), testimage.HelperRef, img))
+			p := awaitOutcome(t, n, c.outcome)
+			box := p.idle("box")
+			assert.NotEmpty(t, box.sh("cat /proc/sys/kernel/random/boot_id"))
+			for _, ph := range p.info().Phases {
+				t.Logf("%-16s %6.1f ms", ph.Name, float64(ph.TookUsec)/1000)
+			}
+			assert.Equal(t, "ok\n", box.sh("dd if=/dev/zero of=/big bs=1M count=20 2>/dev/null && echo ok"))
+		})
+	}
+}
