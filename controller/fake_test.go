@@ -130,8 +130,12 @@ func (d *fakeDriver) Boot(_ context.Context, cfg vmm.Config) (vmm.VM, error) {
 	return &fakeVM{fakeMachine: m}, nil
 }
 
-func (d *fakeDriver) Restore(context.Context, vmm.Config, vmm.Snapshot) (vmm.VM, error) {
-	return nil, errdefs.ErrNotImplemented
+func (d *fakeDriver) Restore(ctx context.Context, cfg vmm.Config, from vmm.Snapshot) (vmm.VM, error) {
+	if _, err := os.Stat(filepath.Join(from.Dir, "state")); err != nil {
+		return nil, err
+	}
+	cfg.Size, cfg.Max, cfg.MemoryFile = from.Size, from.Max, ""
+	return d.Boot(ctx, cfg)
 }
 
 func (d *fakeDriver) Attach(ctx context.Context, s vmm.State) (vmm.VM, error) {
@@ -188,6 +192,7 @@ type fakeMachine struct {
 	disks      map[string]int
 	configured *guestv1.ConfigureRequest
 	resized    []*guestv1.ResizeRequest
+	warmed     []*guestv1.WarmUpRequest
 	exit       vmm.Exit
 }
 
@@ -224,6 +229,8 @@ type fakeVM struct {
 func (v *fakeVM) ID() string { return v.cfg.ID }
 
 func (v *fakeVM) State() vmm.State {
+	v.mu.Lock()
+	defer v.mu.Unlock()
 	return vmm.State{
 		Driver: "fake", ID: v.cfg.ID, Dir: v.cfg.Dir, Pid: v.pid, StartTime: v.id.StartTime, BootID: v.id.BootID,
 		Cgroup: v.cfg.CgroupPath,
@@ -269,6 +276,7 @@ func (v *fakeVM) serve(conn net.Conn) {
 		panic(err)
 	}
 	guestv1.RegisterMachineService(srv, &machineService{v.fakeMachine})
+	guestv1.RegisterTaskService(srv, &taskService{m: v.fakeMachine})
 	l := &oneListener{conns: make(chan net.Conn, 1), closed: make(chan struct{})}
 	closed := make(chan struct{})
 	l.conns <- &notifyConn{Conn: conn, closed: closed}
@@ -352,11 +360,19 @@ func (v *fakeVM) alive() error {
 func (v *fakeVM) Pause(context.Context) error  { return nil }
 func (v *fakeVM) Resume(context.Context) error { return nil }
 
-func (v *fakeVM) Disconnect(context.Context) error        { return nil }
-func (v *fakeVM) SetCgroup(context.Context, string) error { return nil }
+func (v *fakeVM) Disconnect(context.Context) error { return nil }
+
+func (v *fakeVM) SetCgroup(_ context.Context, path string) error {
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	v.cfg.CgroupPath = path
+	return nil
+}
 
 func (v *fakeVM) Snapshot(context.Context) (vmm.Snapshot, error) {
-	return vmm.Snapshot{}, errdefs.ErrNotImplemented
+	dir := filepath.Dir(v.cfg.MemoryFile)
+	s := vmm.Snapshot{Driver: "fake", Dir: dir, Size: v.cfg.Size, Max: v.cfg.Max}
+	return s, os.WriteFile(filepath.Join(dir, "state"), []byte("state"), 0o600)
 }
 
 func (v *fakeVM) Kill(context.Context) error {
@@ -373,6 +389,19 @@ func (v *fakeVM) Exit() vmm.Exit        { return v.exit }
 
 type machineService struct {
 	m *fakeMachine
+}
+
+// taskService knows the warm-up alone.
+type taskService struct {
+	guestv1.TaskService
+	m *fakeMachine
+}
+
+func (s *taskService) WarmUp(_ context.Context, req *guestv1.WarmUpRequest) (*emptypb.Empty, error) {
+	s.m.mu.Lock()
+	defer s.m.mu.Unlock()
+	s.m.warmed = append(s.m.warmed, req)
+	return &emptypb.Empty{}, nil
 }
 
 // silence waits until the machine has ended.

@@ -189,6 +189,17 @@ func (n *node) controller() *Controller {
 // does. What happens during its absence is not seen by the old one's watchers.
 func (n *node) restart(during ...func(*node)) {
 	n.t.Helper()
+	n.letGo(during...)
+	n.images.mu.Lock()
+	n.images.pins = map[string]int{}
+	n.images.mu.Unlock()
+	n.Controller = n.controller()
+	require.NoError(n.t, n.Recover(n.t.Context()))
+}
+
+// letGo ends the Controller's watching.
+func (n *node) letGo(during ...func(*node)) {
+	n.t.Helper()
 	old := n.Controller
 	old.mu.Lock()
 	pods := old.pods
@@ -209,11 +220,6 @@ func (n *node) restart(during ...func(*node)) {
 		time.Sleep(50 * time.Millisecond) // for the watchers to be gone
 		f(n)
 	}
-	n.images.mu.Lock()
-	n.images.pins = map[string]int{}
-	n.images.mu.Unlock()
-	n.Controller = n.controller()
-	require.NoError(n.t, n.Recover(n.t.Context()))
 }
 
 // end removes all sandboxes, and the machines that a failed test has lost.

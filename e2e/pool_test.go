@@ -5,6 +5,9 @@ package e2e
 
 import (
 	"context"
+	"fmt"
+	"strconv"
+	"strings"
 	"testing"
 	"time"
 
@@ -80,5 +83,60 @@ func TestPool(t *testing.T) {
 			}
 			assert.Equal(t, "ok\n", box.sh("dd if=/dev/zero of=/big bs=1M count=20 2>/dev/null && echo ok"))
 		})
+	}
+}
+
+// clones is how many VMs of one snapshot are compared.
+const clones = 16
+
+// identity is what the first process of a container drew, by source.
+type identity map[string]string
+
+// first runs a pod whose container prints what it is, and returns that, and when
+// the container's process was not yet and no longer running.
+func first(t *testing.T, n *testnode.Node, i int) (identity, time.Time, time.Time) {
+	t.Helper()
+	p := podOn(t, n)
+	require.Equal(t, "miss", p.info().Outcome)
+	c := p.create(helperConfig(fmt.Sprint("who", i), "who"))
+	before := time.Now()
+	require.NoError(t, n.StartContainer(testContext(t), c.id))
+	lines := c.awaitLog(func(l []logLine) bool { return len(l) >= 8 })
+	after := time.Now()
+	p.remove()
+	who := identity{}
+	for _, l := range lines {
+		name, value, _ := strings.Cut(l.text, " ")
+		who[name] = value
+	}
+	return who, before, after
+}
+
+// TestClones compares the first things that the workloads of clones draw: none
+// may be another's, from the first byte on, and the time must be right.
+func TestClones(t *testing.T) {
+	n := poolNode(t, map[string]any{"min": 0, "max": 0})
+	img, err := testimage.Helper(suite.helper)
+	require.NoError(t, err)
+	require.NoError(t, n.Import(testContext(t), testimage.HelperRef, img))
+	awaitOutcome(t, n, "miss").remove()
+	seen := map[string]string{}
+	for i := range clones {
+		who, before, after := first(t, n, i)
+		for _, source := range []string{"getrandom", "urandom", "crypto", "math", "maphash", "boot_id"} {
+			require.NotEmpty(t, who[source], source)
+			if other, ok := seen[who[source]]; ok {
+				t.Errorf("clone %d drew %s from %s, as %s did", i, who[source], source, other)
+			}
+			seen[who[source]] = fmt.Sprint(source, " of clone ", i)
+		}
+		nanos, err := strconv.ParseInt(who["clock"], 10, 64)
+		require.NoError(t, err)
+		const off = 50 * time.Millisecond
+		clock := time.Unix(0, nanos)
+		assert.True(t, clock.After(before.Add(-off)) && clock.Before(after.Add(off)), "clone %d: its time is %v, and it ran from %v to %v", i, clock, before, after)
+		up, err := strconv.ParseFloat(who["uptime"], 64)
+		require.NoError(t, err)
+		assert.True(t, up > 0 && up < 600, "clone %d is up for %v s", i, up)
 	}
 }

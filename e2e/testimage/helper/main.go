@@ -30,6 +30,7 @@ func commands() map[string]command {
 		"until": {"until ADDR CODE: connects, waits for the other side's end, exits with CODE", until},
 		"mem":   {"mem: MemTotal and MemAvailable in bytes, processors on line", mem},
 		"memd":  {"memd PORT: answers each connection with what mem prints", memd},
+		"who":   {"who: random bytes from each source, the boot ID, uptime and time", identity},
 		"hold":  {"hold BYTES: touches so much memory, prints ok and waits for stdin's end", hold},
 	}
 }
