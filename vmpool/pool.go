@@ -255,7 +255,7 @@ func (p *Pool) counted(vm *VM, err error) (*VM, error) {
 func (p *Pool) take() *VM {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	for len(p.ready) > 0 {
+	for len(p.ready) > 0 && p.ctx.Err() == nil {
 		vm := p.ready[0]
 		p.ready = p.ready[1:]
 		close(vm.taken)

@@ -339,6 +339,21 @@ func TestCrash(t *testing.T) {
 	r.left(2)
 }
 
+// TestUnreachable lets the next process fail to take up the VMs: they are killed.
+func TestUnreachable(t *testing.T) {
+	r := newRig(t)
+	r.full(2)
+	old := r.driver.VMs()
+	require.NoError(t, r.pool.Close())
+	r.driver.Fail(vmmtest.OpAttach, errTest)
+	r.start(nil)
+	r.full(2)
+	for _, id := range old {
+		assert.NotContains(t, r.driver.VMs(), id)
+	}
+	r.left(2)
+}
+
 // TestCrowd lets a hundred pods come at once to a pool of eight.
 func TestCrowd(t *testing.T) {
 	r := newRig(t)

@@ -15,6 +15,9 @@ import (
 	"github.com/containerd/errdefs"
 	"github.com/containerd/log"
 	"golang.org/x/sync/errgroup"
+
+	"github.com/cloudhv/containerd-cloudhv/vmpool/process"
+	"github.com/cloudhv/containerd-cloudhv/vmpool/vmm"
 )
 
 // recoverParallel is how many VMs are taken up at a time.
@@ -83,7 +86,11 @@ func (p *Pool) recoverVM(ctx context.Context, dir string) error {
 		return p.remove(rec, dir)
 	}
 	if err != nil {
-		return fmt.Errorf("take up VM %s: %w", rec.ID, err)
+		log.G(ctx).WithError(err).Warn("a VM of an earlier process cannot be taken up; it is killed")
+		if err := killVMM(ctx, rec.VM); err != nil {
+			return fmt.Errorf("kill VM %s: %w", rec.ID, err)
+		}
+		return p.remove(rec, dir)
 	}
 	vm := &VM{VM: v, Scratch: rec.Scratch, Dir: dir, rec: *rec}
 	if why := p.unfit(rec); why != "" {
@@ -95,6 +102,19 @@ func (p *Pool) recoverVM(ctx context.Context, dir string) error {
 	defer p.mu.Unlock()
 	p.addReady(vm)
 	return nil
+}
+
+// killVMM kills a VMM by its identity.
+func killVMM(ctx context.Context, vm *vmm.State) error {
+	h, err := process.Identity{Pid: vm.Pid, StartTime: vm.StartTime, BootID: vm.BootID}.Open()
+	if errdefs.IsNotFound(err) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	defer h.Close()
+	return h.Kill(ctx)
 }
 
 // unfit says why a VM cannot be handed out, or nothing.

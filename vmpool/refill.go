@@ -92,7 +92,10 @@ func (p *Pool) snapshot() (*snapshot.Snapshot, error) {
 	p.mu.Lock()
 	p.failures, p.until, p.lastErr = 0, time.Time{}, nil
 	p.mu.Unlock()
-	return snap, p.cfg.Store.Collect(p.ctx, p.key)
+	if err := p.cfg.Store.Collect(p.ctx, p.key); err != nil {
+		log.G(p.ctx).WithError(err).Warn("cannot remove snapshots that nothing wants")
+	}
+	return snap, nil
 }
 
 // failed notes a failure and the pause that it costs.
