@@ -8,6 +8,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"strconv"
 	"time"
 
 	"github.com/containerd/errdefs"
@@ -98,7 +99,7 @@ func (c *Controller) endStart(ctx context.Context, p *pod, why endReason) error 
 // cgroup, scratch disk. The shim stays, to tell how the containers ended.
 func (c *Controller) endNow(ctx context.Context, p *pod, why endReason) error {
 	begin := time.Now()
-	why.cause = printable(why.cause, maxCause)
+	why.cause = printable(p.withLoss(ctx, why.cause), maxCause)
 	p.force(ctx, func(r *record) {
 		r.State = StateStopping
 		if r.Cause == "" {
@@ -127,6 +128,24 @@ func (c *Controller) endNow(ctx context.Context, p *pod, why endReason) error {
 	p.markExited()
 	c.noteEnd(ctx, p, why, begin)
 	return err
+}
+
+// withLoss adds to a cause why the shim gave up the guest before, as that is what
+// made people end the sandbox. Of a VM that has ended the shim knows no more than
+// that it has.
+func (p *pod) withLoss(ctx context.Context, cause string) string {
+	if proc, err := p.process(); err == nil && (proc == nil || isClosed(proc.Done())) {
+		return cause
+	}
+	loss, err := p.loss()
+	if err != nil {
+		log.G(ctx).WithError(err).Warn("cannot find out whether the shim gave up the guest")
+	}
+	if loss == "" {
+		return cause
+	}
+	// Quoted, as the words may be the guest's.
+	return cause + "; the shim gave up the guest before: " + strconv.Quote(loss)
 }
 
 // endVM ends the sandbox's VMM, and returns whether it has gone.

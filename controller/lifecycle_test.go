@@ -9,6 +9,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"strings"
 	"sync"
 	"testing"
 	"time"
@@ -294,6 +295,51 @@ func TestAShimThatDies(t *testing.T) {
 	require.Zero(t, n.driver.running())
 	require.NoError(t, n.Shutdown(n.ctx(), "a"))
 	n.requireNothing()
+}
+
+// Whoever ends a sandbox because its guest hangs finds why the shim gave it up;
+// that the connection ended with the VM is no news.
+func TestCauseOfALostGuest(t *testing.T) {
+	const stopped = "stopped"
+	for name, tc := range map[string]struct {
+		lost string
+		end  func(*node)
+		want string
+	}{
+		"not lost": {"", nil, stopped},
+		"lost":     {"the guest \"x\"\x1b[31m is silent\n", nil, stopped + `; the shim gave up the guest before: "the guest \"x\"?[31m is silent"`},
+		"too long": {strings.Repeat("x", 1<<20), nil, stopped + `; the shim gave up the guest before: "` + strings.Repeat("x", maxLoss) + `"`},
+		"the VM ended": {"the connection to the VM has ended\n", func(n *node) {
+			n.driver.only(t).die("killed by signal 9", false)
+		}, "the VM ended: killed by signal 9"},
+		"the shim ended": {"the guest is silent\n", func(n *node) {
+			require.NoError(t, unix.Kill(n.shimOf("a").id.Pid, unix.SIGKILL))
+		}, `; the shim gave up the guest before: "the guest is silent"`},
+	} {
+		t.Run(name, func(t *testing.T) {
+			n := newNode(t)
+			p := n.run("a")
+			if tc.lost != "" {
+				require.NoError(t, os.WriteFile(p.file(shimapi.VMLostFile), []byte(tc.lost), 0o600))
+			}
+			if tc.end == nil {
+				require.NoError(t, n.Stop(n.ctx(), "a"))
+			} else {
+				tc.end(n)
+				_, err := n.Wait(n.ctx(), "a")
+				require.NoError(t, err)
+			}
+			st, err := n.Status(n.ctx(), "a", true)
+			require.NoError(t, err)
+			var info Info
+			require.NoError(t, json.Unmarshal([]byte(st.Info[infoKey]), &info))
+			if strings.HasPrefix(tc.want, ";") {
+				require.True(t, strings.HasSuffix(info.Cause, tc.want), info.Cause)
+				return
+			}
+			require.Equal(t, tc.want, info.Cause)
+		})
+	}
 }
 
 // A guest that answers nothing is killed when its time is up, and holds up

@@ -8,12 +8,14 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
 	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"strconv"
+	"strings"
 	"syscall"
 	"time"
 
@@ -29,6 +31,8 @@ const (
 	shimGrace = 2 * time.Second
 	// taskAPIVersion is that of the Task API which shims serve.
 	taskAPIVersion = 3
+	// maxLoss bounds what is read of a shim's reason, in bytes.
+	maxLoss = 1024
 )
 
 // shim is a running shim process.
@@ -183,6 +187,24 @@ func resetOOMScore(ctx context.Context, pid int) {
 	if err := os.WriteFile(path, []byte("0"), 0o644); err != nil {
 		log.G(ctx).WithError(err).WithField("pid", pid).Warn("cannot reset the OOM score of a shim")
 	}
+}
+
+// loss is why the shim gave up the guest, or "" if it did not: printable, and of at
+// most maxLoss bytes.
+func (p *pod) loss() (string, error) {
+	f, err := os.Open(p.file(shimapi.VMLostFile))
+	if errors.Is(err, fs.ErrNotExist) {
+		return "", nil
+	}
+	if err != nil {
+		return "", fmt.Errorf("read why the guest was lost: %w: %w", err, errdefs.ErrInternal)
+	}
+	defer f.Close()
+	data, err := io.ReadAll(io.LimitReader(f, maxLoss))
+	if err != nil {
+		return "", fmt.Errorf("read why the guest was lost: %w: %w", err, errdefs.ErrInternal)
+	}
+	return printable(strings.TrimSpace(string(data)), maxLoss), nil
 }
 
 // taskAddress is where a sandbox's shim serves the Task API.

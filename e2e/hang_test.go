@@ -27,7 +27,8 @@ func (p *pod) hang() {
 // monitor is a copy of containerd's connection to the monitor of the pod's VMM.
 func (p *pod) monitor() *os.File {
 	p.t.Helper()
-	socket := filepath.Join(p.n.StateDir(), p.id, "qmp.sock")
+	// A VM from the pool has a directory of its own.
+	socket := filepath.Join(filepath.Dir(p.info().VMMLog), "qmp.sock")
 	pid := p.n.Pid()
 	pidfd, err := unix.PidfdOpen(pid, 0)
 	require.NoError(p.t, err)

@@ -30,6 +30,7 @@ type info struct {
 	Hypervisor  string `json:"hypervisor"`
 	VMMPid      int    `json:"vmm_pid"`
 	ShimPid     int    `json:"shim_pid"`
+	VMMLog      string `json:"vmm_log"`
 	VCPUs       int    `json:"vcpus"`
 	MemoryBytes int64  `json:"memory_bytes"`
 	Phases      []struct {

@@ -187,8 +187,8 @@ func hungIsEnded(t *testing.T, s silent) {
 	t.Helper()
 	pid := s.info().VMMPid
 	require.NoError(t, syscall.Kill(pid, 0), "the VMM")
-	within(t, 60*time.Second, "stopping the hung container", func() {
-		require.NoError(t, s.n.StopContainer(testContext(t), s.c.id, 0))
+	within(t, 75*time.Second, "stopping the hung container", func() {
+		require.NoError(t, s.n.StopContainer(testContext(t), s.c.id, time.Second))
 	})
 	st := s.c.status()
 	require.Equal(t, int32(137), st.GetExitCode())
@@ -201,6 +201,7 @@ func hungIsEnded(t *testing.T, s silent) {
 	within(t, 60*time.Second, "stopping and removing the hung pod", func() {
 		require.NoError(t, s.n.StopPod(testContext(t), s.id))
 		s.awaitNotReady()
+		require.Contains(t, s.info().Cause, "the guest has not answered for")
 		require.NoError(t, s.n.RemovePod(testContext(t), s.id))
 	})
 	require.ErrorIs(t, syscall.Kill(pid, 0), syscall.ESRCH)

@@ -11,6 +11,8 @@ import (
 	"io"
 	"os"
 	"path/filepath"
+	"slices"
+	"strings"
 	"time"
 
 	"github.com/containerd/errdefs"
@@ -103,6 +105,9 @@ func (s *service) guestCreate(r *wirev1.CreateTaskRequest) (*guestv1.CreateReque
 	if err != nil {
 		return nil, err
 	}
+	if s.guest.lost() || ofEndedPod(host) {
+		return nil, fmt.Errorf("container %q: %w", r.Id, errVMLost)
+	}
 	c, err := guestspec.Translate(host, r.Id, guestspec.Pod{SandboxPid: s.cfg.SandboxPid, IsTask: s.hasPid})
 	if err != nil {
 		return nil, err
@@ -127,6 +132,14 @@ func (s *service) guestCreate(r *wirev1.CreateTaskRequest) (*guestv1.CreateReque
 		TargetPid:    c.TargetPid,
 		PrivateShm:   c.PrivateShm,
 	}, nil
+}
+
+// ofEndedPod tells a spec that CRI made after the pod's end: the pod's pid is 0
+// then, and so it is in the paths of its namespaces.
+func ofEndedPod(spec *specs.Spec) bool {
+	return spec.Linux != nil && slices.ContainsFunc(spec.Linux.Namespaces, func(ns specs.LinuxNamespace) bool {
+		return strings.HasPrefix(ns.Path, "/proc/0/ns/")
+	})
 }
 
 // readSpec reads an OCI spec; a field that its version here does not have is an

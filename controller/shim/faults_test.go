@@ -42,6 +42,13 @@ func TestCreateFails(t *testing.T) {
 				s.Mounts = append(s.Mounts, specs.Mount{Type: "bind", Source: p.dir, Destination: "/data", Options: []string{"rbind"}})
 			})
 		}, errdefs.IsInvalidArgument},
+		{"pod has ended", func(p *pod, r *taskapi.CreateTaskRequest) {
+			r.Bundle = p.bundle("late", func(s *specs.Spec) {
+				for i, ns := range s.Linux.Namespaces {
+					s.Linux.Namespaces[i].Path = strings.Replace(ns.Path, fmt.Sprintf("/proc/%d/", sandboxPid), "/proc/0/", 1)
+				}
+			})
+		}, errdefs.IsUnavailable},
 		{"other terminal", func(_ *pod, r *taskapi.CreateTaskRequest) { r.Terminal = true }, errdefs.IsInvalidArgument},
 		{"plugin refuses", func(p *pod, _ *taskapi.CreateTaskRequest) {
 			p.daemon.attach = func(context.Context) error { return errdefs.ErrOutOfRange }
@@ -192,7 +199,19 @@ func TestVMLost(t *testing.T) {
 
 	for name, call := range map[string]func() error{
 		"create": func() error { _, err := p.client.Create(ctx, p.createRequest("n", nil)); return err },
-		"stats":  func() error { _, err := p.client.Stats(ctx, &taskapi.StatsRequest{ID: "c"}); return err },
+		"create that joins what was lost": func() error {
+			r := p.createRequest("n", nil)
+			r.Bundle = p.bundle("n", func(s *specs.Spec) {
+				for i, ns := range s.Linux.Namespaces {
+					if ns.Type == specs.PIDNamespace {
+						s.Linux.Namespaces[i].Path = fmt.Sprintf("/proc/%d/ns/pid", p.init("c").pid)
+					}
+				}
+			})
+			_, err := p.client.Create(ctx, r)
+			return err
+		},
+		"stats": func() error { _, err := p.client.Stats(ctx, &taskapi.StatsRequest{ID: "c"}); return err },
 	} {
 		err := call()
 		assert.True(t, errdefs.IsUnavailable(native(err)), "%s: %v", name, err)
@@ -232,21 +251,52 @@ func TestSilentGuest(t *testing.T) {
 	assert.Less(t, time.Since(began), 5*statsWait, "only the first question waits")
 	close(release)
 	p.guest.fine()
-	eventually(t, "answers again", func() bool {
-		_, err := p.client.Stats(ctx, &taskapi.StatsRequest{ID: "a"})
-		return err == nil
-	})
+	// No answer is still on its way after that.
+	for _, id := range []string{"a", "b"} {
+		eventually(t, "answers again", func() bool {
+			_, err := p.client.Stats(ctx, &taskapi.StatsRequest{ID: id})
+			return err == nil
+		})
+	}
 
 	never := make(chan struct{})
 	p.guest.holding(never, "*")
 	_, err := p.client.Kill(ctx, &taskapi.KillRequest{ID: "a", Signal: 15})
-	assert.True(t, errdefs.IsDeadlineExceeded(native(err)), "%v", err)
+	require.NoError(t, err, "containerd goes on to a SIGKILL")
 	assert.Equal(t, tasktypes.Status_RUNNING, p.state("a", "").Status)
+	assert.False(t, p.svc.guest.lost(), "only what is killed has to end")
 	_, err = p.client.Kill(ctx, &taskapi.KillRequest{ID: "a", Signal: 9})
 	require.NoError(t, err)
 	assert.EqualValues(t, 137, p.wait("a", "").ExitStatus)
 	assert.EqualValues(t, 137, p.wait("b", "").ExitStatus)
 	p.delete("a", "")
+}
+
+// A guest that answers, and only not to a signal, is not silent: who sends the
+// signal gets to know.
+func TestSignalWithoutAnswer(t *testing.T) {
+	t.Parallel()
+	p, ctx := newPod(t), testContext(t)
+	p.run("c", nil, "sleep")
+	p.svc.killLimit = 2 * time.Second
+	asked := make(chan struct{})
+	p.guest.intercept(func(_ context.Context, call string) error {
+		if call == "Kill" {
+			close(asked)
+			<-p.guest.done
+		}
+		return nil
+	})
+	answered := make(chan error, 1)
+	go func() {
+		_, err := p.client.Kill(ctx, &taskapi.KillRequest{ID: "c", Signal: 15})
+		answered <- err
+	}()
+	<-asked
+	_, err := p.client.Stats(ctx, &taskapi.StatsRequest{ID: "c"})
+	require.NoError(t, err)
+	err = <-answered
+	assert.True(t, errdefs.IsDeadlineExceeded(native(err)), "%v", err)
 }
 
 // A guest that answers everything but tells no end counts as lost when what was

@@ -77,7 +77,9 @@ func (s *service) take(t *task) bool {
 }
 
 // Kill sends a signal. A guest that does not even answer a SIGKILL has lost its
-// containers as a dead one has, and so has one in which a container outlives it.
+// containers as a dead one has, and so has one in which a container outlives it. A
+// silent guest's other signals count as sent, and as ignored: after an error
+// containerd would give up the stop, and never come to the SIGKILL.
 func (s *service) Kill(ctx context.Context, r *wirev1.KillRequest) (*emptypb.Empty, error) {
 	p, err := s.process(r.Id, r.ExecId)
 	if err != nil {
@@ -99,14 +101,15 @@ func (s *service) Kill(ctx context.Context, r *wirev1.KillRequest) (*emptypb.Emp
 		return c.Kill(ctx, &guestv1.KillRequest{Id: r.Id, ExecId: r.ExecId, Signal: r.Signal, All: r.All})
 	})
 	silent := errors.Is(err, context.DeadlineExceeded) && s.guest.heard.Load() < asked.UnixNano()
-	if silent && killed {
+	switch {
+	case silent && killed:
 		s.guest.lose(fmt.Errorf("the guest has not answered for %s while a container was to be killed", s.killLimit))
-		return &emptypb.Empty{}, nil
-	}
-	if errors.Is(err, errVMLost) {
+	case silent:
+		log.G(ctx).WithError(err).WithField("container", r.Id).WithField("exec", r.ExecId).WithField("signal", r.Signal).
+			Warn("a guest that does not answer was sent a signal")
+	case errors.Is(err, errVMLost):
 		return nil, fmt.Errorf("%s: process already finished: %w", p, errdefs.ErrNotFound)
-	}
-	if err != nil {
+	case err != nil:
 		return nil, fmt.Errorf("kill: %w", err)
 	}
 	return &emptypb.Empty{}, nil
