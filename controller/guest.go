@@ -148,6 +148,7 @@ func (c *Controller) waitForGuest(ctx context.Context, p *pod, vm vmm.VM, watch 
 		return rec.Guest, nil // it has answered
 	}
 	info, err := guestOf(ctx, vm, c.cfg.BootTimeout)
+	c.report(ctx, vm, err)
 	if err != nil {
 		return guestInfo{}, err
 	}

@@ -11,6 +11,7 @@ import (
 	"path/filepath"
 	"runtime"
 	"slices"
+	"time"
 
 	"github.com/containerd/containerd/v2/contrib/seccomp"
 	"github.com/containerd/containerd/v2/core/containers"
@@ -34,17 +35,34 @@ const (
 	poolScratch = "pool"
 	// poolCgroup is the parent group of VMs that no pod has taken.
 	poolCgroup = "/cloudhv/pool"
+	// checkLimit bounds the first answer of a VM that was ready: a pod waits for it,
+	// and can have another.
+	checkLimit = 5 * time.Second
 	// vmMemory is what a ready VM is reckoned to hold beyond the snapshot's pages,
 	// in software emulation with its translated code, and with a hypervisor.
 	vmMemoryTCG, vmMemory = 96 << 20, 24 << 20
 )
 
 // OpenPool makes the pool of ready VMs, which begins its work with Recover.
-// Without it, or after an error, every sandbox boots a VM of its own.
+// Without it, or after an error, every sandbox boots a VM of its own, and what an
+// earlier pool left is removed.
 func (c *Controller) OpenPool() error {
-	if c.unfit != nil || !c.cfg.Pool.Restore {
-		return nil
+	dirs := vmpool.Config{
+		Off: true, Dir: filepath.Join(c.cfg.StateDir, poolDir), ScratchDir: filepath.Join(c.cfg.CacheDir, poolScratch),
+		Cgroup: poolCgroup,
 	}
+	var err error
+	if c.unfit == nil && c.cfg.Pool.Restore {
+		if err = c.openPool(dirs); err == nil {
+			return nil
+		}
+	}
+	var offErr error
+	c.pool, offErr = vmpool.New(dirs)
+	return errors.Join(err, offErr)
+}
+
+func (c *Controller) openPool(dirs vmpool.Config) error {
 	guest, err := newGuestOfPool(c.cfg)
 	if err != nil {
 		return err
@@ -65,12 +83,12 @@ func (c *Controller) OpenPool() error {
 	tcg := c.host.Accelerator == softwareEmulation
 	cfg := vmpool.Config{
 		Driver: c.driver, Store: store, Guest: guest, Inputs: inputs, Machine: machine,
-		Dir: filepath.Join(c.cfg.StateDir, poolDir), ScratchDir: filepath.Join(c.cfg.CacheDir, poolScratch),
+		Dir: dirs.Dir, ScratchDir: dirs.ScratchDir,
 		NewScratch: c.scratch.make,
 		Demand:     vmpool.Demand{Min: c.cfg.Pool.Min, Max: c.cfg.Pool.Max, Window: c.cfg.Pool.Window, Horizon: c.cfg.Pool.Horizon},
 		MaxMemory:  c.cfg.Pool.MaxMemory, VMMemory: vmMemory, Parallel: c.cfg.Pool.Parallel, Slots: c.boots,
 		Warm:          c.cfg.Pool.WarmUp == config.WarmUpAlways || c.cfg.Pool.WarmUp == config.WarmUpAuto && tcg,
-		SnapshotLimit: 2 * c.cfg.BootTimeout, ReadyLimit: c.cfg.BootTimeout, CheckLimit: c.cfg.HotPlugTimeout,
+		SnapshotLimit: 2 * c.cfg.BootTimeout, ReadyLimit: c.cfg.BootTimeout, CheckLimit: min(checkLimit, c.cfg.AgentTimeout),
 	}
 	if tcg {
 		cfg.VMMemory = vmMemoryTCG
@@ -169,16 +187,52 @@ func (c *Controller) acquire(ctx context.Context, p *pod, watch *stopwatch) (boo
 	if err != nil {
 		return false, err
 	}
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	p.vm = vm
-	return true, p.updateLocked(func(r *record) {
+	err = p.update(func(r *record) {
 		r.VM, r.Scratch, r.Outcome, r.Snapshot = stateOf(vm), vm.Scratch, string(vm.Outcome), vm.Key()
 		if info != nil {
 			r.Guest = guestOfInfo(info)
 		}
 	})
+	if err != nil {
+		vm.Settled()
+		ctx, cancel := c.cleanup(ctx)
+		defer cancel()
+		return false, errors.Join(err, c.pool.Discard(ctx, vm))
+	}
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.vm = vm
+	return true, nil
 }
+
+// settle tells the pool that a sandbox's VM is through what costs a processor.
+func settle(p *pod) {
+	if vm, ok := p.handle().(*vmpool.VM); ok {
+		vm.Settled()
+	}
+}
+
+// report tells the pool whether a guest that was restored has answered; err is
+// why it has not.
+func (c *Controller) report(ctx context.Context, vm vmm.VM, err error) {
+	if vm, ok := vm.(*vmpool.VM); ok {
+		c.pool.Report(ctx, vm, err)
+	}
+}
+
+// holdRefill keeps the pool from being filled while a sandbox starts, and for as
+// long after as its first container may take.
+func (c *Controller) holdRefill() (release func()) {
+	if c.pool == nil {
+		return func() {}
+	}
+	done := c.pool.Busy()
+	return func() { time.AfterFunc(startGrace, done) }
+}
+
+// startGrace is about what CRI takes from RunPodSandbox's answer to a container's
+// first instruction.
+const startGrace = time.Second
 
 // forgetVM removes what the pool knows of a sandbox's VM that has ended.
 func (c *Controller) forgetVM(rec *record) error {

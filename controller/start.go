@@ -133,6 +133,7 @@ func (c *Controller) bringUp(ctx context.Context, p *pod, watch *stopwatch) erro
 	g.Go(func() error {
 		return watch.time(gctx, "network", func(ctx context.Context) error { return c.connect(ctx, p, n) })
 	})
+	defer c.holdRefill()()
 	booted := func() {}
 	g.Go(func() error {
 		acquired, err := c.acquire(gctx, p, watch)
@@ -142,7 +143,10 @@ func (c *Controller) bringUp(ctx context.Context, p *pod, watch *stopwatch) erro
 		return err
 	})
 	err := g.Wait()
-	defer func() { booted() }()
+	defer func() {
+		booted()
+		settle(p)
+	}()
 	if err != nil {
 		return err
 	}

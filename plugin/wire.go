@@ -44,7 +44,7 @@ func build(ctx context.Context, ic *plugin.InitContext) *controller.Controller {
 	usable := settings.StateDir != "" && settings.CacheDir != ""
 	var lockErr error
 	if usable {
-		lockErr = lockDirs(settings.StateDir, settings.CacheDir)
+		lockErr = lockDirs(settings.StateDir, settings.CacheDir, settings.Pool.TemplateDir)
 	}
 	stores, storeErr := containerdStores(ic)
 	opts := controller.Options{Settings: settings, TTRPCAddress: ic.Properties[propertyTTRPCAddress]}
@@ -66,10 +66,10 @@ func build(ctx context.Context, ic *plugin.InitContext) *controller.Controller {
 		"accelerator": chosen.host.Accelerator, "accelerator_reason": chosen.host.Reason,
 	})
 	c := controller.New(opts)
-	if err := c.OpenPool(); err != nil {
-		log.G(ctx).WithError(err).Error("cannot make the pool of VMs; each sandbox boots its own")
-	}
 	if opts.Images != nil { // without its directories there is nothing to recover
+		if err := c.OpenPool(); err != nil {
+			log.G(ctx).WithError(err).Error("cannot make the pool of VMs; each sandbox boots its own")
+		}
 		recoverAll(ctx, c, images, stores)
 	}
 	return c

@@ -21,9 +21,13 @@ import (
 	"github.com/cloudhv/containerd-cloudhv/vmpool/vmm"
 )
 
-// plan makes the directory and the record of a new VM, and its configuration.
-func (p *Pool) plan(key, owner, cgroup string) (*VM, vmm.Config, error) {
-	id := newID()
+// plan makes the directory and the record of a new VM, and its configuration. One
+// that no pod has taken runs in a group of its own.
+func (p *Pool) plan(key string, req Request) (*VM, vmm.Config, error) {
+	id, owner, cgroup := newID(), req.Owner, req.Cgroup
+	if owner == "" {
+		cgroup = p.idleGroup(id)
+	}
 	vm := &VM{
 		Dir: filepath.Join(p.cfg.Dir, id), Scratch: p.scratch(id), Made: time.Now(),
 		rec: record{ID: id, Key: key, Scratch: p.scratch(id), Cgroup: cgroup, Owner: owner},
@@ -35,7 +39,7 @@ func (p *Pool) plan(key, owner, cgroup string) (*VM, vmm.Config, error) {
 		return nil, vmm.Config{}, errors.Join(err, os.RemoveAll(vm.Dir))
 	}
 	if key != "" {
-		p.cfg.Store.Use(key, id)
+		p.use(key, id)
 	}
 	cfg := p.cfg.Machine
 	cfg.ID, cfg.Dir, cfg.Scratch, cfg.CgroupPath = id, vm.Dir, vm.Scratch, cgroup
@@ -64,12 +68,11 @@ func (vm *VM) started(v vmm.VM) error {
 
 // restore restores a VM, for a pod or for the pool.
 func (p *Pool) restore(ctx context.Context, snap *snapshot.Snapshot, req Request) (_ *VM, retErr error) {
-	vm, cfg, err := p.plan(snap.Key, req.Owner, req.Cgroup)
+	vm, cfg, err := p.plan(snap.Key, req)
 	if err != nil {
 		return nil, err
 	}
 	defer func() {
-		p.restored(ctx, vm, retErr)
 		if retErr != nil {
 			retErr = p.undo(vm, retErr)
 		}
@@ -80,8 +83,11 @@ func (p *Pool) restore(ctx context.Context, snap *snapshot.Snapshot, req Request
 	}
 	v, err := p.cfg.Driver.Restore(ctx, cfg, snap.VMM)
 	if err != nil {
-		return nil, fmt.Errorf("restore a VM: %w", err)
+		err = fmt.Errorf("restore a VM: %w", err)
+		p.Report(ctx, vm, err)
+		return nil, err
 	}
+	restoreTimer.UpdateSince(vm.Made)
 	return vm, vm.started(v)
 }
 
@@ -89,16 +95,19 @@ func (p *Pool) restore(ctx context.Context, snap *snapshot.Snapshot, req Request
 // snapshot is taken to be the reason.
 const badSnapshot = 3
 
-// restored counts a restore. One that fails again and again costs its snapshot.
-func (p *Pool) restored(ctx context.Context, vm *VM, err error) {
+// Report tells whether a VM that was restored runs: its guest has answered, or
+// err says why not. A snapshot whose VMs do not, one after the other, is made anew.
+func (p *Pool) Report(ctx context.Context, vm *VM, err error) {
+	if vm.rec.Key != p.key {
+		return
+	}
 	if err == nil {
-		restoreTimer.UpdateSince(vm.Made)
 		p.mu.Lock()
 		defer p.mu.Unlock()
 		p.badRestores = 0
 		return
 	}
-	if ctx.Err() != nil {
+	if errors.Is(ctx.Err(), context.Canceled) {
 		return // the caller left, which says nothing
 	}
 	failCounter.WithValues("restore").Inc()
@@ -128,7 +137,7 @@ func (p *Pool) template(ctx context.Context, dir string) (_ vmm.Snapshot, retErr
 	ctx, cancel := context.WithTimeout(ctx, p.cfg.SnapshotLimit)
 	defer cancel()
 	defer snapshotTimer.UpdateSince(time.Now())
-	vm, cfg, err := p.plan("", "", p.idleGroup())
+	vm, cfg, err := p.plan("", Request{})
 	if err != nil {
 		return vmm.Snapshot{}, err
 	}
@@ -165,7 +174,24 @@ func (p *Pool) template(ctx context.Context, dir string) (_ vmm.Snapshot, retErr
 	if err := v.Kill(ctx); err != nil {
 		return vmm.Snapshot{}, err
 	}
-	return snap, move(vm.Scratch, filepath.Join(dir, snapshot.ScratchFile))
+	scratch := filepath.Join(dir, snapshot.ScratchFile)
+	if err := move(vm.Scratch, scratch); err != nil {
+		return vmm.Snapshot{}, err
+	}
+	return snap, p.prove(ctx, &snapshot.Snapshot{VMM: snap, Scratch: scratch})
+}
+
+// prove restores a VM from a snapshot that nobody uses yet, and awaits its answer.
+func (p *Pool) prove(ctx context.Context, snap *snapshot.Snapshot) (retErr error) {
+	vm, err := p.restore(ctx, snap, Request{})
+	if err != nil {
+		return fmt.Errorf("the new snapshot: %w", err)
+	}
+	defer func() { retErr = p.undo(vm, retErr) }()
+	if err := p.cfg.Guest.Ready(ctx, vm); err != nil {
+		return fmt.Errorf("the new snapshot: %w", err)
+	}
+	return nil
 }
 
 // move renames a disk, or copies it to another file system. The caller removes
@@ -179,9 +205,29 @@ func move(from, to string) error {
 }
 
 // idleGroup is the cgroup of a VM that no pod has taken yet.
-func (p *Pool) idleGroup() string {
+func (p *Pool) idleGroup(id string) string {
 	if p.cfg.Cgroup == "" {
 		return ""
 	}
-	return path.Join(p.cfg.Cgroup, newID())
+	return path.Join(p.cfg.Cgroup, id)
+}
+
+// use and release keep a snapshot for a VM, and let it go.
+func (p *Pool) use(key, id string) {
+	if p.cfg.Store != nil {
+		p.cfg.Store.Use(key, id)
+	}
+}
+
+func (p *Pool) release(rec *record) {
+	if p.cfg.Store == nil || rec.Key == "" {
+		return
+	}
+	p.cfg.Store.Release(rec.Key, rec.ID)
+	if rec.Key == p.key {
+		return
+	}
+	if err := p.cfg.Store.Collect(p.ctx, p.key); err != nil {
+		log.G(p.ctx).WithError(err).Warn("cannot remove snapshots that nothing wants")
+	}
 }

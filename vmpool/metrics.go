@@ -46,6 +46,9 @@ type Status struct {
 
 // Status tells how the pool is.
 func (p *Pool) Status() Status {
+	if p.cfg.Off {
+		return Status{}
+	}
 	_, err := p.cfg.Store.Peek(p.key)
 	p.mu.Lock()
 	defer p.mu.Unlock()

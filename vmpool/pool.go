@@ -55,6 +55,9 @@ type Guest interface {
 
 // Config is what a Pool is made of. Sizes are in bytes.
 type Config struct {
+	// Off makes a pool that has nothing to give, and only removes what an earlier
+	// process left: Dir, ScratchDir and Cgroup are all that it needs.
+	Off    bool
 	Driver vmm.Driver
 	Store  *snapshot.Store
 	Guest  Guest
@@ -125,8 +128,18 @@ type VM struct {
 	MadeIn time.Duration
 
 	rec record
+	// settled gives back the place of a restore.
+	settled func()
 	// taken is closed when the VM leaves the ready ones.
 	taken chan struct{}
+}
+
+// Settled lets the next VM be restored: this one is through what costs a
+// processor. Call it in any case; it can be repeated.
+func (vm *VM) Settled() {
+	if vm.settled != nil {
+		vm.settled()
+	}
 }
 
 // Key is the snapshot it was restored from; empty for one that was booted.
@@ -164,18 +177,18 @@ func New(cfg Config) (*Pool, error) {
 // A VM that was ready has passed the check; in another the guest runs, but need
 // not have answered.
 func (p *Pool) Acquire(ctx context.Context, req Request) (*VM, error) {
+	if p.cfg.Off || p.ctx.Err() != nil {
+		return nil, fmt.Errorf("%w: it is off", ErrNone)
+	}
 	done := p.begin()
 	defer done()
-	for {
-		vm := p.take()
-		if vm == nil {
-			break
-		}
+	if vm := p.take(); vm != nil {
 		err := p.handOver(ctx, vm, req)
 		if err == nil {
 			return p.counted(vm, nil)
 		}
-		p.discardBad(ctx, vm, err)
+		// The next one may be no better: the pod does not try them all.
+		p.wg.Go(func() { p.discardBad(ctx, vm, err) })
 		if ctx.Err() != nil {
 			return p.counted(nil, fmt.Errorf("acquire a VM: %w", context.Cause(ctx)))
 		}
@@ -189,13 +202,22 @@ func (p *Pool) Acquire(ctx context.Context, req Request) (*VM, error) {
 		if err := p.cfg.Slots.Acquire(ctx, 1); err != nil {
 			return p.counted(nil, fmt.Errorf("wait for other VMs to be restored: %w", err))
 		}
-		defer p.cfg.Slots.Release(1)
 	}
+	settled := sync.OnceFunc(func() {
+		if p.cfg.Slots != nil {
+			p.cfg.Slots.Release(1)
+		}
+	})
 	vm, err := p.restore(ctx, snap, req)
-	if err != nil && ctx.Err() == nil {
-		err = fmt.Errorf("%w: %w", ErrNone, err)
+	if err != nil {
+		settled()
+		if ctx.Err() == nil {
+			err = fmt.Errorf("%w: %w", ErrNone, err)
+		}
+		return p.counted(nil, err)
 	}
-	return p.counted(vm, err)
+	vm.settled = settled
+	return p.counted(vm, nil)
 }
 
 // begin notes that a pod came, and holds the refill back until done is called.
@@ -303,7 +325,10 @@ const discardLimit = 20 * time.Second
 
 // Discard ends a VM and removes all that it has. It can be repeated.
 func (p *Pool) Discard(ctx context.Context, vm *VM) error {
-	if err := errors.Join(vm.Kill(ctx), vm.Close()); err != nil {
+	if err := vm.Kill(ctx); err != nil {
+		return fmt.Errorf("end VM %s: %w", vm.ID(), err) // it stays under control
+	}
+	if err := vm.Close(); err != nil {
 		return fmt.Errorf("end VM %s: %w", vm.ID(), err)
 	}
 	return p.remove(&vm.rec, vm.Dir)
@@ -321,7 +346,7 @@ func (p *Pool) Forget(state *vmm.State) error {
 		return os.RemoveAll(state.Dir)
 	}
 	if err != nil {
-		rec = &record{ID: state.ID, Scratch: p.scratch(state.ID)}
+		rec = p.unknown(state.Dir)
 	}
 	return p.remove(rec, state.Dir)
 }
@@ -345,8 +370,14 @@ func (p *Pool) remove(rec *record, dir string) error {
 	if err := os.RemoveAll(dir); err != nil {
 		return fmt.Errorf("remove VM %s: %w", rec.ID, err)
 	}
-	p.cfg.Store.Release(rec.Key, rec.ID)
+	p.release(rec)
 	return nil
+}
+
+// unknown is the record of a VM whose own cannot be read.
+func (p *Pool) unknown(dir string) *record {
+	id := filepath.Base(dir)
+	return &record{ID: id, Scratch: p.scratch(id), Cgroup: p.idleGroup(id)}
 }
 
 // idBytes is the size of a VM's ID, whose text is twice as long: its directory

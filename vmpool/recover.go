@@ -11,17 +11,21 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"time"
 
 	"github.com/containerd/errdefs"
 	"github.com/containerd/log"
 	"golang.org/x/sync/errgroup"
 
 	"github.com/cloudhv/containerd-cloudhv/vmpool/process"
-	"github.com/cloudhv/containerd-cloudhv/vmpool/vmm"
 )
 
-// recoverParallel is how many VMs are taken up at a time.
-const recoverParallel = 8
+const (
+	// recoverParallel is how many VMs are taken up at a time.
+	recoverParallel = 8
+	// attachLimit bounds the taking up of one: there are others.
+	attachLimit = 3 * time.Second
+)
 
 // Recover takes up the VMs of an earlier process. owned tells by its directory
 // whether a VM is a pod's, who will end it. The others are adopted where they
@@ -38,7 +42,7 @@ func (p *Pool) Recover(ctx context.Context, owned func(dir string) bool) error {
 		dir := filepath.Join(p.cfg.Dir, e.Name())
 		if owned(dir) {
 			if rec, err := loadRecord(dir); err == nil && rec.Key != "" {
-				p.cfg.Store.Use(rec.Key, rec.ID)
+				p.use(rec.Key, rec.ID)
 			}
 			continue
 		}
@@ -75,57 +79,61 @@ func (p *Pool) recoverVM(ctx context.Context, dir string) error {
 		if !errdefs.IsNotFound(err) {
 			log.G(ctx).WithError(err).Warn("removing a VM whose record cannot be read")
 		}
-		id := filepath.Base(dir)
-		return p.remove(&record{ID: id, Scratch: p.scratch(id)}, dir)
+		return p.remove(p.unknown(dir), dir)
 	}
 	if rec.VM == nil {
 		return p.remove(rec, dir) // its VMM was never recorded; the caller kills strays
 	}
-	v, err := p.cfg.Driver.Attach(ctx, *rec.VM)
-	if errdefs.IsNotFound(err) {
-		return p.remove(rec, dir)
-	}
-	if err != nil {
-		log.G(ctx).WithError(err).Warn("a VM of an earlier process cannot be taken up; it is killed")
-		if err := killVMM(ctx, rec.VM); err != nil {
-			return fmt.Errorf("kill VM %s: %w", rec.ID, err)
-		}
-		return p.remove(rec, dir)
-	}
-	vm := &VM{VM: v, Scratch: rec.Scratch, Dir: dir, rec: *rec}
 	if why := p.unfit(rec); why != "" {
 		log.G(ctx).WithField("why", why).Info("ending a VM of an earlier process")
-		return p.Discard(ctx, vm)
+		return p.kill(ctx, rec, dir)
 	}
-	p.cfg.Store.Use(rec.Key, rec.ID)
+	attach, cancel := context.WithTimeout(ctx, attachLimit)
+	defer cancel()
+	v, err := p.cfg.Driver.Attach(attach, *rec.VM)
+	if err != nil {
+		if !errdefs.IsNotFound(err) {
+			log.G(ctx).WithError(err).Warn("a VM of an earlier process cannot be taken up; it is killed")
+		}
+		return p.kill(ctx, rec, dir)
+	}
+	vm := &VM{VM: v, Scratch: rec.Scratch, Dir: dir, rec: *rec}
+	p.use(rec.Key, rec.ID)
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	p.addReady(vm)
 	return nil
 }
 
-// killVMM kills a VMM by its identity.
-func killVMM(ctx context.Context, vm *vmm.State) error {
-	h, err := process.Identity{Pid: vm.Pid, StartTime: vm.StartTime, BootID: vm.BootID}.Open()
-	if errdefs.IsNotFound(err) {
-		return nil
-	}
-	if err != nil {
-		return err
+// kill kills a VMM by its identity, and removes what it has.
+func (p *Pool) kill(ctx context.Context, rec *record, dir string) error {
+	h, err := process.Identity{Pid: rec.VM.Pid, StartTime: rec.VM.StartTime, BootID: rec.VM.BootID}.Open()
+	switch {
+	case errdefs.IsNotFound(err):
+		return p.remove(rec, dir)
+	case err != nil:
+		return fmt.Errorf("kill VM %s: %w", rec.ID, err)
 	}
 	defer h.Close()
-	return h.Kill(ctx)
+	if err := h.Kill(ctx); err != nil {
+		return fmt.Errorf("kill VM %s: %w", rec.ID, err)
+	}
+	return p.remove(rec, dir)
 }
 
 // unfit says why a VM cannot be handed out, or nothing.
 func (p *Pool) unfit(rec *record) string {
 	switch {
+	case p.cfg.Off:
+		return "the pool is off"
 	case rec.Owner != "":
 		return "it was given to pod " + rec.Owner + ", which is gone"
 	case !rec.Ready:
 		return "it was not ready"
 	case rec.Key != p.key:
 		return "it is of another snapshot"
+	case rec.VM.Driver != p.cfg.Driver.Name():
+		return "it is another hypervisor's"
 	default:
 		return ""
 	}
@@ -143,7 +151,8 @@ func (p *Pool) Pids() []int {
 }
 
 // Unrecorded are the disks of VMs whose VMM, if there is one, was not recorded
-// when an earlier process ended. Its command line names the disk.
+// when an earlier process ended, or whose record cannot be read. Its command line
+// names the disk.
 func (p *Pool) Unrecorded() []string {
 	var disks []string
 	for _, rec := range p.records() {
@@ -154,7 +163,7 @@ func (p *Pool) Unrecorded() []string {
 	return disks
 }
 
-// records are those that can be read.
+// records are those of all VMs, without a VMM where they cannot be read.
 func (p *Pool) records() []*record {
 	entries, err := os.ReadDir(p.cfg.Dir)
 	if err != nil {
@@ -162,9 +171,12 @@ func (p *Pool) records() []*record {
 	}
 	var list []*record
 	for _, e := range entries {
-		if rec, err := loadRecord(filepath.Join(p.cfg.Dir, e.Name())); err == nil {
-			list = append(list, rec)
+		dir := filepath.Join(p.cfg.Dir, e.Name())
+		rec, err := loadRecord(dir)
+		if err != nil {
+			rec = p.unknown(dir)
 		}
+		list = append(list, rec)
 	}
 	return list
 }

@@ -28,7 +28,9 @@ const (
 
 // Run starts to keep the pool filled. Call it once, after Recover; Close ends it.
 func (p *Pool) Run() {
-	p.wg.Go(p.run)
+	if !p.cfg.Off {
+		p.wg.Go(p.run)
+	}
 }
 
 // Close stops the refill and lets go of the ready VMs, which go on: the next
@@ -105,6 +107,10 @@ func (p *Pool) failed(err error) {
 	}
 	p.mu.Lock()
 	p.lastErr = err
+	if time.Now().Before(p.until) {
+		p.mu.Unlock()
+		return // of those that were made side by side one counts
+	}
 	p.failures++
 	pause := min(firstPause<<min(p.failures-1, 10), longestPause)
 	p.until = time.Now().Add(pause)
@@ -206,13 +212,13 @@ func (p *Pool) add(snap *snapshot.Snapshot) {
 
 // yield lets pods that are being started go first, for a while.
 func (p *Pool) yield() {
-	timer := time.AfterFunc(yieldLimit, func() {
+	end := time.Now().Add(yieldLimit)
+	timer := time.AfterFunc(yieldLimit+time.Millisecond, func() {
 		p.mu.Lock()
 		defer p.mu.Unlock()
 		p.idle.Broadcast()
 	})
 	defer timer.Stop()
-	end := time.Now().Add(yieldLimit)
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	for p.busy > 0 && p.ctx.Err() == nil && time.Now().Before(end) {
@@ -225,7 +231,7 @@ func (p *Pool) yield() {
 func (p *Pool) makeReady(snap *snapshot.Snapshot) (_ *VM, retErr error) {
 	ctx, cancel := context.WithTimeout(p.ctx, p.cfg.ReadyLimit)
 	defer cancel()
-	vm, err := p.restore(ctx, snap, Request{Cgroup: p.idleGroup()})
+	vm, err := p.restore(ctx, snap, Request{})
 	if err != nil {
 		return nil, err
 	}
@@ -235,7 +241,9 @@ func (p *Pool) makeReady(snap *snapshot.Snapshot) (_ *VM, retErr error) {
 			retErr = p.undo(vm, retErr)
 		}
 	}()
-	if err := p.cfg.Guest.Ready(ctx, vm); err != nil {
+	err = p.cfg.Guest.Ready(ctx, vm)
+	p.Report(ctx, vm, err)
+	if err != nil {
 		return nil, fmt.Errorf("a restored VM: %w", err)
 	}
 	if p.cfg.Warm {
@@ -275,6 +283,9 @@ func (p *Pool) watch(vm *VM) {
 	}
 	p.ready = slices.Delete(p.ready, i, i+1)
 	p.mu.Unlock()
-	p.discardBad(p.ctx, vm, fmt.Errorf("it ended: %s: %w", vm.Exit().Cause, errdefs.ErrUnavailable))
+	// A failure like others: where VMs die at once none is made for a while.
+	err := fmt.Errorf("VM %s ended: %s: %w", vm.ID(), vm.Exit().Cause, errdefs.ErrUnavailable)
+	p.failed(err)
+	p.discardBad(p.ctx, vm, err)
 	p.poke()
 }

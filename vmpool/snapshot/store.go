@@ -184,8 +184,11 @@ func (s *Store) find(ctx context.Context, key string) (*Snapshot, error) {
 			return nil, fmt.Errorf("snapshot %s: %w", key, errdefs.ErrNotFound)
 		}
 	}
-	if err != nil {
+	switch {
+	case errors.Is(err, errdefs.ErrDataLoss), errors.Is(err, fs.ErrNotExist):
 		return nil, s.damaged(ctx, key, err)
+	case err != nil:
+		return nil, fmt.Errorf("snapshot %s: %w", key, err) // says nothing about the snapshot
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -271,7 +274,11 @@ func reserve(path string, size int64) (retErr error) {
 		return fmt.Errorf("%d MiB are free beside %s, and a snapshot takes %d: %w",
 			free>>20, path, (size+spare)>>20, errdefs.ErrResourceExhausted)
 	}
-	if err := unix.Fallocate(int(f.Fd()), 0, 0, size); err != nil {
+	err = unix.Fallocate(int(f.Fd()), 0, 0, size)
+	if errors.Is(err, unix.EOPNOTSUPP) {
+		err = f.Truncate(size)
+	}
+	if err != nil {
 		return fmt.Errorf("reserve %d bytes for %s: %w: %w", size, path, err, errdefs.ErrResourceExhausted)
 	}
 	return nil
@@ -310,15 +317,28 @@ func (s *Store) Collect(ctx context.Context, wanted ...string) error {
 		if !validKey.MatchString(key) || slices.Contains(wanted, key) {
 			continue
 		}
-		s.mu.Lock()
-		if len(s.users[key]) == 0 && s.making[key] == nil {
-			delete(s.loaded, key)
-			errs = append(errs, os.RemoveAll(s.path(key)))
-			log.G(ctx).WithField("snapshot", key).Info("removed a snapshot that nothing wants")
-		}
-		s.mu.Unlock()
+		errs = append(errs, s.discard(ctx, key))
 	}
 	return errors.Join(errs...)
+}
+
+// discard removes a snapshot unless a VM uses it.
+func (s *Store) discard(ctx context.Context, key string) error {
+	// Under a name that Open removes: what takes long is not done under the lock.
+	trash := filepath.Join(s.dir, tmpPrefix+"away-"+key)
+	s.mu.Lock()
+	if len(s.users[key]) > 0 || s.making[key] != nil {
+		s.mu.Unlock()
+		return nil
+	}
+	delete(s.loaded, key)
+	err := os.Rename(s.path(key), trash)
+	s.mu.Unlock()
+	if err != nil {
+		return fmt.Errorf("remove snapshot %s: %w", key, err)
+	}
+	log.G(ctx).WithField("snapshot", key).Info("removed a snapshot that nothing wants")
+	return os.RemoveAll(trash)
 }
 
 // Info describes a snapshot for people.
