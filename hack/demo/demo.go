@@ -112,7 +112,7 @@ func (d *demo) images(ctx context.Context) error {
 
 // pod runs the pod and its container.
 func (d *demo) pod(ctx context.Context) error {
-	d.out.section("The pod", "CNI gives it a network, then a virtual machine boots for it alone; the container runs inside.")
+	d.out.section("The pod", "CNI gives it a network, then it gets a virtual machine of its own; the container runs inside.")
 	pod := d.node.PodConfig("web")
 	container := testnode.ContainerConfig("httpd", testimage.BusyboxRef, "/bin/sh", "-c", serve)
 	container.Labels = podLabels
