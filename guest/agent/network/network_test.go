@@ -151,17 +151,31 @@ func TestConfigure(t *testing.T) {
 	})
 }
 
+// dadTime is less than duplicate detection takes (a second and more), and more
+// than the kernel needs to find that there is none to be done.
+const dadTime = 500 * time.Millisecond
+
 func checkState(t *testing.T, l netlink.Link) {
-	addrs, err := netlink.AddrList(l, netlink.FAMILY_ALL)
-	if err != nil {
-		t.Error(err)
-	}
 	found := map[string]bool{}
-	for _, a := range addrs {
-		found[a.IPNet.String()] = true
-		if a.Flags&unix.IFA_F_TENTATIVE != 0 {
-			t.Errorf("address %s is not usable yet", a.IPNet)
+	var tentative []string
+	for end := time.Now().Add(dadTime); ; {
+		addrs, err := netlink.AddrList(l, netlink.FAMILY_ALL)
+		if err != nil {
+			t.Error(err)
 		}
+		tentative = nil
+		for _, a := range addrs {
+			found[a.IPNet.String()] = true
+			if a.Flags&unix.IFA_F_TENTATIVE != 0 {
+				tentative = append(tentative, a.IPNet.String())
+			}
+		}
+		if len(tentative) == 0 || time.Now().After(end) {
+			break
+		}
+	}
+	if len(tentative) > 0 {
+		t.Errorf("addresses %v are not usable yet", tentative)
 	}
 	if !found["10.0.0.5/24"] || !found["fd00::5/64"] {
 		t.Errorf("addresses %v", found)
