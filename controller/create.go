@@ -124,7 +124,7 @@ func (c *Controller) plan(id, ns string, pc *runtime.PodSandboxConfig, co *sandb
 		Scratch:    c.scratch.path(id),
 	}
 	if c.cfg.Cgroup {
-		rec.Cgroup = cgroupPath(pc.GetLinux().GetCgroupParent(), id)
+		rec.Cgroup = cgroupPath(c.cfg.CgroupParent, pc.GetLinux().GetCgroupParent(), id)
 	}
 	return rec, start, nil
 }

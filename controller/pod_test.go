@@ -137,7 +137,7 @@ func TestCgroupPath(t *testing.T) {
 		"/kubepods.slice/kubepods-p1.slice": "/kubepods.slice/kubepods-p1.slice/cloudhv-x",
 		"../../etc":                         "/etc/cloudhv-x",
 	} {
-		require.Equal(t, want, cgroupPath(parent, "x"), parent)
+		require.Equal(t, want, cgroupPath("/cloudhv", parent, "x"), parent)
 	}
 }
 

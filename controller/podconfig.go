@@ -159,11 +159,11 @@ func machineID(id string) string {
 }
 
 // cgroupPath is a VMM's cgroup: below the pod's own, which kubelet made and
-// limited, or else below one of ours. A systemd slice's name says its parents.
-func cgroupPath(parent, id string) string {
+// limited, or else below ours. A systemd slice's name says its parents.
+func cgroupPath(ours, parent, id string) string {
 	leaf := "cloudhv-" + id
 	if parent == "" {
-		return path.Join("/cloudhv", leaf)
+		return path.Join("/", ours, leaf)
 	}
 	base := path.Base(parent)
 	name, isSlice := strings.CutSuffix(base, ".slice")

@@ -8,6 +8,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"path"
 	"path/filepath"
 	"runtime"
 	"slices"
@@ -33,8 +34,9 @@ const (
 	// sandbox can have this name. poolScratch holds their disks.
 	poolDir     = ".vms"
 	poolScratch = "pool"
-	// poolCgroup is the parent group of VMs that no pod has taken.
-	poolCgroup = "/cloudhv/pool"
+	// poolCgroup, below the configured parent, is the parent group of VMs that no pod
+	// has taken.
+	poolCgroup = "pool"
 	// checkLimit bounds the first answer of a VM that was ready: a pod waits for it,
 	// and can have another.
 	checkLimit = 5 * time.Second
@@ -49,7 +51,7 @@ const (
 func (c *Controller) OpenPool() error {
 	dirs := vmpool.Config{
 		Off: true, Dir: filepath.Join(c.cfg.StateDir, poolDir), ScratchDir: filepath.Join(c.cfg.CacheDir, poolScratch),
-		Cgroup: poolCgroup,
+		Cgroup: path.Join("/", c.cfg.CgroupParent, poolCgroup),
 	}
 	var err error
 	if c.unfit == nil && c.cfg.Pool.Restore {
@@ -94,7 +96,7 @@ func (c *Controller) openPool(dirs vmpool.Config) error {
 		cfg.VMMemory = vmMemoryTCG
 	}
 	if c.cfg.Cgroup {
-		cfg.Cgroup = poolCgroup
+		cfg.Cgroup = dirs.Cgroup
 	}
 	if cfg.Parallel == 0 {
 		cfg.Parallel = max(1, runtime.NumCPU()/2)

@@ -63,6 +63,9 @@ type Config struct {
 
 	// Cgroup runs each VMM in a cgroup of its own, below the pod's.
 	Cgroup Value `toml:"cgroup"`
+	// CgroupParent is the group below which VMMs run that are no pod's yet, or whose
+	// pod has no group.
+	CgroupParent Value `toml:"cgroup_parent"`
 	// Annotations, a list of strings, are the pod annotations that are honoured; a
 	// final * stands for any rest. Others of ours are refused.
 	Annotations Value `toml:"annotations"`
@@ -172,6 +175,7 @@ func Default() *Config {
 		ImageCacheLimit:         "20GiB",
 		ConsoleLogLimit:         "1MiB",
 		Cgroup:                  true,
+		CgroupParent:            "/cloudhv",
 		Annotations:             []string{"io.cloudhv.*", "io.katacontainers.config.hypervisor.*"},
 		EnableUnprivilegedPorts: true,
 		EnableUnprivilegedICMP:  true,

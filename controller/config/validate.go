@@ -70,6 +70,7 @@ type Settings struct {
 	ImageCacheLimit          int64
 	ConsoleLogLimit          int64
 	Cgroup                   bool
+	CgroupParent             string
 	Annotations              []string
 	UnprivilegedPorts        bool
 	UnprivilegedICMP         bool
@@ -123,6 +124,7 @@ func (c *Config) Validate(host HostInfo) (*Settings, error) {
 	s := &Settings{
 		VMM:               v.vmm(c.VMM),
 		Cgroup:            v.flag("cgroup", c.Cgroup),
+		CgroupParent:      v.cgroup("cgroup_parent", c.CgroupParent),
 		UnprivilegedPorts: v.flag("enable_unprivileged_ports", c.EnableUnprivilegedPorts),
 		UnprivilegedICMP:  v.flag("enable_unprivileged_icmp", c.EnableUnprivilegedICMP),
 		Debug:             v.flag("debug", c.Debug),
@@ -325,6 +327,15 @@ func (v *validator) annotations(value Value) []string {
 		}
 	}
 	return patterns
+}
+
+// cgroup checks the path of a group below the root of its hierarchy.
+func (v *validator) cgroup(field string, value Value) string {
+	clean := v.path(field, value)
+	if clean == "/" {
+		v.errorf(field, value, "must not be the root of all groups, but such as %q", "/cloudhv")
+	}
+	return clean
 }
 
 // path checks an absolute path, and cleans it.

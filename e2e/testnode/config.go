@@ -115,6 +115,8 @@ func (n *Node) controllerConfig() table {
 		"image":     filepath.Join(n.opts.GuestDir, "rootfs.erofs"),
 		"state_dir": n.StateDir(),
 		"cache_dir": n.CacheDir(),
+		// Where it is found and removed with the node.
+		"cgroup_parent": n.CgroupParent(),
 	}
 	if n.opts.Debug {
 		c["debug"] = true

@@ -106,9 +106,50 @@ func (d *demo) images(ctx context.Context) error {
 			return err
 		}
 	}
+	return nil
+}
+
+// poolLimit is how long the demo waits for a virtual machine to be ready: there
+// need not be one.
+const poolLimit = time.Minute
+
+// pool waits until a virtual machine is ready that nobody has asked for.
+func (d *demo) pool(ctx context.Context) (err error) {
+	d.out.section("The pool", "Once for each kernel, image and hypervisor a machine boots and a snapshot is made of it. "+
+		"Machines are then restored from that, copy-on-write, and kept ready.")
+	wait, cancel := context.WithTimeout(ctx, testnode.Scale(poolLimit))
+	defer cancel()
+	waited := d.out.timed("wait for a machine that is ready", func() error {
+		return testnode.Eventually(wait, func(context.Context) error { return readyVM(d.node.StateDir()) })
+	})
+	if waited != nil {
+		d.out.note("None is ready; the pod's will be restored, or boot.")
+	}
 	d.before, err = d.node.Census(ctx)
 	return err
 }
+
+// readyVM fails unless the pool has a machine that is ready.
+func readyVM(stateDir string) error {
+	records, err := filepath.Glob(filepath.Join(stateDir, ".vms", "*", "vm.json"))
+	if err != nil {
+		return err
+	}
+	for _, path := range records {
+		var record struct {
+			Ready bool   `json:"ready"`
+			Owner string `json:"owner"`
+		}
+		data, err := os.ReadFile(path)
+		if err == nil && json.Unmarshal(data, &record) == nil && record.Ready && record.Owner == "" {
+			return nil
+		}
+	}
+	return fmt.Errorf("%d machines, none of them ready", len(records))
+}
+
+// outcomes say how a pod came by its machine.
+var outcomes = map[string]string{"hit": "it was ready", "miss": "it was restored", "cold": "it was booted"}
 
 // pod runs the pod and its container.
 func (d *demo) pod(ctx context.Context) error {
@@ -139,6 +180,7 @@ func (d *demo) pod(ctx context.Context) error {
 	}
 	fmt.Fprintln(d.out.w)
 	d.out.fact("virtual machine", fmt.Sprintf("%d vCPU, %s, kernel %s", d.info.VCPUs, mib(d.info.MemoryBytes), printable(d.info.GuestKernel, 60)))
+	d.out.fact("came by", d.info.Outcome+": "+outcomes[d.info.Outcome])
 	d.out.fact("address", d.podIP)
 	return nil
 }
@@ -165,6 +207,7 @@ func (d *demo) readInspect(out string) error {
 
 // podInfo is the part that the demo shows of what the plugin tells of a pod.
 type podInfo struct {
+	Outcome     string `json:"outcome"`
 	GuestKernel string `json:"guest_kernel"`
 	VCPUs       int    `json:"vcpus"`
 	MemoryBytes uint64 `json:"memory_bytes"`

@@ -72,7 +72,7 @@ func run(ctx context.Context, out *printer, image string) (retErr error) {
 		retErr = errors.Join(retErr, err)
 	}()
 	for _, step := range []func(context.Context) error{
-		d.versions, d.start, d.images, d.pod, d.phases, d.inside, d.logs, d.http, d.extraContainer, d.memory, d.cleanUp,
+		d.versions, d.start, d.images, d.pool, d.pod, d.phases, d.inside, d.logs, d.http, d.extraContainer, d.memory, d.cleanUp,
 	} {
 		if err := step(ctx); err != nil {
 			return err
