@@ -39,7 +39,7 @@ type heldVM struct {
 // holdVM takes hold of the VMM that was recorded, or returns ErrNotFound if it
 // has ended. Its pid alone proves nothing: start time and boot are compared.
 func holdVM(state vmm.State) (*heldVM, error) {
-	proc, err := process.Identity{Pid: state.Pid, StartTime: state.StartTime, BootID: state.BootID}.Open()
+	proc, err := state.Identity().Open()
 	if err != nil {
 		return nil, err
 	}

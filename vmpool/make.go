@@ -60,7 +60,6 @@ func (p *Pool) undo(vm *VM, why error) error {
 // started completes the record of a VM whose VMM runs.
 func (vm *VM) started(v vmm.VM) error {
 	vm.VM = v
-	vm.MadeIn = time.Since(vm.Made)
 	state := v.State()
 	vm.rec.VM = &state
 	return vm.rec.save(vm.Dir)

@@ -123,9 +123,8 @@ type VM struct {
 	Outcome Outcome
 	// Scratch is its writable disk, Dir its directory.
 	Scratch, Dir string
-	// Made is when it began to be made, and MadeIn how long that took.
-	Made   time.Time
-	MadeIn time.Duration
+	// Made is when it began to be made.
+	Made time.Time
 
 	rec record
 	// settled gives back the place of a restore.
@@ -142,7 +141,7 @@ func (vm *VM) Settled() {
 	}
 }
 
-// Key is the snapshot it was restored from; empty for one that was booted.
+// Key is the snapshot it was restored from.
 func (vm *VM) Key() string { return vm.rec.Key }
 
 // Request is what a pod wants.
@@ -223,11 +222,10 @@ func (p *Pool) Acquire(ctx context.Context, req Request) (*VM, error) {
 // begin notes that a pod came, and holds the refill back until done is called.
 func (p *Pool) begin() (done func()) {
 	p.mu.Lock()
-	defer p.mu.Unlock()
 	now := time.Now()
 	p.arrivals = p.cfg.Demand.Forget(append(p.arrivals, now), now)
-	p.busy++
-	return p.end
+	p.mu.Unlock()
+	return p.Busy()
 }
 
 func (p *Pool) end() {
@@ -353,7 +351,7 @@ func (p *Pool) Forget(state *vmm.State) error {
 
 // remove removes the files of a VM that has ended.
 func (p *Pool) remove(rec *record, dir string) error {
-	errs := []error{}
+	var errs []error
 	if rec.Scratch != "" {
 		if err := os.Remove(rec.Scratch); err != nil && !errors.Is(err, os.ErrNotExist) {
 			errs = append(errs, err)

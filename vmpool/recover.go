@@ -16,8 +16,6 @@ import (
 	"github.com/containerd/errdefs"
 	"github.com/containerd/log"
 	"golang.org/x/sync/errgroup"
-
-	"github.com/cloudhv/containerd-cloudhv/vmpool/process"
 )
 
 const (
@@ -107,7 +105,7 @@ func (p *Pool) recoverVM(ctx context.Context, dir string) error {
 
 // kill kills a VMM by its identity, and removes what it has.
 func (p *Pool) kill(ctx context.Context, rec *record, dir string) error {
-	h, err := process.Identity{Pid: rec.VM.Pid, StartTime: rec.VM.StartTime, BootID: rec.VM.BootID}.Open()
+	h, err := rec.VM.Identity().Open()
 	switch {
 	case errdefs.IsNotFound(err):
 		return p.remove(rec, dir)

@@ -140,7 +140,7 @@ func (d *Driver) Attach(ctx context.Context, state vmm.State) (_ vmm.VM, retErr 
 	if err != nil {
 		return nil, err
 	}
-	id := process.Identity{Pid: state.Pid, StartTime: state.StartTime, BootID: state.BootID}
+	id := state.Identity()
 	proc, err := id.Open()
 	if err != nil {
 		return nil, fmt.Errorf("qemu: VM %s: %w", state.ID, err)

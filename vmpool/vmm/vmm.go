@@ -29,6 +29,8 @@ import (
 	"net"
 	"os"
 	"time"
+
+	"github.com/cloudhv/containerd-cloudhv/vmpool/process"
 )
 
 // Driver runs VMs by one hypervisor. It keeps no state of its own: a VM is
@@ -125,6 +127,11 @@ type State struct {
 	Cgroup string `json:"cgroup,omitempty"`
 	// Data is the driver's own.
 	Data json.RawMessage `json:"data,omitempty"`
+}
+
+// Identity is that of the VMM's process.
+func (s State) Identity() process.Identity {
+	return process.Identity{Pid: s.Pid, StartTime: s.StartTime, BootID: s.BootID}
 }
 
 // VM is one running virtual machine.

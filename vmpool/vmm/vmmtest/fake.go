@@ -285,7 +285,7 @@ func (d *Driver) Attach(ctx context.Context, state vmm.State) (vmm.VM, error) {
 		return nil, err
 	}
 	g := d.guest(state.ID)
-	want := process.Identity{Pid: state.Pid, StartTime: state.StartTime, BootID: state.BootID}
+	want := state.Identity()
 	if g == nil || g.identity != want {
 		return nil, fmt.Errorf("VM %s, process %d: %w", state.ID, state.Pid, errdefs.ErrNotFound)
 	}
