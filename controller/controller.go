@@ -27,6 +27,8 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"os"
+	"path/filepath"
 	"runtime"
 	"sync"
 
@@ -61,7 +63,7 @@ type Options struct {
 	Containers containers.Store
 	// Images makes containers' root file systems.
 	Images Images
-	// Network joins VMs to pod networks; nil means the real one.
+	// Network joins VMs to pod networks; without one no sandbox can start.
 	Network Network
 	// TTRPCAddress is containerd's socket, by which shims reach the host service.
 	TTRPCAddress string
@@ -77,9 +79,13 @@ type Images interface {
 
 // Network joins a VM to a pod's network namespace.
 type Network interface {
-	// Connect makes a TAP for each interface; after an error nothing is left.
-	Connect(ctx context.Context, netns string) (*network.Network, error)
-	// Disconnect undoes it, any number of times, also in a namespace that is gone.
+	// MakeTAP makes the TAP of a VM's built-in network device.
+	MakeTAP(vmID string) (*os.File, error)
+	// Read reads what CNI made; Join joins each of its interfaces to a TAP, the first
+	// one to that of the VM. After an error nothing is left.
+	Read(ctx context.Context, netns string) (*network.Network, error)
+	Join(ctx context.Context, netns string, n *network.Network, vmID string) error
+	// Disconnect undoes Join, any number of times, also in a namespace that is gone.
 	Disconnect(ctx context.Context, netns string) error
 }
 
@@ -138,7 +144,7 @@ func New(o Options) *Controller {
 		c.drivers[d.Name()] = d
 	}
 	if c.network == nil {
-		c.network = podNetwork{}
+		c.network = podNetwork{waiting: &network.Waiting{}}
 	}
 	if c.driver == nil && c.unfit == nil {
 		c.unfit = fmt.Errorf("no hypervisor: %w", errdefs.ErrFailedPrecondition)
@@ -169,10 +175,29 @@ func (c *Controller) Unfit() error {
 }
 
 // podNetwork is the real Network.
-type podNetwork struct{}
+type podNetwork struct{ waiting *network.Waiting }
 
-func (podNetwork) Connect(ctx context.Context, netns string) (*network.Network, error) {
-	return network.Connect(ctx, netns)
+// OpenNetwork makes the real Network, whose TAPs wait in a namespace of the state
+// directory's. After an error it can only Disconnect.
+func OpenNetwork(stateDir string) (Network, error) {
+	w, err := network.OpenWaiting(filepath.Join(stateDir, tapNamespace))
+	if err != nil {
+		return podNetwork{waiting: &network.Waiting{}}, fmt.Errorf("network: %w", err)
+	}
+	return podNetwork{waiting: w}, nil
+}
+
+// tapNamespace is where TAPs wait; no sandbox can have this name.
+const tapNamespace = ".netns"
+
+func (n podNetwork) MakeTAP(vmID string) (*os.File, error) { return n.waiting.Make(vmID) }
+
+func (podNetwork) Read(ctx context.Context, netns string) (*network.Network, error) {
+	return network.Read(ctx, netns)
+}
+
+func (n podNetwork) Join(ctx context.Context, netns string, pod *network.Network, vmID string) error {
+	return pod.Join(ctx, netns, n.waiting, vmID)
 }
 
 func (podNetwork) Disconnect(ctx context.Context, netns string) error {

@@ -193,6 +193,7 @@ type fakeMachine struct {
 	configured *guestv1.ConfigureRequest
 	resized    []*guestv1.ResizeRequest
 	warmed     []*guestv1.WarmUpRequest
+	rehearsed  []*guestv1.ConfigureRequest
 	exit       vmm.Exit
 }
 
@@ -402,6 +403,13 @@ func (s *taskService) WarmUp(_ context.Context, req *guestv1.WarmUpRequest) (*em
 	defer s.m.mu.Unlock()
 	s.m.warmed = append(s.m.warmed, req)
 	return &emptypb.Empty{}, nil
+}
+
+func (s *machineService) Rehearse(_ context.Context, req *guestv1.ConfigureRequest) (*guestv1.ConfigureResponse, error) {
+	s.m.mu.Lock()
+	defer s.m.mu.Unlock()
+	s.m.rehearsed = append(s.m.rehearsed, req)
+	return &guestv1.ConfigureResponse{}, nil
 }
 
 // silence waits until the machine has ended.

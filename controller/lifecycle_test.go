@@ -73,7 +73,7 @@ func TestLifeOfASandbox(t *testing.T) {
 	require.Equal(t, uint32(m.pid), inst.Pid)
 	require.Equal(t, "ttrpc+unix://"+filepath.Join(n.cfg.StateDir, "a", shimapi.SocketFile), inst.Address)
 	require.Equal(t, uint32(3), inst.Version)
-	require.Equal(t, []string{"nic0"}, m.nics)
+	require.Equal(t, []string{"nic1"}, m.nics)
 	require.Equal(t, vmm.Size{VCPUs: 1, MemoryBytes: 256 << 20}, m.size)
 	require.Equal(t, vmm.Size{VCPUs: 1, MemoryBytes: 128 << 20}, m.cfg.Size)
 	require.Equal(t, vmm.Size{VCPUs: 4, MemoryBytes: 2 << 30}, m.cfg.Max)
@@ -170,7 +170,7 @@ func TestAFailedStartLeavesNothing(t *testing.T) {
 			n.driver.agent.silentInfo, n.cfg.BootTimeout = true, 100*time.Millisecond
 		}, context.DeadlineExceeded, "wait for the guest"},
 		"agent of another build": {func(n *node) { n.driver.agent.version = 999 }, errdefs.ErrFailedPrecondition, "version 999"},
-		"nic":                    {func(n *node) { n.driver.vm.nic = errInjected }, errInjected, "nic0"},
+		"nic":                    {func(n *node) { n.driver.vm.nic = errInjected }, errInjected, "nic1"},
 		"resize":                 {func(n *node) { n.driver.vm.resize = errInjected }, errInjected, "as large as the pod"},
 		"configure":              {func(n *node) { n.driver.agent.configure = errdefs.ErrInvalidArgument }, errdefs.ErrInvalidArgument, "configure the guest"},
 		"configure is silent": {func(n *node) {

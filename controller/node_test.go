@@ -38,17 +38,20 @@ type fakeNetwork struct {
 	disconnectErr int
 }
 
-func (f *fakeNetwork) Connect(_ context.Context, ns string) (*network.Network, error) {
+func (*fakeNetwork) MakeTAP(string) (*os.File, error) { return os.Open(os.DevNull) }
+
+func (f *fakeNetwork) Read(context.Context, string) (*network.Network, error) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	if f.err != nil {
-		return nil, f.err
-	}
+	return &network.Network{Interfaces: []*guestv1.Interface{{Name: "eth0"}, {Name: "eth1"}}}, f.err
+}
+
+func (f *fakeNetwork) Join(_ context.Context, ns string, n *network.Network, _ string) error {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	n.NICs = []vmm.NIC{{ID: "nic1", MAC: net.HardwareAddr{2, 0, 0, 0, 0, 1}, MTU: 1500}}
 	f.connected[ns]++
-	return &network.Network{
-		NICs:       []vmm.NIC{{ID: "nic0", MAC: net.HardwareAddr{2, 0, 0, 0, 0, 1}, MTU: 1500}},
-		Interfaces: []*guestv1.Interface{{Name: "eth0"}},
-	}, nil
+	return nil
 }
 
 func (f *fakeNetwork) Disconnect(_ context.Context, ns string) error {

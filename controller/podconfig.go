@@ -22,6 +22,7 @@ import (
 
 	"github.com/cloudhv/containerd-cloudhv/controller/network"
 	guestv1 "github.com/cloudhv/containerd-cloudhv/guest/api/v1"
+	"github.com/cloudhv/containerd-cloudhv/vmpool/vmm"
 )
 
 const (
@@ -143,6 +144,7 @@ func configureRequest(rec *record, s *startConfig, n *network.Network) (*guestv1
 		ResolvConf:  s.resolvConf,
 		Clock:       timestamppb.Now(),
 		Entropy:     entropy,
+		BuiltInMac:  vmm.BuiltInMAC,
 		Interfaces:  n.Interfaces,
 		Routes:      n.Routes,
 		Sysctls:     s.sysctls,

@@ -18,7 +18,9 @@ import (
 	"github.com/containerd/containerd/v2/core/containers"
 	"github.com/containerd/containerd/v2/pkg/namespaces"
 	"github.com/containerd/containerd/v2/pkg/oci"
+	"golang.org/x/sys/unix"
 	"google.golang.org/protobuf/types/known/emptypb"
+	"google.golang.org/protobuf/types/known/timestamppb"
 
 	"github.com/cloudhv/containerd-cloudhv/controller/config"
 	"github.com/cloudhv/containerd-cloudhv/controller/shim/guestspec"
@@ -86,9 +88,9 @@ func (c *Controller) openPool(dirs vmpool.Config) error {
 	cfg := vmpool.Config{
 		Driver: c.driver, Store: store, Guest: guest, Inputs: inputs, Machine: machine,
 		Dir: dirs.Dir, ScratchDir: dirs.ScratchDir,
-		NewScratch: c.scratch.make,
-		Demand:     vmpool.Demand{Min: c.cfg.Pool.Min, Max: c.cfg.Pool.Max, Window: c.cfg.Pool.Window, Horizon: c.cfg.Pool.Horizon},
-		MaxMemory:  c.cfg.Pool.MaxMemory, VMMemory: vmMemory, Parallel: c.cfg.Pool.Parallel, Slots: c.boots,
+		NewScratch: c.scratch.make, NewTAP: c.network.MakeTAP,
+		Demand:    vmpool.Demand{Min: c.cfg.Pool.Min, Max: c.cfg.Pool.Max, Window: c.cfg.Pool.Window, Horizon: c.cfg.Pool.Horizon},
+		MaxMemory: c.cfg.Pool.MaxMemory, VMMemory: vmMemory, Parallel: c.cfg.Pool.Parallel, Slots: c.boots,
 		Warm:          c.cfg.Pool.WarmUp == config.WarmUpAlways || c.cfg.Pool.WarmUp == config.WarmUpAuto && tcg,
 		SnapshotLimit: 2 * c.cfg.BootTimeout, ReadyLimit: c.cfg.BootTimeout, CheckLimit: min(checkLimit, c.cfg.AgentTimeout),
 	}
@@ -110,7 +112,7 @@ func (c *Controller) snapshotInputs(m *vmm.Config) (snapshot.Inputs, error) {
 	cpu, err := snapshot.HostCPU()
 	in := snapshot.Inputs{
 		Driver: c.host.Driver, Version: c.host.Version, Accelerator: c.host.Accelerator,
-		KernelParams: slices.Clone(m.KernelParams), Size: m.Size, Max: m.Max, ScratchBytes: c.cfg.ScratchSize, CPU: cpu,
+		KernelParams: slices.Clone(m.KernelParams), Size: m.Size, Max: m.Max, BuiltInNIC: true, ScratchBytes: c.cfg.ScratchSize, CPU: cpu,
 	}
 	for _, f := range []struct {
 		to   *string
@@ -157,12 +159,45 @@ func (g *guestOfPool) Ready(ctx context.Context, vm vmm.VM) error {
 	return err
 }
 
-// WarmUp runs the throw-away container.
+// warmUpDisk is the serial of the throw-away container's image.
+const warmUpDisk = "warm-up"
+
+// WarmUp goes through what every pod goes through: the configuration of its VM, which
+// is undone, and a container on a disk that is plugged in and taken away again.
 func (g *guestOfPool) WarmUp(ctx context.Context, vm vmm.VM) error {
-	_, err := callTasks(ctx, vm, g.cfg.BootTimeout, func(ctx context.Context, t guestv1.TaskService) (*emptypb.Empty, error) {
-		return t.WarmUp(ctx, &guestv1.WarmUpRequest{Spec: g.spec})
+	_, err := callGuest(ctx, vm, g.cfg.BootTimeout, func(ctx context.Context, m guestv1.MachineService) (*guestv1.ConfigureResponse, error) {
+		return m.Rehearse(ctx, rehearsal())
 	})
-	return err
+	if err != nil {
+		return err
+	}
+	if err := vm.AddDisk(ctx, vmm.Disk{Serial: warmUpDisk, Path: g.cfg.Image, ReadOnly: true}); err != nil {
+		return err
+	}
+	_, err = callTasks(ctx, vm, g.cfg.BootTimeout, func(ctx context.Context, t guestv1.TaskService) (*emptypb.Empty, error) {
+		return t.WarmUp(ctx, &guestv1.WarmUpRequest{Spec: g.spec, ImageSerial: warmUpDisk})
+	})
+	if err != nil {
+		return err
+	}
+	return vm.RemoveDisk(ctx, warmUpDisk)
+}
+
+// rehearsal is like what a pod with a network of both families is configured with.
+// Its names and addresses are those kept for documentation.
+func rehearsal() *guestv1.ConfigureRequest {
+	return &guestv1.ConfigureRequest{
+		PodId: "rehearsal", Hostname: "rehearsal", ResolvConf: []byte("nameserver 192.0.2.1\n"),
+		Clock: timestamppb.Now(), Entropy: make([]byte, entropyBytes), Vcpus: 1, MachineId: machineID("rehearsal"),
+		BuiltInMac: vmm.BuiltInMAC,
+		Interfaces: []*guestv1.Interface{{
+			Name: "eth0", Mac: "02:00:5e:00:53:01", Mtu: 1500, Addresses: []string{"192.0.2.2/24", "2001:db8::2/64"},
+		}},
+		Routes: []*guestv1.Route{
+			{Device: "eth0", Gateway: "192.0.2.1", Family: unix.AF_INET},
+			{Device: "eth0", Gateway: "2001:db8::1", Family: unix.AF_INET6},
+		},
+	}
 }
 
 // acquire takes a VM from the pool for a sandbox, whose record then names it. It

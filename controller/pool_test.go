@@ -16,6 +16,7 @@ import (
 
 	"github.com/cloudhv/containerd-cloudhv/controller/config"
 	"github.com/cloudhv/containerd-cloudhv/vmpool"
+	"github.com/cloudhv/containerd-cloudhv/vmpool/vmm"
 )
 
 // poolNode is a node whose controller has a pool. The scratch store has its
@@ -64,6 +65,8 @@ func TestASandboxTakesAReadyVM(t *testing.T) {
 	n.awaitPool("a VM is ready", func(s vmpool.Status) bool { return s.Ready == 1 })
 	ready := n.driver.only(t)
 	assert.Len(t, ready.warmed, 1)
+	assert.Len(t, ready.rehearsed, 1)
+	assert.Equal(t, vmm.BuiltInMAC, ready.rehearsed[0].GetBuiltInMac())
 	p := n.run("a")
 	rec := p.snapshot()
 	assert.Equal(t, "hit", rec.Outcome)
@@ -89,7 +92,7 @@ func TestASandboxOfAnEmptyPoolIsRestored(t *testing.T) {
 	n.awaitPool("the snapshot is made", func(s vmpool.Status) bool { return s.Usable })
 	assert.Equal(t, "miss", n.run("a").snapshot().Outcome)
 	n.pool.Drain()
-	require.NoError(t, os.RemoveAll(n.cfg.Pool.TemplateDir))
+	require.NoError(t, os.Rename(n.cfg.Pool.TemplateDir, filepath.Join(t.TempDir(), "gone")))
 	assert.Empty(t, n.run("b").snapshot().Outcome, "it boots where nothing can be restored")
 }
 

@@ -131,7 +131,10 @@ func (c *Controller) bringUp(ctx context.Context, p *pod, watch *stopwatch) erro
 	}()
 	g, gctx := errgroup.WithContext(ctx)
 	g.Go(func() error {
-		return watch.time(gctx, "network", func(ctx context.Context) error { return c.connect(ctx, p, n) })
+		return watch.time(gctx, "network", func(ctx context.Context) (err error) {
+			n, err = c.readNetwork(ctx, p)
+			return err
+		})
 	})
 	defer c.holdRefill()()
 	booted := func() {}
@@ -150,23 +153,26 @@ func (c *Controller) bringUp(ctx context.Context, p *pod, watch *stopwatch) erro
 	if err != nil {
 		return err
 	}
+	return c.fitOut(ctx, p, n, watch)
+}
+
+// fitOut makes a VM this pod's: on the host's side and, at the same time, in the guest.
+func (c *Controller) fitOut(ctx context.Context, p *pod, n *network.Network, watch *stopwatch) error {
 	vm := p.handle()
-	g, gctx = errgroup.WithContext(ctx)
-	g.Go(func() error {
-		return watch.time(gctx, "shim", func(ctx context.Context) error { return c.launchShim(ctx, p, vm) })
-	})
-	g.Go(func() error { return c.plugIn(gctx, p, vm, n, watch) })
+	g, gctx := errgroup.WithContext(ctx)
+	part := func(name string, do func(ctx context.Context) error) {
+		g.Go(func() error { return watch.time(gctx, name, do) })
+	}
+	part("shim", func(ctx context.Context) error { return c.launchShim(ctx, p, vm) })
+	part("join", func(ctx context.Context) error { return c.joinNetwork(ctx, p, vm, n) })
+	if rec := p.snapshot(); rec.Cgroup != "" && rec.VM != nil && rec.VM.Cgroup != rec.Cgroup {
+		part("cgroup", func(ctx context.Context) error { return vm.SetCgroup(ctx, rec.Cgroup) })
+	}
+	g.Go(func() error { return c.prepareGuest(gctx, p, vm, n, watch) })
 	if err := g.Wait(); err != nil {
 		return err
 	}
-	return watch.time(ctx, "configure", func(ctx context.Context) error {
-		rec := p.snapshot()
-		req, err := configureRequest(&rec, p.start, n)
-		if err != nil {
-			return err
-		}
-		return c.configureGuest(ctx, vm, req, watch)
-	})
+	return p.update(func(r *record) { r.VM = stateOf(vm) })
 }
 
 // handle is the VM, nil before it boots.
@@ -176,17 +182,36 @@ func (p *pod) handle() vmm.VM {
 	return p.vm
 }
 
-// connect joins the pod's network, whose namespace the record names, to TAPs.
-func (c *Controller) connect(ctx context.Context, p *pod, n *network.Network) error {
+// readNetwork reads what CNI made for the pod, in the namespace that the record
+// names.
+func (c *Controller) readNetwork(ctx context.Context, p *pod) (*network.Network, error) {
 	netns := p.snapshot().NetNS
 	if netns == "" {
-		return nil // loopback only
+		return &network.Network{}, nil // loopback only
 	}
-	made, err := c.network.Connect(ctx, netns)
+	n, err := c.network.Read(ctx, netns)
 	if err != nil {
+		return &network.Network{}, fmt.Errorf("pod network: %w", err)
+	}
+	return n, nil
+}
+
+// joinNetwork joins the pod's network to the VM, and plugs in the devices that it
+// does not have yet.
+func (c *Controller) joinNetwork(ctx context.Context, p *pod, vm vmm.VM, n *network.Network) error {
+	if len(n.Interfaces) == 0 {
+		return nil
+	}
+	if err := c.network.Join(ctx, p.snapshot().NetNS, n, vm.ID()); err != nil {
 		return fmt.Errorf("pod network: %w", err)
 	}
-	*n = *made
+	ctx, cancel := context.WithTimeout(ctx, c.cfg.HotPlugTimeout)
+	defer cancel()
+	for _, nic := range n.NICs {
+		if err := vm.AddNIC(ctx, nic); err != nil {
+			return fmt.Errorf("plug in network interface %s: %w", nic.ID, err)
+		}
+	}
 	return nil
 }
 
@@ -206,7 +231,14 @@ func (c *Controller) boot(ctx context.Context, p *pod, watch *stopwatch) (booted
 	return booted, watch.time(ctx, "boot", func(ctx context.Context) error {
 		ctx, cancel := context.WithTimeout(ctx, c.cfg.BootTimeout)
 		defer cancel()
-		vm, err := c.driver.Boot(ctx, c.vmConfig(p, &rec))
+		tap, err := c.network.MakeTAP(p.id)
+		if err != nil {
+			return fmt.Errorf("start the VM: %w", err)
+		}
+		defer tap.Close() //nolint:errcheck // the VMM has its own
+		cfg := c.vmConfig(p, &rec)
+		cfg.TAP = tap
+		vm, err := c.driver.Boot(ctx, cfg)
 		if err != nil {
 			return fmt.Errorf("start the VM: %w", err)
 		}
@@ -262,51 +294,38 @@ func (c *Controller) launchShim(ctx context.Context, p *pod, vm vmm.VM) error {
 	return p.updateLocked(func(r *record) { r.Shim = &s.id })
 }
 
-// plugIn waits for the guest and plugs in what makes its VM as large as the
-// pod, and the pod's network.
-func (c *Controller) plugIn(ctx context.Context, p *pod, vm vmm.VM, n *network.Network, watch *stopwatch) error {
+// prepareGuest waits for the guest, makes its VM as large as the pod, and
+// configures it.
+func (c *Controller) prepareGuest(ctx context.Context, p *pod, vm vmm.VM, n *network.Network, watch *stopwatch) error {
 	var guest guestInfo
-	err := watch.time(ctx, "guest", func(ctx context.Context) error {
-		var err error
+	err := watch.time(ctx, "guest", func(ctx context.Context) (err error) {
 		guest, err = c.waitForGuest(ctx, p, vm, watch)
 		return err
 	})
 	if err != nil {
 		return err
 	}
-	ctx, cancel := context.WithTimeout(ctx, c.cfg.HotPlugTimeout)
-	defer cancel()
-	rec := p.snapshot()
-	g, gctx := errgroup.WithContext(ctx)
-	g.Go(func() error {
-		return watch.time(gctx, "nic", func(ctx context.Context) error {
-			for _, nic := range n.NICs {
-				if err := vm.AddNIC(ctx, nic); err != nil {
-					return fmt.Errorf("plug in network interface %s: %w", nic.ID, err)
-				}
-			}
-			return nil
-		})
-	})
-	g.Go(func() error {
-		return watch.time(gctx, "resize", func(ctx context.Context) error {
-			if err := vm.Resize(ctx, rec.Size); err != nil {
-				return fmt.Errorf("make the VM as large as the pod: %w", err)
-			}
-			return nil
-		})
-	})
-	if rec.Cgroup != "" && rec.VM != nil && rec.VM.Cgroup != rec.Cgroup {
-		g.Go(func() error {
-			return watch.time(gctx, "cgroup", func(ctx context.Context) error { return vm.SetCgroup(ctx, rec.Cgroup) })
-		})
-	}
-	if err := g.Wait(); err != nil {
+	if err := p.update(func(r *record) { r.Guest = guest }); err != nil {
 		return err
 	}
-	return p.update(func(r *record) {
-		r.VM = stateOf(vm)
-		r.Guest = guest
+	rec := p.snapshot()
+	err = watch.time(ctx, "resize", func(ctx context.Context) error {
+		ctx, cancel := context.WithTimeout(ctx, c.cfg.HotPlugTimeout)
+		defer cancel()
+		if err := vm.Resize(ctx, rec.Size); err != nil {
+			return fmt.Errorf("make the VM as large as the pod: %w", err)
+		}
+		return nil
+	})
+	if err != nil {
+		return err
+	}
+	return watch.time(ctx, "configure", func(ctx context.Context) error {
+		req, err := configureRequest(&rec, p.start, n)
+		if err != nil {
+			return err
+		}
+		return c.configureGuest(ctx, vm, req, watch)
 	})
 }
 

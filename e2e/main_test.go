@@ -20,11 +20,14 @@ import (
 	"fmt"
 	"os"
 	"os/signal"
+	"path/filepath"
+	"slices"
 	"strings"
 	"syscall"
 	"testing"
 	"time"
 
+	"github.com/containerd/errdefs"
 	v1 "github.com/google/go-containerregistry/pkg/v1"
 
 	"github.com/cloudhv/containerd-cloudhv/e2e/testimage"
@@ -176,8 +179,23 @@ func prepare(ctx context.Context, n *testnode.Node) error {
 			fmt.Fprintf(os.Stderr, "handler %s: its first pod came and went in %s\n", h, time.Since(start).Round(time.Millisecond))
 		}
 	}
+	if slices.Contains(suite.handlers, testnode.CloudHV) {
+		// The base snapshot is made beside the first pods, and is there from then on.
+		made, cancel := context.WithTimeout(ctx, testnode.Scale(2*time.Minute))
+		defer cancel()
+		if err := testnode.Eventually(made, func(context.Context) error { return snapshotMade(n) }); err != nil {
+			return err
+		}
+	}
 	suite.before, err = settled(ctx, n)
 	return err
+}
+
+func snapshotMade(n *testnode.Node) error {
+	if made, err := filepath.Glob(n.Dir("cache", "templates", "[0-9a-f]*", "manifest.json")); err != nil || len(made) == 0 {
+		return fmt.Errorf("no snapshot was made: %w", errors.Join(err, errdefs.ErrNotFound))
+	}
+	return nil
 }
 
 // settled returns the first census that is the same twice in a row.

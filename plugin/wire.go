@@ -61,6 +61,9 @@ func build(ctx context.Context, ic *plugin.InitContext) *controller.Controller {
 	chosen, driverErr := chooseDriver(ctx, settings)
 	opts.Drivers, opts.Driver, opts.Host, opts.DriverReason = chosen.all, chosen.driver, chosen.host, chosen.why
 	opts.Unfit = allOf(unfit, lockErr, storeErr, imageErr, driverErr)
+	if opts.Unfit == nil {
+		opts.Network, opts.Unfit = controller.OpenNetwork(settings.StateDir)
+	}
 	maps.Copy(ic.Meta.Exports, map[string]string{
 		"hypervisor": chosen.host.Driver, "hypervisor_version": chosen.host.Version, "hypervisor_reason": chosen.why,
 		"accelerator": chosen.host.Accelerator, "accelerator_reason": chosen.host.Reason,

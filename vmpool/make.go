@@ -47,6 +47,17 @@ func (p *Pool) plan(key string, req Request) (*VM, vmm.Config, error) {
 	return vm, cfg, nil
 }
 
+// giveTAP makes the TAP of a VM that is about to start, whose own the file is from then on.
+func (p *Pool) giveTAP(cfg *vmm.Config) (closeTAP func(), err error) {
+	if p.cfg.NewTAP == nil {
+		return func() {}, nil
+	}
+	if cfg.TAP, err = p.cfg.NewTAP(cfg.ID); err != nil {
+		return nil, fmt.Errorf("make VM %s: %w", cfg.ID, err)
+	}
+	return func() { _ = cfg.TAP.Close() }, nil
+}
+
 // undo removes a VM that could not be made.
 func (p *Pool) undo(vm *VM, why error) error {
 	if vm.VM != nil {
@@ -80,6 +91,11 @@ func (p *Pool) restore(ctx context.Context, snap *snapshot.Snapshot, req Request
 	if err := sparse.CopyFile(vm.Scratch, snap.Scratch); err != nil {
 		return nil, err
 	}
+	closeTAP, err := p.giveTAP(&cfg)
+	if err != nil {
+		return nil, err
+	}
+	defer closeTAP()
 	v, err := p.cfg.Driver.Restore(ctx, cfg, snap.VMM)
 	if err != nil {
 		err = fmt.Errorf("restore a VM: %w", err)
@@ -145,6 +161,11 @@ func (p *Pool) template(ctx context.Context, dir string) (_ vmm.Snapshot, retErr
 		return vmm.Snapshot{}, err
 	}
 	cfg.MemoryFile = filepath.Join(dir, snapshot.MemoryFile)
+	closeTAP, err := p.giveTAP(&cfg)
+	if err != nil {
+		return vmm.Snapshot{}, err
+	}
+	defer closeTAP()
 	v, err := p.cfg.Driver.Boot(ctx, cfg)
 	if err != nil {
 		return vmm.Snapshot{}, fmt.Errorf("boot the template: %w", err)

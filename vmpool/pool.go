@@ -70,6 +70,9 @@ type Config struct {
 	Dir, ScratchDir string
 	// NewScratch makes an empty disk at path, for a template.
 	NewScratch func(ctx context.Context, path string) error
+	// NewTAP makes the TAP of a VM's built-in network device, for its ID; nil for VMs
+	// without one.
+	NewTAP func(vmID string) (*os.File, error)
 	// Cgroup is the parent group of VMs that no pod has taken; empty for none.
 	Cgroup string
 

@@ -165,7 +165,7 @@ func Default() *Config {
 		DefaultMemory:           "512MiB",
 		MaxVCPUs:                0,
 		MaxMemory:               "0",
-		BaseMemory:              "128MiB",
+		BaseMemory:              "512MiB",
 		MemoryOverhead:          "64MiB",
 		BootParallel:            0,
 		StateDir:                "/run/cloudhv",

@@ -3,9 +3,11 @@
 
 // Package network joins a VM to the network namespace that CNI made for its pod.
 //
-// For each interface of the namespace a TAP is created in the namespace, and
-// all that arrives at the one is sent out of the other (an ingress qdisc with
-// a u32 filter that matches everything and redirects, in both directions). The
+// Each interface of the namespace gets a TAP there, and all that arrives at the one
+// is sent out of the other (an ingress qdisc with a u32 filter that matches
+// everything and redirects, in both directions). The first one's is that of the
+// network device which the VM has had from its start, and which waited in another
+// namespace; the others are made, and plugged in. The
 // guest's interface takes over name, MAC, MTU, addresses, routes and permanent
 // neighbours. CNI's interface keeps its addresses, so that the namespace
 // still shows them, and CNI's own check and removal work; but as a redirected
@@ -32,8 +34,8 @@ import (
 )
 
 const (
-	// tapPrefix begins the names of our TAPs; the number of the NIC follows.
-	tapPrefix = "tap_chv"
+	// tapPrefix begins the names of our TAPs.
+	tapPrefix = "chv"
 	// maxNICs bounds how many interfaces a pod may have.
 	maxNICs = 4
 	// socketTimeout bounds one netlink request.
@@ -42,11 +44,14 @@ const (
 
 // Network is a pod's network as the VM gets it.
 type Network struct {
-	// NICs are to be plugged into the VM.
-	NICs []vmm.NIC
 	// Interfaces and Routes are for the guest's agent.
 	Interfaces []*guestv1.Interface
 	Routes     []*guestv1.Route
+	// NICs are to be plugged into the VM, once it is joined to the network. The first
+	// interface has none: its device is there from the start.
+	NICs []vmm.NIC
+
+	links []netlink.Link
 }
 
 // Close closes the TAPs' files. A TAP lives until its last file is closed, so
@@ -62,53 +67,78 @@ func (n *Network) Close() error {
 	return errors.Join(errs...)
 }
 
-// Connect reads what CNI made in the namespace at path and joins each interface
-// to a new TAP. A namespace without interfaces beside lo gives an empty
-// Network. The caller closes the Network. After an error nothing is left.
-func Connect(ctx context.Context, path string) (_ *Network, retErr error) {
+// Read reads what CNI made in the namespace at path. One without interfaces
+// beside lo gives an empty Network. The caller closes the Network.
+func Read(_ context.Context, path string) (*Network, error) {
 	ns, h, err := open(path)
 	if err != nil {
 		return nil, err
 	}
 	defer ns.Close()
 	defer h.Close()
-
-	links, err := podLinks(h)
-	if err != nil {
+	n := &Network{}
+	if n.links, err = podLinks(h); err != nil {
 		return nil, err
 	}
-	n := &Network{}
-	defer func() {
-		if retErr != nil {
-			retErr = errors.Join(retErr, n.Close(), disconnect(h))
-		}
-	}()
-	for i, link := range links {
-		if err := ctx.Err(); err != nil {
-			return nil, err
-		}
-		tap, err := join(ns, h, link, i)
-		if err != nil {
-			return nil, fmt.Errorf("join interface %s to a tap: %w", link.Attrs().Name, err)
-		}
-		n.NICs = append(n.NICs, vmm.NIC{
-			ID:     fmt.Sprintf("nic%d", i),
-			MAC:    link.Attrs().HardwareAddr,
-			MTU:    link.Attrs().MTU,
-			Queues: []*os.File{tap},
-		})
+	for _, link := range n.links {
 		if err := n.read(h, link); err != nil {
 			return nil, fmt.Errorf("read interface %s: %w", link.Attrs().Name, err)
 		}
 	}
-	if err := n.readRoutes(h, links); err != nil {
+	if err := n.readRoutes(h, n.links); err != nil {
 		return nil, err
 	}
 	sortRoutes(n.Routes)
 	return n, nil
 }
 
-// Disconnect undoes Connect: TAPs and redirections go. It is idempotent, and a
+// Join joins each interface that Read has found in the namespace at path to a TAP:
+// the first to that of the VM, which is taken from where it waits, the others to
+// new ones, whose NICs it adds. After an error no redirection is left.
+func (n *Network) Join(ctx context.Context, path string, w *Waiting, vmID string) (retErr error) {
+	if len(n.links) == 0 {
+		return nil
+	}
+	ns, h, err := open(path)
+	if err != nil {
+		return err
+	}
+	defer ns.Close()
+	defer h.Close()
+	defer func() {
+		if retErr != nil {
+			retErr = errors.Join(retErr, n.Close(), disconnect(h))
+		}
+	}()
+	if err := w.move(vmID, ns); err != nil {
+		return err
+	}
+	name := tapName(vmID)
+	for i, link := range n.links {
+		if err := ctx.Err(); err != nil {
+			return err
+		}
+		if i > 0 {
+			name = fmt.Sprintf("%snic%d", tapPrefix, i)
+			file, err := createTAP(ns, name)
+			if err != nil {
+				return err
+			}
+			n.NICs = append(n.NICs, vmm.NIC{
+				ID:     fmt.Sprintf("nic%d", i),
+				MAC:    link.Attrs().HardwareAddr,
+				MTU:    link.Attrs().MTU,
+				Queues: []*os.File{file},
+			})
+		}
+		if err := join(h, link, name); err != nil {
+			return fmt.Errorf("join interface %s to a TAP: %w", link.Attrs().Name, err)
+		}
+	}
+	return nil
+}
+
+// Disconnect undoes Join: TAPs and redirections go. It is idempotent, and a
 // namespace that is gone has nothing to undo.
 func Disconnect(_ context.Context, path string) error {
 	if path == "" {
@@ -130,17 +160,9 @@ func Disconnect(_ context.Context, path string) error {
 // ErrNotFound if there is no namespace at path, also when only its mount point
 // was left.
 func open(path string) (netns.NsHandle, *netlink.Handle, error) {
-	ns, err := netns.GetFromPath(path)
-	if errors.Is(err, fs.ErrNotExist) {
-		return netns.None(), nil, fmt.Errorf("network namespace %s: %w", path, errdefs.ErrNotFound)
-	}
+	ns, err := openNS(path)
 	if err != nil {
-		return netns.None(), nil, fmt.Errorf("open network namespace %s: %w", path, err)
-	}
-	var st unix.Statfs_t
-	if err := unix.Fstatfs(int(ns), &st); err != nil || st.Type != unix.NSFS_MAGIC {
-		_ = ns.Close()
-		return netns.None(), nil, fmt.Errorf("%s is no network namespace: %w", path, errdefs.ErrNotFound)
+		return netns.None(), nil, err
 	}
 	h, err := netlink.NewHandleAt(ns, unix.NETLINK_ROUTE)
 	if err != nil {
@@ -153,6 +175,23 @@ func open(path string) (netns.NsHandle, *netlink.Handle, error) {
 		return netns.None(), nil, fmt.Errorf("netlink in network namespace %s: %w", path, err)
 	}
 	return ns, h, nil
+}
+
+// openNS opens the namespace at path.
+func openNS(path string) (netns.NsHandle, error) {
+	ns, err := netns.GetFromPath(path)
+	if errors.Is(err, fs.ErrNotExist) {
+		return netns.None(), fmt.Errorf("network namespace %s: %w", path, errdefs.ErrNotFound)
+	}
+	if err != nil {
+		return netns.None(), fmt.Errorf("open network namespace %s: %w", path, err)
+	}
+	var st unix.Statfs_t
+	if err := unix.Fstatfs(int(ns), &st); err != nil || st.Type != unix.NSFS_MAGIC {
+		_ = ns.Close()
+		return netns.None(), fmt.Errorf("%s is no network namespace: %w", path, errdefs.ErrNotFound)
+	}
+	return ns, nil
 }
 
 // podLinks lists the interfaces that the guest is to have, in order of index.

@@ -108,7 +108,77 @@ func podNetwork(t *testing.T) (pod, outside *netNS) {
 	return pod, outside
 }
 
-func TestConnectReadsWhatCNIMade(t *testing.T) {
+// vmID is the tests' VM.
+const vmID = "0123456789ab"
+
+// connection is a VM's TAP and the network that it was joined to.
+type connection struct {
+	*Network
+	tap *os.File
+}
+
+// waiting is a namespace for TAPs, which goes with the test.
+func waiting(t *testing.T) *Waiting {
+	t.Helper()
+	w, err := OpenWaiting(filepath.Join(t.TempDir(), "state", "taps"))
+	require.NoError(t, err)
+	t.Cleanup(func() {
+		require.NoError(t, w.Remove())
+		require.NoError(t, w.Remove(), "again")
+	})
+	return w
+}
+
+// connect makes a VM's TAP and joins it to a pod's network.
+func connect(ctx context.Context, t *testing.T, path string) (*connection, error) {
+	t.Helper()
+	n, err := Read(ctx, path)
+	if err != nil {
+		return nil, err
+	}
+	w := waiting(t)
+	tap, err := w.Make(vmID)
+	require.NoError(t, err)
+	t.Cleanup(func() { _ = tap.Close() })
+	return &connection{n, tap}, n.Join(ctx, path, w, vmID)
+}
+
+// Close is what the end of the VM is.
+func (c *connection) Close() error {
+	_ = c.tap.Close()
+	return c.Network.Close()
+}
+
+// TestWaiting makes TAPs that are there for whoever opens the same place later,
+// one for each VM, and that nobody else sees.
+func TestWaiting(t *testing.T) {
+	newNetNS(t) // skips without root
+	path := filepath.Join(t.TempDir(), "taps")
+	require.NoError(t, os.WriteFile(path, nil, 0o600), "a mount point that was left")
+	w, err := OpenWaiting(path)
+	require.NoError(t, err)
+	defer func() { require.NoError(t, w.Remove()) }()
+	tap, err := w.Make(vmID)
+	require.NoError(t, err)
+	defer tap.Close()
+	_, err = w.Make(vmID)
+	require.Error(t, err, "it has one")
+	_, err = netlink.LinkByName(tapName(vmID))
+	require.Error(t, err, "the host's namespace shows it")
+
+	w, err = OpenWaiting(path)
+	require.NoError(t, err)
+	pod, _ := podNetwork(t)
+	before := state(t, pod)
+	n, err := Read(t.Context(), pod.path)
+	require.NoError(t, err)
+	require.ErrorIs(t, n.Join(t.Context(), pod.path, w, "another"), errdefs.ErrNotFound)
+	require.Equal(t, before, state(t, pod))
+	require.NoError(t, n.Join(t.Context(), pod.path, w, vmID))
+	require.ErrorIs(t, n.Join(t.Context(), pod.path, w, vmID), errdefs.ErrNotFound, "it was given away")
+}
+
+func TestReadReadsWhatCNIMade(t *testing.T) {
 	pod, outside := podNetwork(t)
 	eth, _ := pod.LinkByName("eth0")
 	require.NoError(t, pod.RouteAdd(&netlink.Route{
@@ -123,14 +193,13 @@ func TestConnectReadsWhatCNIMade(t *testing.T) {
 	}))
 	_, _ = addVeth(t, pod, outside, 1, 9000, "172.16.0.2/24")
 
-	n, err := Connect(t.Context(), pod.path)
+	n, err := connect(t.Context(), t, pod.path)
 	require.NoError(t, err)
 	defer n.Close()
-	require.Len(t, n.NICs, 2)
-	require.Equal(t, "nic0", n.NICs[0].ID)
-	require.Equal(t, "02:00:00:00:00:01", n.NICs[0].MAC.String())
-	require.Equal(t, 1450, n.NICs[0].MTU)
-	require.Equal(t, 9000, n.NICs[1].MTU)
+	require.Len(t, n.NICs, 1, "the first interface's device is the VM's own")
+	require.Equal(t, "nic1", n.NICs[0].ID)
+	require.Equal(t, "02:00:00:00:00:02", n.NICs[0].MAC.String())
+	require.Equal(t, 9000, n.NICs[0].MTU)
 	require.Len(t, n.NICs[0].Queues, 1)
 
 	require.Len(t, n.Interfaces, 2)
@@ -159,10 +228,10 @@ func TestConnectReadsWhatCNIMade(t *testing.T) {
 // namespace's own stack answers nothing, though it has the same addresses.
 func TestFramesPassBothWays(t *testing.T) {
 	pod, outside := podNetwork(t)
-	n, err := Connect(t.Context(), pod.path)
+	n, err := connect(t.Context(), t, pod.path)
 	require.NoError(t, err)
 	defer n.Close()
-	tap := n.NICs[0].Queues[0]
+	tap := n.tap
 
 	// In: an ARP request for the pod's address reaches the guest.
 	packet := rawSocket(t, outside, "peer0")
@@ -172,7 +241,7 @@ func TestFramesPassBothWays(t *testing.T) {
 	require.Equal(t, request, readTAP(t, tap, func(f []byte) bool { return bytes.HasPrefix(f, request[:14]) })[:len(request)])
 
 	// Out: what the guest answers reaches the outside; nobody else has answered.
-	answer := arpFrame(2, n.NICs[0].MAC, net.ParseIP("10.88.0.5"), net.ParseIP("10.88.0.1"))
+	answer := arpFrame(2, net.HardwareAddr{2, 0, 0, 0, 0, 1}, net.ParseIP("10.88.0.5"), net.ParseIP("10.88.0.1"))
 	_, err = tap.Write(append(make([]byte, vnetHeader), answer...))
 	require.NoError(t, err)
 	got := readPacket(t, packet, func(f []byte) bool { return isARP(f) && f[21] == 2 })
@@ -191,7 +260,7 @@ func TestFramesPassBothWays(t *testing.T) {
 // Frames with an odd payload and of full size pass unharmed.
 func TestFramesOfFullSize(t *testing.T) {
 	pod, outside := podNetwork(t)
-	n, err := Connect(t.Context(), pod.path)
+	n, err := connect(t.Context(), t, pod.path)
 	require.NoError(t, err)
 	defer n.Close()
 	packet := rawSocket(t, outside, "peer0")
@@ -199,14 +268,14 @@ func TestFramesOfFullSize(t *testing.T) {
 		frame := append([]byte{2, 0, 0, 0, 0, 1, 2, 9, 9, 9, 9, 9, 0x88, 0xb5}, bytes.Repeat([]byte{byte(size)}, size)...)
 		_, err = unix.Write(packet, frame)
 		require.NoError(t, err)
-		got := readTAP(t, n.NICs[0].Queues[0], func(f []byte) bool { return bytes.HasPrefix(f, frame[:14]) })
+		got := readTAP(t, n.tap, func(f []byte) bool { return bytes.HasPrefix(f, frame[:14]) })
 		require.Equal(t, frame, got[:len(frame)])
 	}
 }
 
 func TestANamespaceWithLoopbackOnly(t *testing.T) {
 	pod := newNetNS(t)
-	n, err := Connect(t.Context(), pod.path)
+	n, err := connect(t.Context(), t, pod.path)
 	require.NoError(t, err)
 	require.Empty(t, n.NICs)
 	require.Empty(t, n.Interfaces)
@@ -214,11 +283,11 @@ func TestANamespaceWithLoopbackOnly(t *testing.T) {
 	require.NoError(t, Disconnect(t.Context(), pod.path))
 }
 
-func TestDisconnectUndoesConnect(t *testing.T) {
+func TestDisconnectUndoesJoin(t *testing.T) {
 	pod, _ := podNetwork(t)
 	before := state(t, pod)
 	for range 3 {
-		n, err := Connect(t.Context(), pod.path)
+		n, err := connect(t.Context(), t, pod.path)
 		require.NoError(t, err)
 		require.NotEqual(t, before, state(t, pod))
 		require.NoError(t, Disconnect(t.Context(), pod.path))
@@ -231,20 +300,20 @@ func TestDisconnectUndoesConnect(t *testing.T) {
 
 func TestATapGoesWithItsFile(t *testing.T) {
 	pod, _ := podNetwork(t)
-	n, err := Connect(t.Context(), pod.path)
+	n, err := connect(t.Context(), t, pod.path)
 	require.NoError(t, err)
 	require.NoError(t, n.Close())
 	require.Eventually(t, func() bool { return !strings.Contains(state(t, pod), tapPrefix) }, 5*time.Second, 10*time.Millisecond)
 	require.NoError(t, Disconnect(t.Context(), pod.path))
 }
 
-func TestConnectFailsWithoutTraces(t *testing.T) {
+func TestConnectingFailsWithoutTraces(t *testing.T) {
 	for name, tc := range map[string]struct {
 		prepare func(*testing.T, *netNS)
 		want    error
 	}{
 		"a name is taken": {func(t *testing.T, pod *netNS) {
-			require.NoError(t, pod.LinkAdd(&netlink.Veth{LinkAttrs: netlink.LinkAttrs{Name: tapPrefix + "1"}, PeerName: "other"}))
+			require.NoError(t, pod.LinkAdd(&netlink.Veth{LinkAttrs: netlink.LinkAttrs{Name: tapPrefix + "nic1"}, PeerName: "other"}))
 		}, nil},
 		"a tunnel": {func(t *testing.T, pod *netNS) {
 			tun := &netlink.Tuntap{LinkAttrs: netlink.LinkAttrs{Name: "tun9"}, Mode: netlink.TUNTAP_MODE_TUN}
@@ -264,7 +333,7 @@ func TestConnectFailsWithoutTraces(t *testing.T) {
 			addVeth(t, pod, outside, 1, 1500, "172.16.0.2/24")
 			tc.prepare(t, pod)
 			before := state(t, pod)
-			_, err := Connect(t.Context(), pod.path)
+			_, err := connect(t.Context(), t, pod.path)
 			require.Error(t, err)
 			if tc.want != nil {
 				require.ErrorIs(t, err, tc.want)
@@ -277,7 +346,7 @@ func TestConnectFailsWithoutTraces(t *testing.T) {
 		before := state(t, pod)
 		ctx, cancel := context.WithCancel(t.Context())
 		cancel()
-		_, err := Connect(ctx, pod.path)
+		_, err := connect(ctx, t, pod.path)
 		require.ErrorIs(t, err, context.Canceled)
 		require.Equal(t, before, state(t, pod))
 	})
@@ -286,11 +355,11 @@ func TestConnectFailsWithoutTraces(t *testing.T) {
 func TestANamespaceThatIsGone(t *testing.T) {
 	t.Parallel()
 	gone := filepath.Join(t.TempDir(), "cni-1234")
-	_, err := Connect(t.Context(), gone)
+	_, err := Read(t.Context(), gone)
 	require.ErrorIs(t, err, errdefs.ErrNotFound)
 	require.NoError(t, Disconnect(t.Context(), gone))
 	require.NoError(t, os.WriteFile(gone, nil, 0o600), "the mount point without its namespace")
-	_, err = Connect(t.Context(), gone)
+	_, err = Read(t.Context(), gone)
 	require.ErrorIs(t, err, errdefs.ErrNotFound)
 	require.NoError(t, Disconnect(t.Context(), gone))
 	require.NoError(t, Disconnect(t.Context(), ""))

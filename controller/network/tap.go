@@ -19,46 +19,35 @@ import (
 // addrGenNone keeps the kernel from giving an interface a link-local address.
 const addrGenNone = 1
 
-// join makes the TAP of NIC number i and redirects between it and link.
-func join(ns netns.NsHandle, h *netlink.Handle, link netlink.Link, i int) (_ *os.File, retErr error) {
-	name := fmt.Sprintf("%s%d", tapPrefix, i)
-	file, err := createTAP(ns, name)
-	if err != nil {
-		return nil, err
-	}
-	defer func() {
-		if retErr != nil {
-			_ = file.Close()
-		}
-	}()
+// join redirects between link and the TAP of this name.
+func join(h *netlink.Handle, link netlink.Link, name string) error {
 	tap, err := h.LinkByName(name)
 	if err != nil {
-		return nil, fmt.Errorf("find %s: %w", name, err)
+		return fmt.Errorf("find %s: %w", name, err)
 	}
 	// The TAP's own end speaks to nobody: no address, no ARP.
 	if err := h.LinkSetIP6AddrGenMode(tap, addrGenNone); err != nil && !errors.Is(err, unix.EAFNOSUPPORT) &&
 		!errors.Is(err, unix.EOPNOTSUPP) {
-		return nil, fmt.Errorf("turn IPv6 off on %s: %w", name, err)
+		return fmt.Errorf("turn IPv6 off on %s: %w", name, err)
 	}
 	if err := h.LinkSetARPOff(tap); err != nil {
-		return nil, fmt.Errorf("turn ARP off on %s: %w", name, err)
+		return fmt.Errorf("turn ARP off on %s: %w", name, err)
 	}
 	if err := h.LinkSetMTU(tap, link.Attrs().MTU); err != nil {
-		return nil, fmt.Errorf("set the MTU of %s to %d: %w", name, link.Attrs().MTU, err)
+		return fmt.Errorf("set the MTU of %s to %d: %w", name, link.Attrs().MTU, err)
 	}
 	if err := h.LinkSetUp(tap); err != nil {
-		return nil, fmt.Errorf("set %s up: %w", name, err)
+		return fmt.Errorf("set %s up: %w", name, err)
 	}
 	for _, dir := range [][2]netlink.Link{{tap, link}, {link, tap}} {
 		if err := redirect(h, dir[0], dir[1]); err != nil {
-			return nil, err
+			return err
 		}
 	}
-	return file, nil
+	return nil
 }
 
-// createTAP creates a TAP that goes with its last file. It must be opened from
-// within the namespace it is to be in: moving it there later takes a hundred times as long.
+// createTAP creates a TAP in a namespace, which goes with its last file.
 func createTAP(ns netns.NsHandle, name string) (*os.File, error) {
 	ifr, err := unix.NewIfreq(name)
 	if err != nil {

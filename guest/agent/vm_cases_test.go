@@ -65,15 +65,25 @@ func (v *vm) runCases(t *testing.T, real bool) {
 	}
 }
 
-// warmUp runs the throw-away container, which can be repeated and leaves nothing.
+// rootDisk is the serial of the disk with the VM's own root file system.
+const rootDisk = "root"
+
+// warmUp rehearses and runs the throw-away container, which can be repeated and
+// leaves nothing.
 func (v *vm) warmUp(t *testing.T) {
 	for range 3 {
 		began := time.Now()
-		_, err := v.tasks.WarmUp(v.ctx(), &guestv1.WarmUpRequest{Spec: testSpec("false", "true")})
+		resp, err := v.machine.Rehearse(v.ctx(), v.configureRequest())
 		require.NoError(t, err)
-		t.Logf("warm-up: %v", time.Since(began))
+		t.Logf("rehearsal: %v: %v", time.Since(began).Round(time.Millisecond), resp.GetSteps())
+		began = time.Now()
+		_, err = v.tasks.WarmUp(v.ctx(), &guestv1.WarmUpRequest{Spec: testSpec("false", "true"), ImageSerial: rootDisk})
+		require.NoError(t, err)
+		t.Logf("warm-up: %v", time.Since(began).Round(time.Millisecond))
 	}
-	_, err := v.tasks.WarmUp(v.ctx(), &guestv1.WarmUpRequest{Spec: []byte("{}")})
+	_, err := v.machine.Rehearse(v.ctx(), &guestv1.ConfigureRequest{})
+	require.Equal(t, codes.InvalidArgument, status.Code(err), "%v", err)
+	_, err = v.tasks.WarmUp(v.ctx(), &guestv1.WarmUpRequest{Spec: []byte("{}"), ImageSerial: rootDisk})
 	require.Equal(t, codes.InvalidArgument, status.Code(err), "%v", err)
 }
 
@@ -85,7 +95,9 @@ func TestVM(t *testing.T) {
 	v.warmUp(t)
 	v.configure()
 	v.nothingLeft()
-	_, err = v.tasks.WarmUp(v.ctx(), &guestv1.WarmUpRequest{Spec: testSpec("false", "true")})
+	_, err = v.machine.Rehearse(v.ctx(), v.configureRequest())
+	require.Equal(t, codes.FailedPrecondition, status.Code(err), "%v", err)
+	_, err = v.tasks.WarmUp(v.ctx(), &guestv1.WarmUpRequest{Spec: testSpec("false", "true"), ImageSerial: rootDisk})
 	require.Equal(t, codes.FailedPrecondition, status.Code(err), "%v", err)
 	v.runCases(t, true)
 	_, _ = v.machine.PowerOff(v.ctx(), &guestv1.PowerOffRequest{})
@@ -94,6 +106,19 @@ func TestVM(t *testing.T) {
 	case <-time.After(time.Minute):
 		t.Fatal("the VM did not end")
 	}
+}
+
+// TestVMNoNIC takes the VM's own network device from a pod that has no
+// interface.
+func TestVMNoNIC(t *testing.T) {
+	v := bootVM(t)
+	r := v.configureRequest()
+	r.Interfaces, r.Routes = nil, nil
+	_, err := v.machine.Configure(v.ctx(), r)
+	require.NoError(t, err)
+	out, _ := v.run("links", "ls /sys/class/net")
+	require.NotContains(t, out, "eth")
+	require.Contains(t, out, "lo\n")
 }
 
 // nothingLeft looks for what containers leave, as far as a container can see it.

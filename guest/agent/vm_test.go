@@ -229,15 +229,16 @@ func (v *vm) stream() (string, net.Conn) {
 	return id, conn
 }
 
-func (v *vm) configure() {
-	v.t.Helper()
+// podMAC is the pod's network device's.
+const podMAC = "02:00:00:00:00:06"
+
+func (v *vm) configureRequest() *guestv1.ConfigureRequest {
 	entropy := make([]byte, 64)
-	_, err := rand.Read(entropy)
-	require.NoError(v.t, err)
-	r := &guestv1.ConfigureRequest{
-		PodId: "pod", Hostname: "web-0", ResolvConf: []byte("nameserver 10.0.0.10\n"),
+	_, _ = rand.Read(entropy) // never fails
+	return &guestv1.ConfigureRequest{
+		PodId: "pod", Hostname: "web-0", ResolvConf: []byte("nameserver 10.0.0.10\n"), BuiltInMac: testMAC,
 		Interfaces: []*guestv1.Interface{{
-			Name: "eth0", Mac: testMAC, Mtu: 1400, Addresses: []string{"10.22.0.5/24", "fd00::5/64"},
+			Name: "eth0", Mac: podMAC, Mtu: 1400, Addresses: []string{"10.22.0.5/24", "fd00::5/64"},
 			Neighbors: []*guestv1.Neighbor{{Address: "10.22.0.9", Mac: "02:00:00:00:00:09"}},
 		}},
 		Routes: []*guestv1.Route{
@@ -249,6 +250,11 @@ func (v *vm) configure() {
 		Clock: timestamppb.Now(), Entropy: entropy, Vcpus: 2, MachineId: strings.Repeat("0123456789abcdef", 2),
 		Sysctls: map[string]string{"net.ipv4.ping_group_range": "0 2147483647"},
 	}
+}
+
+func (v *vm) configure() {
+	v.t.Helper()
+	r := v.configureRequest()
 	began := time.Now()
 	resp, err := v.machine.Configure(v.ctx(), r)
 	require.NoError(v.t, err)

@@ -65,6 +65,7 @@ type data struct {
 	ConsoleLimit int64    `json:"console_limit"`
 	Base         int64    `json:"base_memory"`
 	MemoryFile   string   `json:"memory_file,omitempty"`
+	BuiltInNIC   bool     `json:"built_in_nic,omitempty"`
 }
 
 // Boot starts QEMU and takes control of it.
@@ -88,7 +89,7 @@ func (d *Driver) start(ctx context.Context, cfg vmm.Config, from *vmm.Snapshot) 
 	}
 	own := data{
 		Size: cfg.Size, Max: cfg.Max, ConsoleLimit: cfg.ConsoleLimit, Base: cfg.Size.MemoryBytes,
-		MemoryFile: cfg.MemoryFile,
+		MemoryFile: cfg.MemoryFile, BuiltInNIC: cfg.TAP != nil,
 	}
 	vm, err := newVM(cfg.ID, cfg.Dir, cfg.CgroupPath, own)
 	if err != nil {
@@ -184,6 +185,9 @@ func (vm *machine) spawn(ctx context.Context, host vmm.Host, cfg vmm.Config, fro
 	cmd.Env = []string{"PATH=/usr/sbin:/usr/bin:/sbin:/bin"}
 	cmd.Stdout, cmd.Stderr = printed, printed
 	cmd.ExtraFiles = files
+	if cfg.TAP != nil {
+		cmd.ExtraFiles = append(cmd.ExtraFiles, cfg.TAP)
+	}
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true}
 	if err := cmd.Start(); err != nil {
 		return fmt.Errorf("qemu: start: %w", err)

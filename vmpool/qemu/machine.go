@@ -19,10 +19,16 @@ const (
 	fdConsole
 	fdVM
 	fdPod
+	// fdTAP is there if the machine has a network device from the start.
+	fdTAP
 )
 
 // Sockets in Config.Dir, in the order of the descriptors.
 var socketNames = []string{fdMonitor - 3: "qmp.sock", fdConsole - 3: "con.sock", fdVM - 3: "vm.sock", fdPod - 3: "pod.sock"}
+
+// builtIn is the ID of the network device that is there from the start, and of
+// its netdev. No NIC that is plugged has such an ID.
+const builtIn = "builtin"
 
 const (
 	monitorSocket = "qmp.sock"
@@ -93,6 +99,11 @@ func commandLine(cfg vmm.Config, accel string, from *vmm.Snapshot) []string {
 	for slot := range slots {
 		args = append(args, "-device", fmt.Sprintf("pcie-root-port,id=%s,bus=pcie.0,chassis=%d,multifunction=on,addr=%d.%d",
 			slotName(slot), slot+1, firstSlotDevice+slot/8, slot%8))
+	}
+	if cfg.TAP != nil {
+		// A clone announces nothing: the guest gives the device its address later.
+		args = append(args, "-netdev", fmt.Sprintf("tap,id=%s,fd=%d,vhost=off", builtIn, fdTAP),
+			"-device", fmt.Sprintf("virtio-net-pci,id=%s,netdev=%s,mac=%s,romfile=,guest_announce=off", builtIn, builtIn, vmm.BuiltInMAC)+modern)
 	}
 	args = append(args,
 		"-device", "virtio-rng-pci"+modern, "-device", "virtio-serial-pci,id=serial,max_ports=3"+modern)

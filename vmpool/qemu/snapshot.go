@@ -44,6 +44,9 @@ func (d *Driver) Restore(ctx context.Context, cfg vmm.Config, from vmm.Snapshot)
 	if from.Driver != Name {
 		return nil, fmt.Errorf("qemu: snapshot of driver %q: %w", from.Driver, errdefs.ErrInvalidArgument)
 	}
+	if err := from.CheckTAP(cfg.TAP); err != nil {
+		return nil, fmt.Errorf("qemu: %w", err)
+	}
 	cfg.Size, cfg.Max, cfg.MemoryFile = from.Size, from.Max, ""
 	vm, err := d.start(ctx, cfg, &from)
 	if err != nil {
@@ -135,7 +138,7 @@ func (vm *machine) Snapshot(ctx context.Context) (_ vmm.Snapshot, retErr error) 
 		return vmm.Snapshot{}, fmt.Errorf("qemu: snapshot of VM %s: %w", vm.id, err)
 	}
 	size := vmm.Size{VCPUs: own.Size.VCPUs, MemoryBytes: own.Base}
-	return vmm.Snapshot{Driver: Name, Dir: dir, Size: size, Max: own.Max}, nil
+	return vmm.Snapshot{Driver: Name, Dir: dir, Size: size, Max: own.Max, BuiltInNIC: own.BuiltInNIC}, nil
 }
 
 // save writes the migration stream to path.

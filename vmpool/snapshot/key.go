@@ -39,6 +39,7 @@ type Inputs struct {
 	KernelParams []string `json:"kernel_params,omitempty"`
 	Size         vmm.Size `json:"size"`
 	Max          vmm.Size `json:"max"`
+	BuiltInNIC   bool     `json:"built_in_nic"`
 	// ScratchBytes is the size of the writable disk, which is mounted in the template.
 	ScratchBytes int64 `json:"scratch_bytes"`
 	// CPU is the host's processor: model and features, as the guest may use them.

@@ -26,9 +26,12 @@ package vmm
 import (
 	"context"
 	"encoding/json"
+	"fmt"
 	"net"
 	"os"
 	"time"
+
+	"github.com/containerd/errdefs"
 
 	"github.com/cloudhv/containerd-cloudhv/vmpool/process"
 )
@@ -83,6 +86,11 @@ type Config struct {
 	// MemoryFile, if set, is the file that Boot makes and keeps the guest's RAM in,
 	// so that a snapshot can be taken in the file's directory. Restore ignores it.
 	MemoryFile string
+	// TAP, if set, is the file of a TAP device (IFF_VNET_HDR) for the network device
+	// that the machine then has from the start, with BuiltInMAC. A snapshot has that
+	// device too: Restore wants a TAP if, and only if, the template had one. The file
+	// stays the caller's, who may close it when Boot or Restore returns.
+	TAP *os.File
 	// Size is what the VM starts with, Max up to what Resize may go.
 	Size, Max Size
 	// ConsoleLimit bounds the console log, in bytes; older output is dropped first.
@@ -94,6 +102,10 @@ type Config struct {
 
 // ScratchSerial is the virtio-blk serial of Config.Scratch in the guest.
 const ScratchSerial = "scratch"
+
+// BuiltInMAC is the address of the network device that a VM has from the start. All
+// VMs begin with the same: the agent gives the device the pod's before it is up.
+const BuiltInMAC = "02:63:68:76:00:00"
 
 // Names of files in Config.Dir, and the limit that they stay under.
 const (
@@ -227,4 +239,15 @@ type Snapshot struct {
 	// Size of the machine in it, and the Max it was booted with.
 	Size Size `json:"size"`
 	Max  Size `json:"max"`
+	// BuiltInNIC tells that it has a network device: see Config.TAP.
+	BuiltInNIC bool `json:"built_in_nic,omitempty"`
+}
+
+// CheckTAP says whether a VM can be restored with a TAP, or without. The error
+// wraps ErrInvalidArgument.
+func (s Snapshot) CheckTAP(tap *os.File) error {
+	if s.BuiltInNIC != (tap != nil) {
+		return fmt.Errorf("the snapshot has a network device: %v; a TAP was given: %v: %w", s.BuiltInNIC, tap != nil, errdefs.ErrInvalidArgument)
+	}
+	return nil
 }

@@ -105,3 +105,16 @@ func TestCgroup(t *testing.T) {
 	require.NoError(t, g.Remove(context.Background()))
 	require.NoError(t, g.Remove(context.Background()), "a second time")
 }
+
+func TestASnapshotsNetworkDeviceWantsATAP(t *testing.T) {
+	t.Parallel()
+	tap, err := os.Open(os.DevNull)
+	require.NoError(t, err)
+	defer tap.Close()
+	for _, built := range []bool{true, false} {
+		s := Snapshot{BuiltInNIC: built}
+		require.Equal(t, built, s.CheckTAP(tap) == nil)
+		require.Equal(t, !built, s.CheckTAP(nil) == nil)
+	}
+	require.ErrorIs(t, Snapshot{BuiltInNIC: true}.CheckTAP(nil), errdefs.ErrInvalidArgument)
+}

@@ -140,6 +140,28 @@ func (s *Service) Configure(ctx context.Context, r *guestv1.ConfigureRequest) (*
 	return &guestv1.ConfigureResponse{Steps: steps}, nil
 }
 
+// Rehearse implements the Machine service.
+func (s *Service) Rehearse(ctx context.Context, r *guestv1.ConfigureRequest) (_ *guestv1.ConfigureResponse, retErr error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.request != nil {
+		return nil, fmt.Errorf("rehearse: the VM is a pod's: %w", errdefs.ErrFailedPrecondition)
+	}
+	if err := validate(r); err != nil {
+		return nil, err
+	}
+	pod := Pod{Dir: s.cfg.PodDir}
+	defer func() {
+		retErr = errors.Join(retErr, pod.forget(), network.Forget(r.GetBuiltInMac(), r.GetInterfaces()))
+	}()
+	steps, err := take([]step{
+		{"names", func() error { return pod.write(r) }},
+		{"shm", func() error { return pod.mountShm(r.GetShmBytes()) }},
+		{"network", func() error { return network.Configure(ctx, r.GetBuiltInMac(), r.GetInterfaces(), r.GetRoutes()) }},
+	})
+	return &guestv1.ConfigureResponse{Steps: steps}, err
+}
+
 // equal leaves out what can be right only once, the time and the entropy.
 func equal(a, b *guestv1.ConfigureRequest) bool {
 	a, b = proto.CloneOf(a), proto.CloneOf(b)
@@ -156,20 +178,28 @@ func (s *Service) configure(ctx context.Context, r *guestv1.ConfigureRequest) ([
 		return nil, err
 	}
 	pod := Pod{Dir: s.cfg.PodDir}
-	var steps []*guestv1.Step
-	for _, step := range []struct {
-		name string
-		do   func() error
-	}{
+	return take([]step{
 		{"clock", func() error { return s.cfg.System.SetClock(r.GetClock().AsTime()) }},
 		{"entropy", func() error { return s.cfg.System.AddEntropy(r.GetEntropy()) }},
 		{"names", func() error { return pod.write(r) }},
 		{"shm", func() error { return pod.mountShm(r.GetShmBytes()) }},
-		{"network", func() error { return network.Configure(ctx, r.GetInterfaces(), r.GetRoutes()) }},
+		{"network", func() error { return network.Configure(ctx, r.GetBuiltInMac(), r.GetInterfaces(), r.GetRoutes()) }},
 		{"vcpus", func() error { return s.cpu.set(ctx, int(r.GetVcpus())) }},
 		{"memory", func() error { return s.waitMemory(ctx, r.GetMemoryBytes()) }},
 		{"sysctls", func() error { return setSysctls(sysctlDir, r.GetSysctls()) }},
-	} {
+	})
+}
+
+// step is a part of Configure.
+type step struct {
+	name string
+	do   func() error
+}
+
+// take takes the steps and tells how long each took.
+func take(all []step) ([]*guestv1.Step, error) {
+	var steps []*guestv1.Step
+	for _, step := range all {
 		// CLOCK_MONOTONIC: the first step moves the other one.
 		began := time.Now()
 		if err := step.do(); err != nil {

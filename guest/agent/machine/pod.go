@@ -69,6 +69,18 @@ func (p Pod) Placeholder() (remove func() error, _ error) {
 	return func() error { return os.RemoveAll(p.Dir) }, err
 }
 
+// forget undoes write and mountShm, as far as they went.
+func (p Pod) forget() error {
+	var errs []error
+	for _, mount := range []string{p.Shm(), "/etc/machine-id"} {
+		err := unix.Unmount(mount, unix.MNT_DETACH)
+		if err != nil && !errors.Is(err, unix.EINVAL) && !errors.Is(err, unix.ENOENT) {
+			errs = append(errs, fmt.Errorf("unmount %s: %w", mount, err))
+		}
+	}
+	return errors.Join(append(errs, unix.Sethostname([]byte("(none)")), os.RemoveAll(p.Dir))...)
+}
+
 // machineID makes the VM's identity. Containers have their image's, as with runc.
 func (p Pod) machineID(id string) error {
 	path := filepath.Join(p.Dir, "machine-id")

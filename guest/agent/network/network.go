@@ -32,13 +32,15 @@ const (
 	maxRoutes     = 1024
 )
 
-// Configure makes the network as said. It waits for the devices, by their MAC.
-func Configure(ctx context.Context, ifs []*guestv1.Interface, routes []*guestv1.Route) error {
-	plan, err := parse(ifs, routes)
+// Configure makes the network as said. It waits for the devices, by their MAC. The
+// device with the MAC builtIn, if that is not empty, becomes the first interface;
+// without interfaces it goes.
+func Configure(ctx context.Context, builtIn string, ifs []*guestv1.Interface, routes []*guestv1.Route) error {
+	plan, err := parse(builtIn, ifs, routes)
 	if err != nil {
 		return err
 	}
-	if len(plan.links) == 0 {
+	if len(plan.links) == 0 && plan.builtIn == nil {
 		return nil
 	}
 	h, err := netlink.NewHandle(unix.NETLINK_ROUTE)
@@ -46,6 +48,9 @@ func Configure(ctx context.Context, ifs []*guestv1.Interface, routes []*guestv1.
 		return fmt.Errorf("open netlink: %w", err)
 	}
 	defer h.Close()
+	if len(plan.links) == 0 {
+		return remove(ctx, h, plan.builtIn)
+	}
 	index := map[string]int{}
 	for _, l := range plan.links {
 		i, err := apply(ctx, h, l)
@@ -57,16 +62,55 @@ func Configure(ctx context.Context, ifs []*guestv1.Interface, routes []*guestv1.
 	return addRoutes(h, plan.routes, index)
 }
 
+// Forget undoes a Configure of a VM that has only its built-in device.
+func Forget(builtIn string, ifs []*guestv1.Interface) error {
+	plan, err := parse(builtIn, ifs, nil)
+	if err != nil {
+		return err
+	}
+	h, err := netlink.NewHandle(unix.NETLINK_ROUTE)
+	if err != nil {
+		return fmt.Errorf("open netlink: %w", err)
+	}
+	defer h.Close()
+	var errs []error
+	for _, l := range plan.links {
+		if err := reset(h, l); err != nil {
+			errs = append(errs, fmt.Errorf("interface %s: %w", l.name, err))
+		}
+	}
+	return errors.Join(errs...)
+}
+
+// reset makes a device what it was before apply. Its routes and its IPv6 addresses go
+// when it is set down.
+func reset(h *netlink.Handle, l link) error {
+	dev, err := h.LinkByName(l.name)
+	if err != nil {
+		return err
+	}
+	errs := []error{h.LinkSetDown(dev)}
+	for _, a := range l.addrs {
+		if err := h.AddrDel(dev, a); err != nil && !errors.Is(err, unix.EADDRNOTAVAIL) {
+			errs = append(errs, fmt.Errorf("remove address %s: %w", a.IPNet, err))
+		}
+	}
+	return errors.Join(append(errs, h.LinkSetHardwareAddr(dev, l.device))...)
+}
+
 // apply finds and configures one device, and returns its index.
 func apply(ctx context.Context, h *netlink.Handle, l link) (int, error) {
-	dev, err := waitDevice(ctx, h, l.mac)
+	dev, err := waitDevice(ctx, h, l.device)
 	if err != nil {
 		return 0, err
 	}
 	i := dev.Attrs().Index
-	if dev.Attrs().Name != l.name {
-		if err := h.LinkSetName(dev, l.name); err != nil {
-			return 0, fmt.Errorf("rename %s: %w", dev.Attrs().Name, err)
+	if err := rename(h, dev, l.name); err != nil {
+		return 0, err
+	}
+	if !bytes.Equal(l.device, l.mac) {
+		if err := h.LinkSetHardwareAddr(dev, l.mac); err != nil {
+			return 0, fmt.Errorf("set MAC %s: %w", l.mac, err)
 		}
 	}
 	if l.mtu != 0 && l.mtu != dev.Attrs().MTU {
@@ -90,6 +134,48 @@ func apply(ctx context.Context, h *netlink.Handle, l link) (int, error) {
 		}
 	}
 	return i, nil
+}
+
+// rename names a device, and if need be takes the name from one that the kernel
+// has given it to.
+func rename(h *netlink.Handle, dev netlink.Link, name string) error {
+	if dev.Attrs().Name == name {
+		return nil
+	}
+	err := h.LinkSetName(dev, name)
+	if errors.Is(err, unix.EEXIST) {
+		var other netlink.Link
+		if other, err = h.LinkByName(name); err == nil {
+			err = h.LinkSetName(other, fmt.Sprintf("was%d", other.Attrs().Index))
+		}
+		if err == nil {
+			err = h.LinkSetName(dev, name)
+		}
+	}
+	if err != nil {
+		return fmt.Errorf("rename %s to %s: %w", dev.Attrs().Name, name, err)
+	}
+	return nil
+}
+
+// virtioNet is where the kernel is told to let go of a network device.
+const virtioNet = "/sys/bus/virtio/drivers/virtio_net/unbind"
+
+// remove takes a network device from the kernel.
+func remove(ctx context.Context, h *netlink.Handle, mac net.HardwareAddr) error {
+	dev, err := waitDevice(ctx, h, mac)
+	if err != nil {
+		return err
+	}
+	name := dev.Attrs().Name
+	id, err := os.Readlink(filepath.Join("/sys/class/net", name, "device"))
+	if err == nil {
+		err = os.WriteFile(virtioNet, []byte(filepath.Base(id)), 0)
+	}
+	if err != nil {
+		return fmt.Errorf("remove %s: %w", name, err)
+	}
+	return nil
 }
 
 // quietIPv6 keeps the kernel from adding what CNI did not give, by router

@@ -50,14 +50,14 @@ func TestParseRefuses(t *testing.T) {
 		{"destination", eth0(func(*guestv1.Interface) {}), []*guestv1.Route{{Device: "eth0", Family: 10, Destination: "10.0.0.0/8"}}},
 		{"scope", eth0(func(*guestv1.Interface) {}), []*guestv1.Route{{Device: "eth0", Family: 2, Scope: 256}}},
 	} {
-		_, err := parse(tc.ifs, tc.routes)
+		_, err := parse("", tc.ifs, tc.routes)
 		require.True(t, errdefs.IsInvalidArgument(err), "%s: %v", tc.name, err)
 	}
 }
 
 func TestParseOrdersRoutes(t *testing.T) {
 	t.Parallel()
-	p, err := parse(eth0(func(*guestv1.Interface) {}), []*guestv1.Route{
+	p, err := parse("", eth0(func(*guestv1.Interface) {}), []*guestv1.Route{
 		{Device: "eth0", Family: 2, Gateway: "169.254.1.1"},
 		{Device: "eth0", Family: 2, Destination: "10.1.0.0/16", Gateway: "169.254.1.1"},
 		{Device: "eth0", Family: 2, Destination: "169.254.1.1/32", Scope: 253},
@@ -74,7 +74,7 @@ func FuzzParse(f *testing.F) {
 	f.Add("eth0", mac, "10.0.0.5/24", "10.0.0.0/8", "10.0.0.1", uint32(2))
 	f.Add("eth0", mac, "fd00::5/64", "", "fd00::1", uint32(10))
 	f.Fuzz(func(_ *testing.T, name, mac, addr, dst, gw string, family uint32) {
-		_, _ = parse(
+		_, _ = parse("",
 			[]*guestv1.Interface{{Name: name, Mac: mac, Addresses: []string{addr}, Neighbors: []*guestv1.Neighbor{{Address: gw, Mac: mac}}}},
 			[]*guestv1.Route{{Device: name, Destination: dst, Gateway: gw, Source: gw, Family: family}})
 	})
@@ -135,7 +135,7 @@ func TestConfigure(t *testing.T) {
 			{Device: "eth0", Family: 2, Destination: "169.254.1.1/32", Scope: 253},
 			{Device: "eth0", Family: 2, Destination: "10.0.0.0/24", Source: "10.0.0.5", Scope: 253}, // the kernel's own
 		}
-		if err := Configure(t.Context(), ifs, routes); err != nil {
+		if err := Configure(t.Context(), "", ifs, routes); err != nil {
 			t.Errorf("configure: %v", err)
 			return
 		}
@@ -208,14 +208,61 @@ func TestConfigureWaitsForDevice(t *testing.T) {
 		defer h.Close()
 		// On another thread, but by a socket of this namespace.
 		time.AfterFunc(50*time.Millisecond, func() { plug(t, h, mac) })
-		if err := Configure(t.Context(), eth0(func(*guestv1.Interface) {}), nil); err != nil {
+		if err := Configure(t.Context(), "", eth0(func(*guestv1.Interface) {}), nil); err != nil {
 			t.Errorf("configure: %v", err)
 		}
 		ctx, cancel := context.WithTimeout(t.Context(), 20*time.Millisecond)
 		defer cancel()
-		err = Configure(ctx, eth0(func(i *guestv1.Interface) { i.Mac = "02:00:00:00:00:77" }), nil)
+		err = Configure(ctx, "", eth0(func(i *guestv1.Interface) { i.Mac = "02:00:00:00:00:77" }), nil)
 		if err == nil {
 			t.Error("a device that never comes was found")
+		}
+	})
+}
+
+// TestBuiltIn gives a device that has been there from the start to the first
+// interface, also where the kernel has given that one's name to another, and
+// takes it back.
+func TestBuiltIn(t *testing.T) {
+	t.Parallel()
+	inNetns(t, func() {
+		h, err := netlink.NewHandle(unix.NETLINK_ROUTE)
+		if err != nil {
+			t.Error(err)
+			return
+		}
+		defer h.Close()
+		const builtIn = "02:63:68:76:00:00"
+		plug(t, h, builtIn)
+		if err := h.LinkAdd(&netlink.Veth{LinkAttrs: netlink.LinkAttrs{Name: "eth0"}, PeerName: "peer2"}); err != nil {
+			t.Error(err)
+			return
+		}
+		ifs := eth0(func(i *guestv1.Interface) { i.Addresses = append(i.Addresses, "fd00::5/64") })
+		for range 2 {
+			if err := Configure(t.Context(), builtIn, ifs, []*guestv1.Route{{Device: "eth0", Family: 2, Gateway: "10.0.0.1"}}); err != nil {
+				t.Errorf("configure: %v", err)
+				return
+			}
+			dev, err := h.LinkByName("eth0")
+			if err != nil || dev.Attrs().HardwareAddr.String() != mac || dev.Attrs().Flags&net.FlagUp == 0 {
+				t.Errorf("eth0 is %+v, %v", dev, err)
+				return
+			}
+			if err := Forget(builtIn, ifs); err != nil {
+				t.Errorf("forget: %v", err)
+			}
+			if dev, err = h.LinkByName("eth0"); err != nil || dev.Attrs().HardwareAddr.String() != builtIn || dev.Attrs().Flags&net.FlagUp != 0 {
+				t.Errorf("eth0 is %+v, %v", dev, err)
+				return
+			}
+			addrs, err := h.AddrList(dev, netlink.FAMILY_ALL)
+			if err != nil || len(addrs) > 0 {
+				t.Errorf("addresses %v, %v", addrs, err)
+			}
+		}
+		if err := Configure(t.Context(), "x", ifs, nil); !errdefs.IsInvalidArgument(err) {
+			t.Errorf("a wrong MAC: %v", err)
 		}
 	})
 }

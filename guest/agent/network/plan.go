@@ -17,13 +17,17 @@ import (
 
 // plan is a decoded request.
 type plan struct {
+	// builtIn is the address of the device that the VM has had from its start, or nil.
+	builtIn net.HardwareAddr
 	links  []link
 	routes []route
 }
 
 type link struct {
-	name      string
-	mac       net.HardwareAddr
+	name string
+	mac  net.HardwareAddr
+	// device is the address by which the device is found.
+	device    net.HardwareAddr
 	mtu       int
 	addrs     []*netlink.Addr
 	neighbors []*netlink.Neigh
@@ -39,8 +43,14 @@ func invalid(format string, args ...any) error {
 }
 
 // parse checks a request as a whole, so that nothing of a wrong one is applied.
-func parse(ifs []*guestv1.Interface, routes []*guestv1.Route) (plan, error) {
+func parse(builtIn string, ifs []*guestv1.Interface, routes []*guestv1.Route) (plan, error) {
 	var p plan
+	if builtIn != "" {
+		var err error
+		if p.builtIn, err = net.ParseMAC(builtIn); err != nil {
+			return p, invalid("built-in MAC %q", builtIn)
+		}
+	}
 	if len(ifs) > maxInterfaces || len(routes) > maxRoutes {
 		return p, invalid("%d interfaces and %d routes: at most %d and %d", len(ifs), len(routes), maxInterfaces, maxRoutes)
 	}
@@ -54,6 +64,9 @@ func parse(ifs []*guestv1.Interface, routes []*guestv1.Route) (plan, error) {
 			return p, invalid("two interfaces %q", l.name)
 		}
 		names[l.name] = true
+		if len(p.links) == 0 && p.builtIn != nil {
+			l.device = p.builtIn
+		}
 		p.links = append(p.links, l)
 	}
 	for _, r := range routes {
@@ -110,6 +123,7 @@ func parseLink(i *guestv1.Interface) (link, error) {
 	if l.mac, err = net.ParseMAC(i.GetMac()); err != nil || len(l.mac) != 6 {
 		return l, invalid("interface %s: MAC %q", l.name, i.GetMac())
 	}
+	l.device = l.mac
 	if l.mtu != 0 && (l.mtu < 68 || l.mtu > 65535) {
 		return l, invalid("interface %s: MTU %d: want 68 to 65535", l.name, l.mtu)
 	}

@@ -92,8 +92,25 @@ func (m *Manager) Mount(ctx context.Context, id, serial, target string) (*Layer,
 	return m.mount(lower, id, target)
 }
 
-// MountOwn is Mount on the VM's own root file system.
-func (m *Manager) MountOwn(id, target string) (*Layer, error) { return m.mount("/", id, target) }
+// Forget unmounts an image that no container uses, so that its disk can be taken
+// away. One that is not mounted is no error.
+func (m *Manager) Forget(serial string) error {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	img := m.images[serial]
+	if img == nil {
+		return nil
+	}
+	if img.users > 0 {
+		return fmt.Errorf("image %s is being mounted: %w", serial, errdefs.ErrFailedPrecondition)
+	}
+	target := filepath.Join(m.cfg.Images, serial)
+	if err := unix.Unmount(target, 0); err != nil {
+		return fmt.Errorf("unmount image %s: %w", serial, err)
+	}
+	delete(m.images, serial)
+	return os.Remove(target)
+}
 
 func (m *Manager) mount(lower, id, target string) (_ *Layer, retErr error) {
 	l := &Layer{m: m, target: target, dir: filepath.Join(m.cfg.Layers, id)}

@@ -47,8 +47,7 @@ func (s *Service) Create(ctx context.Context, r *guestv1.CreateRequest) (_ *gues
 	return s.create(ctx, r, spec, io)
 }
 
-// create is Create of a request that was checked. One without a root file system
-// gets the VM's own. Its caller ends io after an error.
+// create is Create of a request that was checked. Its caller ends io after an error.
 func (s *Service) create(ctx context.Context, r *guestv1.CreateRequest, spec *specs.Spec, io *stdio.IO) (*guestv1.CreateResponse, error) {
 	pidns, err := s.pidNamespace(ctx, r)
 	if err != nil {
@@ -122,12 +121,7 @@ func (c *container) create(ctx context.Context, r *guestv1.CreateRequest, spec *
 		return fmt.Errorf("make bundle: %w", err)
 	}
 	var err error
-	if r.GetRootfs() == nil {
-		c.layer, err = c.s.cfg.RootFS.MountOwn(c.id, c.rootfs())
-	} else {
-		c.layer, err = c.s.cfg.RootFS.Mount(ctx, c.id, r.GetRootfs().GetImageSerial(), c.rootfs())
-	}
-	if err != nil {
+	if c.layer, err = c.s.cfg.RootFS.Mount(ctx, c.id, r.GetRootfs().GetImageSerial(), c.rootfs()); err != nil {
 		return err
 	}
 	files, err := c.writeFiles(r.GetFiles())

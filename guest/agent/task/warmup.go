@@ -35,15 +35,19 @@ func (s *Service) WarmUp(ctx context.Context, r *guestv1.WarmUpRequest) (_ *empt
 	if err != nil {
 		return nil, fmt.Errorf("warm-up: %w", err)
 	}
-	if err := s.warmUp(ctx, r.GetSpec()); err != nil {
+	err = s.warmUp(ctx, r)
+	if err = errors.Join(err, s.cfg.RootFS.Forget(r.GetImageSerial())); err != nil {
 		return nil, fmt.Errorf("warm-up: %w", err)
 	}
 	return &emptypb.Empty{}, nil
 }
 
 // warmUp creates, starts, awaits and deletes a container.
-func (s *Service) warmUp(ctx context.Context, specJSON []byte) (retErr error) {
-	req := &guestv1.CreateRequest{Id: warmUpID, Spec: specJSON, PidNamespace: guestv1.PidNamespace_PID_POD}
+func (s *Service) warmUp(ctx context.Context, r *guestv1.WarmUpRequest) (retErr error) {
+	req := &guestv1.CreateRequest{
+		Id: warmUpID, Spec: r.GetSpec(), PidNamespace: guestv1.PidNamespace_PID_POD,
+		Rootfs: &guestv1.RootFS{ImageSerial: r.GetImageSerial()},
+	}
 	spec, err := checkCreate(req)
 	if err != nil {
 		return err

@@ -306,7 +306,11 @@ type ConfigureRequest struct {
 	// shm_bytes limits the pod's /dev/shm; 0 means 64 MiB.
 	ShmBytes uint64 `protobuf:"varint,12,opt,name=shm_bytes,json=shmBytes,proto3" json:"shm_bytes,omitempty"`
 	// machine_id is 32 lower-case hexadecimal digits.
-	MachineId     string `protobuf:"bytes,13,opt,name=machine_id,json=machineId,proto3" json:"machine_id,omitempty"`
+	MachineId string `protobuf:"bytes,13,opt,name=machine_id,json=machineId,proto3" json:"machine_id,omitempty"`
+	// built_in_mac finds the network device that the VM has had from its start, in
+	// colon form. It becomes the first interface, and is given that one's mac; a
+	// pod without interfaces does not see it. Empty means that there is none.
+	BuiltInMac    string `protobuf:"bytes,14,opt,name=built_in_mac,json=builtInMac,proto3" json:"built_in_mac,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -428,6 +432,13 @@ func (x *ConfigureRequest) GetShmBytes() uint64 {
 func (x *ConfigureRequest) GetMachineId() string {
 	if x != nil {
 		return x.MachineId
+	}
+	return ""
+}
+
+func (x *ConfigureRequest) GetBuiltInMac() string {
+	if x != nil {
+		return x.BuiltInMac
 	}
 	return ""
 }
@@ -1256,9 +1267,11 @@ func (x *CreateRequest) GetPrivateShm() bool {
 
 type WarmUpRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
-	// spec is an OCI runtime spec in JSON, like a pod's; the agent sets its root
-	// file system and program.
-	Spec          []byte `protobuf:"bytes,1,opt,name=spec,proto3" json:"spec,omitempty"`
+	// spec is an OCI runtime spec in JSON, like a pod's; the agent sets its program.
+	Spec []byte `protobuf:"bytes,1,opt,name=spec,proto3" json:"spec,omitempty"`
+	// image_serial names the disk with the container's image, which is the VM's own
+	// root file system. It is unmounted before the answer.
+	ImageSerial   string `protobuf:"bytes,2,opt,name=image_serial,json=imageSerial,proto3" json:"image_serial,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1298,6 +1311,13 @@ func (x *WarmUpRequest) GetSpec() []byte {
 		return x.Spec
 	}
 	return nil
+}
+
+func (x *WarmUpRequest) GetImageSerial() string {
+	if x != nil {
+		return x.ImageSerial
+	}
+	return ""
 }
 
 type CreateResponse struct {
@@ -2767,7 +2787,7 @@ const file_guest_api_v1_guest_proto_rawDesc = "" +
 	"\fvcpus_online\x18\x05 \x01(\rR\vvcpusOnline\x12,\n" +
 	"\x12memory_total_bytes\x18\x06 \x01(\x04R\x10memoryTotalBytes\x12\x1b\n" +
 	"\tboot_usec\x18\a \x01(\x04R\bbootUsec\x12(\n" +
-	"\x10agent_start_usec\x18\b \x01(\x04R\x0eagentStartUsec\"\xb2\x04\n" +
+	"\x10agent_start_usec\x18\b \x01(\x04R\x0eagentStartUsec\"\xd4\x04\n" +
 	"\x10ConfigureRequest\x12\x15\n" +
 	"\x06pod_id\x18\x01 \x01(\tR\x05podId\x12\x1a\n" +
 	"\bhostname\x18\x02 \x01(\tR\bhostname\x12\x14\n" +
@@ -2786,7 +2806,9 @@ const file_guest_api_v1_guest_proto_rawDesc = "" +
 	"\fmemory_bytes\x18\v \x01(\x04R\vmemoryBytes\x12\x1b\n" +
 	"\tshm_bytes\x18\f \x01(\x04R\bshmBytes\x12\x1d\n" +
 	"\n" +
-	"machine_id\x18\r \x01(\tR\tmachineId\x1a:\n" +
+	"machine_id\x18\r \x01(\tR\tmachineId\x12 \n" +
+	"\fbuilt_in_mac\x18\x0e \x01(\tR\n" +
+	"builtInMac\x1a:\n" +
 	"\fSysctlsEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
 	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"A\n" +
@@ -2850,9 +2872,10 @@ const file_guest_api_v1_guest_proto_rawDesc = "" +
 	"\n" +
 	"target_pid\x18\a \x01(\rR\ttargetPid\x12\x1f\n" +
 	"\vprivate_shm\x18\b \x01(\bR\n" +
-	"privateShm\"#\n" +
+	"privateShm\"F\n" +
 	"\rWarmUpRequest\x12\x12\n" +
-	"\x04spec\x18\x01 \x01(\fR\x04spec\"\"\n" +
+	"\x04spec\x18\x01 \x01(\fR\x04spec\x12!\n" +
+	"\fimage_serial\x18\x02 \x01(\tR\vimageSerial\"\"\n" +
 	"\x0eCreateResponse\x12\x10\n" +
 	"\x03pid\x18\x01 \x01(\rR\x03pid\"7\n" +
 	"\fStartRequest\x12\x0e\n" +
@@ -2972,10 +2995,11 @@ const file_guest_api_v1_guest_proto_rawDesc = "" +
 	"\x0eSTATUS_CREATED\x10\x01\x12\x12\n" +
 	"\x0eSTATUS_RUNNING\x10\x02\x12\x12\n" +
 	"\x0eSTATUS_STOPPED\x10\x03\x12\x11\n" +
-	"\rSTATUS_PAUSED\x10\x042\xba\x02\n" +
+	"\rSTATUS_PAUSED\x10\x042\x8f\x03\n" +
 	"\aMachine\x12E\n" +
 	"\x04Info\x12\x1d.cloudhv.guest.v1.InfoRequest\x1a\x1e.cloudhv.guest.v1.InfoResponse\x12T\n" +
-	"\tConfigure\x12\".cloudhv.guest.v1.ConfigureRequest\x1a#.cloudhv.guest.v1.ConfigureResponse\x12K\n" +
+	"\tConfigure\x12\".cloudhv.guest.v1.ConfigureRequest\x1a#.cloudhv.guest.v1.ConfigureResponse\x12S\n" +
+	"\bRehearse\x12\".cloudhv.guest.v1.ConfigureRequest\x1a#.cloudhv.guest.v1.ConfigureResponse\x12K\n" +
 	"\x06Resize\x12\x1f.cloudhv.guest.v1.ResizeRequest\x1a .cloudhv.guest.v1.ResizeResponse\x12E\n" +
 	"\bPowerOff\x12!.cloudhv.guest.v1.PowerOffRequest\x1a\x16.google.protobuf.Empty2\xdd\a\n" +
 	"\x04Task\x12K\n" +
@@ -3080,42 +3104,44 @@ var file_guest_api_v1_guest_proto_depIdxs = []int32{
 	44, // 20: cloudhv.guest.v1.WaitResponse.exited_at:type_name -> google.protobuf.Timestamp
 	2,  // 21: cloudhv.guest.v1.Machine.Info:input_type -> cloudhv.guest.v1.InfoRequest
 	4,  // 22: cloudhv.guest.v1.Machine.Configure:input_type -> cloudhv.guest.v1.ConfigureRequest
-	10, // 23: cloudhv.guest.v1.Machine.Resize:input_type -> cloudhv.guest.v1.ResizeRequest
-	12, // 24: cloudhv.guest.v1.Machine.PowerOff:input_type -> cloudhv.guest.v1.PowerOffRequest
-	16, // 25: cloudhv.guest.v1.Task.Create:input_type -> cloudhv.guest.v1.CreateRequest
-	19, // 26: cloudhv.guest.v1.Task.Start:input_type -> cloudhv.guest.v1.StartRequest
-	21, // 27: cloudhv.guest.v1.Task.Exec:input_type -> cloudhv.guest.v1.ExecRequest
-	22, // 28: cloudhv.guest.v1.Task.Delete:input_type -> cloudhv.guest.v1.DeleteRequest
-	24, // 29: cloudhv.guest.v1.Task.Kill:input_type -> cloudhv.guest.v1.KillRequest
-	25, // 30: cloudhv.guest.v1.Task.ResizePty:input_type -> cloudhv.guest.v1.ResizePtyRequest
-	26, // 31: cloudhv.guest.v1.Task.Pause:input_type -> cloudhv.guest.v1.PauseRequest
-	27, // 32: cloudhv.guest.v1.Task.Resume:input_type -> cloudhv.guest.v1.ResumeRequest
-	28, // 33: cloudhv.guest.v1.Task.Update:input_type -> cloudhv.guest.v1.UpdateRequest
-	29, // 34: cloudhv.guest.v1.Task.Stats:input_type -> cloudhv.guest.v1.StatsRequest
-	35, // 35: cloudhv.guest.v1.Task.Pids:input_type -> cloudhv.guest.v1.PidsRequest
-	38, // 36: cloudhv.guest.v1.Task.State:input_type -> cloudhv.guest.v1.StateRequest
-	40, // 37: cloudhv.guest.v1.Task.Wait:input_type -> cloudhv.guest.v1.WaitRequest
-	17, // 38: cloudhv.guest.v1.Task.WarmUp:input_type -> cloudhv.guest.v1.WarmUpRequest
-	3,  // 39: cloudhv.guest.v1.Machine.Info:output_type -> cloudhv.guest.v1.InfoResponse
-	5,  // 40: cloudhv.guest.v1.Machine.Configure:output_type -> cloudhv.guest.v1.ConfigureResponse
-	11, // 41: cloudhv.guest.v1.Machine.Resize:output_type -> cloudhv.guest.v1.ResizeResponse
-	45, // 42: cloudhv.guest.v1.Machine.PowerOff:output_type -> google.protobuf.Empty
-	18, // 43: cloudhv.guest.v1.Task.Create:output_type -> cloudhv.guest.v1.CreateResponse
-	20, // 44: cloudhv.guest.v1.Task.Start:output_type -> cloudhv.guest.v1.StartResponse
-	45, // 45: cloudhv.guest.v1.Task.Exec:output_type -> google.protobuf.Empty
-	23, // 46: cloudhv.guest.v1.Task.Delete:output_type -> cloudhv.guest.v1.DeleteResponse
-	45, // 47: cloudhv.guest.v1.Task.Kill:output_type -> google.protobuf.Empty
-	45, // 48: cloudhv.guest.v1.Task.ResizePty:output_type -> google.protobuf.Empty
-	45, // 49: cloudhv.guest.v1.Task.Pause:output_type -> google.protobuf.Empty
-	45, // 50: cloudhv.guest.v1.Task.Resume:output_type -> google.protobuf.Empty
-	45, // 51: cloudhv.guest.v1.Task.Update:output_type -> google.protobuf.Empty
-	30, // 52: cloudhv.guest.v1.Task.Stats:output_type -> cloudhv.guest.v1.StatsResponse
-	36, // 53: cloudhv.guest.v1.Task.Pids:output_type -> cloudhv.guest.v1.PidsResponse
-	39, // 54: cloudhv.guest.v1.Task.State:output_type -> cloudhv.guest.v1.StateResponse
-	41, // 55: cloudhv.guest.v1.Task.Wait:output_type -> cloudhv.guest.v1.WaitResponse
-	45, // 56: cloudhv.guest.v1.Task.WarmUp:output_type -> google.protobuf.Empty
-	39, // [39:57] is the sub-list for method output_type
-	21, // [21:39] is the sub-list for method input_type
+	4,  // 23: cloudhv.guest.v1.Machine.Rehearse:input_type -> cloudhv.guest.v1.ConfigureRequest
+	10, // 24: cloudhv.guest.v1.Machine.Resize:input_type -> cloudhv.guest.v1.ResizeRequest
+	12, // 25: cloudhv.guest.v1.Machine.PowerOff:input_type -> cloudhv.guest.v1.PowerOffRequest
+	16, // 26: cloudhv.guest.v1.Task.Create:input_type -> cloudhv.guest.v1.CreateRequest
+	19, // 27: cloudhv.guest.v1.Task.Start:input_type -> cloudhv.guest.v1.StartRequest
+	21, // 28: cloudhv.guest.v1.Task.Exec:input_type -> cloudhv.guest.v1.ExecRequest
+	22, // 29: cloudhv.guest.v1.Task.Delete:input_type -> cloudhv.guest.v1.DeleteRequest
+	24, // 30: cloudhv.guest.v1.Task.Kill:input_type -> cloudhv.guest.v1.KillRequest
+	25, // 31: cloudhv.guest.v1.Task.ResizePty:input_type -> cloudhv.guest.v1.ResizePtyRequest
+	26, // 32: cloudhv.guest.v1.Task.Pause:input_type -> cloudhv.guest.v1.PauseRequest
+	27, // 33: cloudhv.guest.v1.Task.Resume:input_type -> cloudhv.guest.v1.ResumeRequest
+	28, // 34: cloudhv.guest.v1.Task.Update:input_type -> cloudhv.guest.v1.UpdateRequest
+	29, // 35: cloudhv.guest.v1.Task.Stats:input_type -> cloudhv.guest.v1.StatsRequest
+	35, // 36: cloudhv.guest.v1.Task.Pids:input_type -> cloudhv.guest.v1.PidsRequest
+	38, // 37: cloudhv.guest.v1.Task.State:input_type -> cloudhv.guest.v1.StateRequest
+	40, // 38: cloudhv.guest.v1.Task.Wait:input_type -> cloudhv.guest.v1.WaitRequest
+	17, // 39: cloudhv.guest.v1.Task.WarmUp:input_type -> cloudhv.guest.v1.WarmUpRequest
+	3,  // 40: cloudhv.guest.v1.Machine.Info:output_type -> cloudhv.guest.v1.InfoResponse
+	5,  // 41: cloudhv.guest.v1.Machine.Configure:output_type -> cloudhv.guest.v1.ConfigureResponse
+	5,  // 42: cloudhv.guest.v1.Machine.Rehearse:output_type -> cloudhv.guest.v1.ConfigureResponse
+	11, // 43: cloudhv.guest.v1.Machine.Resize:output_type -> cloudhv.guest.v1.ResizeResponse
+	45, // 44: cloudhv.guest.v1.Machine.PowerOff:output_type -> google.protobuf.Empty
+	18, // 45: cloudhv.guest.v1.Task.Create:output_type -> cloudhv.guest.v1.CreateResponse
+	20, // 46: cloudhv.guest.v1.Task.Start:output_type -> cloudhv.guest.v1.StartResponse
+	45, // 47: cloudhv.guest.v1.Task.Exec:output_type -> google.protobuf.Empty
+	23, // 48: cloudhv.guest.v1.Task.Delete:output_type -> cloudhv.guest.v1.DeleteResponse
+	45, // 49: cloudhv.guest.v1.Task.Kill:output_type -> google.protobuf.Empty
+	45, // 50: cloudhv.guest.v1.Task.ResizePty:output_type -> google.protobuf.Empty
+	45, // 51: cloudhv.guest.v1.Task.Pause:output_type -> google.protobuf.Empty
+	45, // 52: cloudhv.guest.v1.Task.Resume:output_type -> google.protobuf.Empty
+	45, // 53: cloudhv.guest.v1.Task.Update:output_type -> google.protobuf.Empty
+	30, // 54: cloudhv.guest.v1.Task.Stats:output_type -> cloudhv.guest.v1.StatsResponse
+	36, // 55: cloudhv.guest.v1.Task.Pids:output_type -> cloudhv.guest.v1.PidsResponse
+	39, // 56: cloudhv.guest.v1.Task.State:output_type -> cloudhv.guest.v1.StateResponse
+	41, // 57: cloudhv.guest.v1.Task.Wait:output_type -> cloudhv.guest.v1.WaitResponse
+	45, // 58: cloudhv.guest.v1.Task.WarmUp:output_type -> google.protobuf.Empty
+	40, // [40:59] is the sub-list for method output_type
+	21, // [21:40] is the sub-list for method input_type
 	21, // [21:21] is the sub-list for extension type_name
 	21, // [21:21] is the sub-list for extension extendee
 	0,  // [0:21] is the sub-list for field type_name

@@ -11,6 +11,7 @@ import (
 type MachineService interface {
 	Info(context.Context, *InfoRequest) (*InfoResponse, error)
 	Configure(context.Context, *ConfigureRequest) (*ConfigureResponse, error)
+	Rehearse(context.Context, *ConfigureRequest) (*ConfigureResponse, error)
 	Resize(context.Context, *ResizeRequest) (*ResizeResponse, error)
 	PowerOff(context.Context, *PowerOffRequest) (*emptypb.Empty, error)
 }
@@ -31,6 +32,13 @@ func RegisterMachineService(srv *ttrpc.Server, svc MachineService) {
 					return nil, err
 				}
 				return svc.Configure(ctx, &req)
+			},
+			"Rehearse": func(ctx context.Context, unmarshal func(interface{}) error) (interface{}, error) {
+				var req ConfigureRequest
+				if err := unmarshal(&req); err != nil {
+					return nil, err
+				}
+				return svc.Rehearse(ctx, &req)
 			},
 			"Resize": func(ctx context.Context, unmarshal func(interface{}) error) (interface{}, error) {
 				var req ResizeRequest
@@ -71,6 +79,14 @@ func (c *machineClient) Info(ctx context.Context, req *InfoRequest) (*InfoRespon
 func (c *machineClient) Configure(ctx context.Context, req *ConfigureRequest) (*ConfigureResponse, error) {
 	var resp ConfigureResponse
 	if err := c.client.Call(ctx, "cloudhv.guest.v1.Machine", "Configure", req, &resp); err != nil {
+		return nil, err
+	}
+	return &resp, nil
+}
+
+func (c *machineClient) Rehearse(ctx context.Context, req *ConfigureRequest) (*ConfigureResponse, error) {
+	var resp ConfigureResponse
+	if err := c.client.Call(ctx, "cloudhv.guest.v1.Machine", "Rehearse", req, &resp); err != nil {
 		return nil, err
 	}
 	return &resp, nil

@@ -222,6 +222,9 @@ func (d *Driver) Restore(ctx context.Context, cfg vmm.Config, from vmm.Snapshot)
 	if from.Driver != Name {
 		return nil, fmt.Errorf("snapshot of driver %q: %w", from.Driver, errdefs.ErrInvalidArgument)
 	}
+	if err := from.CheckTAP(cfg.TAP); err != nil {
+		return nil, err
+	}
 	cfg.Size, cfg.Max = from.Size, from.Max
 	if err := cfg.Validate(); err != nil {
 		return nil, err

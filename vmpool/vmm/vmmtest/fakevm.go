@@ -301,7 +301,7 @@ func (v *vm) Snapshot(ctx context.Context) (vmm.Snapshot, error) {
 		return vmm.Snapshot{}, fmt.Errorf("snapshot of a VM that is not paused, or has no memory file: %w", errdefs.ErrFailedPrecondition)
 	}
 	dir := filepath.Dir(v.cfg.MemoryFile)
-	s := vmm.Snapshot{Driver: Name, Dir: dir, Size: v.size, Max: v.cfg.Max}
+	s := vmm.Snapshot{Driver: Name, Dir: dir, Size: v.size, Max: v.cfg.Max, BuiltInNIC: v.cfg.TAP != nil}
 	return s, os.WriteFile(filepath.Join(dir, "state"), []byte(statePrefix+v.cfg.ID), 0o600)
 }
 
