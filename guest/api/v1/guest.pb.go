@@ -1301,8 +1301,10 @@ func (x *WarmUpRequest) GetSpec() []byte {
 }
 
 type CreateResponse struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	Pid           uint32                 `protobuf:"varint,1,opt,name=pid,proto3" json:"pid,omitempty"`
+	state protoimpl.MessageState `protogen:"open.v1"`
+	Pid   uint32                 `protobuf:"varint,1,opt,name=pid,proto3" json:"pid,omitempty"`
+	// steps tells how long each part took, in order.
+	Steps         []*Step `protobuf:"bytes,2,rep,name=steps,proto3" json:"steps,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1342,6 +1344,13 @@ func (x *CreateResponse) GetPid() uint32 {
 		return x.Pid
 	}
 	return 0
+}
+
+func (x *CreateResponse) GetSteps() []*Step {
+	if x != nil {
+		return x.Steps
+	}
+	return nil
 }
 
 type StartRequest struct {
@@ -2852,9 +2861,10 @@ const file_guest_api_v1_guest_proto_rawDesc = "" +
 	"\vprivate_shm\x18\b \x01(\bR\n" +
 	"privateShm\"#\n" +
 	"\rWarmUpRequest\x12\x12\n" +
-	"\x04spec\x18\x01 \x01(\fR\x04spec\"\"\n" +
+	"\x04spec\x18\x01 \x01(\fR\x04spec\"P\n" +
 	"\x0eCreateResponse\x12\x10\n" +
-	"\x03pid\x18\x01 \x01(\rR\x03pid\"7\n" +
+	"\x03pid\x18\x01 \x01(\rR\x03pid\x12,\n" +
+	"\x05steps\x18\x02 \x03(\v2\x16.cloudhv.guest.v1.StepR\x05steps\"7\n" +
 	"\fStartRequest\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x17\n" +
 	"\aexec_id\x18\x02 \x01(\tR\x06execId\"!\n" +
@@ -3067,58 +3077,59 @@ var file_guest_api_v1_guest_proto_depIdxs = []int32{
 	14, // 7: cloudhv.guest.v1.CreateRequest.files:type_name -> cloudhv.guest.v1.File
 	15, // 8: cloudhv.guest.v1.CreateRequest.stdio:type_name -> cloudhv.guest.v1.Stdio
 	0,  // 9: cloudhv.guest.v1.CreateRequest.pid_namespace:type_name -> cloudhv.guest.v1.PidNamespace
-	15, // 10: cloudhv.guest.v1.ExecRequest.stdio:type_name -> cloudhv.guest.v1.Stdio
-	44, // 11: cloudhv.guest.v1.DeleteResponse.exited_at:type_name -> google.protobuf.Timestamp
-	31, // 12: cloudhv.guest.v1.StatsResponse.cpu:type_name -> cloudhv.guest.v1.CPUStats
-	32, // 13: cloudhv.guest.v1.StatsResponse.memory:type_name -> cloudhv.guest.v1.MemoryStats
-	33, // 14: cloudhv.guest.v1.StatsResponse.pids:type_name -> cloudhv.guest.v1.PidsStats
-	34, // 15: cloudhv.guest.v1.StatsResponse.io:type_name -> cloudhv.guest.v1.IOStats
-	43, // 16: cloudhv.guest.v1.MemoryStats.stat:type_name -> cloudhv.guest.v1.MemoryStats.StatEntry
-	37, // 17: cloudhv.guest.v1.PidsResponse.processes:type_name -> cloudhv.guest.v1.Process
-	1,  // 18: cloudhv.guest.v1.StateResponse.status:type_name -> cloudhv.guest.v1.Status
-	44, // 19: cloudhv.guest.v1.StateResponse.exited_at:type_name -> google.protobuf.Timestamp
-	44, // 20: cloudhv.guest.v1.WaitResponse.exited_at:type_name -> google.protobuf.Timestamp
-	2,  // 21: cloudhv.guest.v1.Machine.Info:input_type -> cloudhv.guest.v1.InfoRequest
-	4,  // 22: cloudhv.guest.v1.Machine.Configure:input_type -> cloudhv.guest.v1.ConfigureRequest
-	10, // 23: cloudhv.guest.v1.Machine.Resize:input_type -> cloudhv.guest.v1.ResizeRequest
-	12, // 24: cloudhv.guest.v1.Machine.PowerOff:input_type -> cloudhv.guest.v1.PowerOffRequest
-	16, // 25: cloudhv.guest.v1.Task.Create:input_type -> cloudhv.guest.v1.CreateRequest
-	19, // 26: cloudhv.guest.v1.Task.Start:input_type -> cloudhv.guest.v1.StartRequest
-	21, // 27: cloudhv.guest.v1.Task.Exec:input_type -> cloudhv.guest.v1.ExecRequest
-	22, // 28: cloudhv.guest.v1.Task.Delete:input_type -> cloudhv.guest.v1.DeleteRequest
-	24, // 29: cloudhv.guest.v1.Task.Kill:input_type -> cloudhv.guest.v1.KillRequest
-	25, // 30: cloudhv.guest.v1.Task.ResizePty:input_type -> cloudhv.guest.v1.ResizePtyRequest
-	26, // 31: cloudhv.guest.v1.Task.Pause:input_type -> cloudhv.guest.v1.PauseRequest
-	27, // 32: cloudhv.guest.v1.Task.Resume:input_type -> cloudhv.guest.v1.ResumeRequest
-	28, // 33: cloudhv.guest.v1.Task.Update:input_type -> cloudhv.guest.v1.UpdateRequest
-	29, // 34: cloudhv.guest.v1.Task.Stats:input_type -> cloudhv.guest.v1.StatsRequest
-	35, // 35: cloudhv.guest.v1.Task.Pids:input_type -> cloudhv.guest.v1.PidsRequest
-	38, // 36: cloudhv.guest.v1.Task.State:input_type -> cloudhv.guest.v1.StateRequest
-	40, // 37: cloudhv.guest.v1.Task.Wait:input_type -> cloudhv.guest.v1.WaitRequest
-	17, // 38: cloudhv.guest.v1.Task.WarmUp:input_type -> cloudhv.guest.v1.WarmUpRequest
-	3,  // 39: cloudhv.guest.v1.Machine.Info:output_type -> cloudhv.guest.v1.InfoResponse
-	5,  // 40: cloudhv.guest.v1.Machine.Configure:output_type -> cloudhv.guest.v1.ConfigureResponse
-	11, // 41: cloudhv.guest.v1.Machine.Resize:output_type -> cloudhv.guest.v1.ResizeResponse
-	45, // 42: cloudhv.guest.v1.Machine.PowerOff:output_type -> google.protobuf.Empty
-	18, // 43: cloudhv.guest.v1.Task.Create:output_type -> cloudhv.guest.v1.CreateResponse
-	20, // 44: cloudhv.guest.v1.Task.Start:output_type -> cloudhv.guest.v1.StartResponse
-	45, // 45: cloudhv.guest.v1.Task.Exec:output_type -> google.protobuf.Empty
-	23, // 46: cloudhv.guest.v1.Task.Delete:output_type -> cloudhv.guest.v1.DeleteResponse
-	45, // 47: cloudhv.guest.v1.Task.Kill:output_type -> google.protobuf.Empty
-	45, // 48: cloudhv.guest.v1.Task.ResizePty:output_type -> google.protobuf.Empty
-	45, // 49: cloudhv.guest.v1.Task.Pause:output_type -> google.protobuf.Empty
-	45, // 50: cloudhv.guest.v1.Task.Resume:output_type -> google.protobuf.Empty
-	45, // 51: cloudhv.guest.v1.Task.Update:output_type -> google.protobuf.Empty
-	30, // 52: cloudhv.guest.v1.Task.Stats:output_type -> cloudhv.guest.v1.StatsResponse
-	36, // 53: cloudhv.guest.v1.Task.Pids:output_type -> cloudhv.guest.v1.PidsResponse
-	39, // 54: cloudhv.guest.v1.Task.State:output_type -> cloudhv.guest.v1.StateResponse
-	41, // 55: cloudhv.guest.v1.Task.Wait:output_type -> cloudhv.guest.v1.WaitResponse
-	45, // 56: cloudhv.guest.v1.Task.WarmUp:output_type -> google.protobuf.Empty
-	39, // [39:57] is the sub-list for method output_type
-	21, // [21:39] is the sub-list for method input_type
-	21, // [21:21] is the sub-list for extension type_name
-	21, // [21:21] is the sub-list for extension extendee
-	0,  // [0:21] is the sub-list for field type_name
+	6,  // 10: cloudhv.guest.v1.CreateResponse.steps:type_name -> cloudhv.guest.v1.Step
+	15, // 11: cloudhv.guest.v1.ExecRequest.stdio:type_name -> cloudhv.guest.v1.Stdio
+	44, // 12: cloudhv.guest.v1.DeleteResponse.exited_at:type_name -> google.protobuf.Timestamp
+	31, // 13: cloudhv.guest.v1.StatsResponse.cpu:type_name -> cloudhv.guest.v1.CPUStats
+	32, // 14: cloudhv.guest.v1.StatsResponse.memory:type_name -> cloudhv.guest.v1.MemoryStats
+	33, // 15: cloudhv.guest.v1.StatsResponse.pids:type_name -> cloudhv.guest.v1.PidsStats
+	34, // 16: cloudhv.guest.v1.StatsResponse.io:type_name -> cloudhv.guest.v1.IOStats
+	43, // 17: cloudhv.guest.v1.MemoryStats.stat:type_name -> cloudhv.guest.v1.MemoryStats.StatEntry
+	37, // 18: cloudhv.guest.v1.PidsResponse.processes:type_name -> cloudhv.guest.v1.Process
+	1,  // 19: cloudhv.guest.v1.StateResponse.status:type_name -> cloudhv.guest.v1.Status
+	44, // 20: cloudhv.guest.v1.StateResponse.exited_at:type_name -> google.protobuf.Timestamp
+	44, // 21: cloudhv.guest.v1.WaitResponse.exited_at:type_name -> google.protobuf.Timestamp
+	2,  // 22: cloudhv.guest.v1.Machine.Info:input_type -> cloudhv.guest.v1.InfoRequest
+	4,  // 23: cloudhv.guest.v1.Machine.Configure:input_type -> cloudhv.guest.v1.ConfigureRequest
+	10, // 24: cloudhv.guest.v1.Machine.Resize:input_type -> cloudhv.guest.v1.ResizeRequest
+	12, // 25: cloudhv.guest.v1.Machine.PowerOff:input_type -> cloudhv.guest.v1.PowerOffRequest
+	16, // 26: cloudhv.guest.v1.Task.Create:input_type -> cloudhv.guest.v1.CreateRequest
+	19, // 27: cloudhv.guest.v1.Task.Start:input_type -> cloudhv.guest.v1.StartRequest
+	21, // 28: cloudhv.guest.v1.Task.Exec:input_type -> cloudhv.guest.v1.ExecRequest
+	22, // 29: cloudhv.guest.v1.Task.Delete:input_type -> cloudhv.guest.v1.DeleteRequest
+	24, // 30: cloudhv.guest.v1.Task.Kill:input_type -> cloudhv.guest.v1.KillRequest
+	25, // 31: cloudhv.guest.v1.Task.ResizePty:input_type -> cloudhv.guest.v1.ResizePtyRequest
+	26, // 32: cloudhv.guest.v1.Task.Pause:input_type -> cloudhv.guest.v1.PauseRequest
+	27, // 33: cloudhv.guest.v1.Task.Resume:input_type -> cloudhv.guest.v1.ResumeRequest
+	28, // 34: cloudhv.guest.v1.Task.Update:input_type -> cloudhv.guest.v1.UpdateRequest
+	29, // 35: cloudhv.guest.v1.Task.Stats:input_type -> cloudhv.guest.v1.StatsRequest
+	35, // 36: cloudhv.guest.v1.Task.Pids:input_type -> cloudhv.guest.v1.PidsRequest
+	38, // 37: cloudhv.guest.v1.Task.State:input_type -> cloudhv.guest.v1.StateRequest
+	40, // 38: cloudhv.guest.v1.Task.Wait:input_type -> cloudhv.guest.v1.WaitRequest
+	17, // 39: cloudhv.guest.v1.Task.WarmUp:input_type -> cloudhv.guest.v1.WarmUpRequest
+	3,  // 40: cloudhv.guest.v1.Machine.Info:output_type -> cloudhv.guest.v1.InfoResponse
+	5,  // 41: cloudhv.guest.v1.Machine.Configure:output_type -> cloudhv.guest.v1.ConfigureResponse
+	11, // 42: cloudhv.guest.v1.Machine.Resize:output_type -> cloudhv.guest.v1.ResizeResponse
+	45, // 43: cloudhv.guest.v1.Machine.PowerOff:output_type -> google.protobuf.Empty
+	18, // 44: cloudhv.guest.v1.Task.Create:output_type -> cloudhv.guest.v1.CreateResponse
+	20, // 45: cloudhv.guest.v1.Task.Start:output_type -> cloudhv.guest.v1.StartResponse
+	45, // 46: cloudhv.guest.v1.Task.Exec:output_type -> google.protobuf.Empty
+	23, // 47: cloudhv.guest.v1.Task.Delete:output_type -> cloudhv.guest.v1.DeleteResponse
+	45, // 48: cloudhv.guest.v1.Task.Kill:output_type -> google.protobuf.Empty
+	45, // 49: cloudhv.guest.v1.Task.ResizePty:output_type -> google.protobuf.Empty
+	45, // 50: cloudhv.guest.v1.Task.Pause:output_type -> google.protobuf.Empty
+	45, // 51: cloudhv.guest.v1.Task.Resume:output_type -> google.protobuf.Empty
+	45, // 52: cloudhv.guest.v1.Task.Update:output_type -> google.protobuf.Empty
+	30, // 53: cloudhv.guest.v1.Task.Stats:output_type -> cloudhv.guest.v1.StatsResponse
+	36, // 54: cloudhv.guest.v1.Task.Pids:output_type -> cloudhv.guest.v1.PidsResponse
+	39, // 55: cloudhv.guest.v1.Task.State:output_type -> cloudhv.guest.v1.StateResponse
+	41, // 56: cloudhv.guest.v1.Task.Wait:output_type -> cloudhv.guest.v1.WaitResponse
+	45, // 57: cloudhv.guest.v1.Task.WarmUp:output_type -> google.protobuf.Empty
+	40, // [40:58] is the sub-list for method output_type
+	22, // [22:40] is the sub-list for method input_type
+	22, // [22:22] is the sub-list for extension type_name
+	22, // [22:22] is the sub-list for extension extendee
+	0,  // [0:22] is the sub-list for field type_name
 }
 
 func init() { file_guest_api_v1_guest_proto_init() }
