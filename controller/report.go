@@ -59,11 +59,18 @@ func readReport(req *hostv1.ReportRequest) *report {
 		call: req.GetCall(), failed: req.GetFailed(),
 		began: time.Unix(0, req.GetBeganUnixNano()), took: usec(req.GetTookUsec(), time.Hour),
 	}
+	answered := r.took // when the guest had, at the latest
 	for _, p := range req.GetParts()[:min(len(req.GetParts()), maxGuestSteps)] {
-		at := usec(p.GetAtUsec(), r.took)
-		r.parts = append(r.parts, reportPart{
-			name: printable(p.GetName(), maxGuestText), at: at, took: usec(p.GetTookUsec(), r.took-at), guest: p.GetGuest(),
-		})
+		end := r.took
+		if p.GetGuest() {
+			end = answered
+		}
+		at := usec(p.GetAtUsec(), end)
+		part := reportPart{name: printable(p.GetName(), maxGuestText), at: at, took: usec(p.GetTookUsec(), end-at), guest: p.GetGuest()}
+		if !part.guest && part.name == shimapi.PartGuest {
+			answered = part.at + part.took
+		}
+		r.parts = append(r.parts, part)
 	}
 	return r
 }

@@ -266,6 +266,9 @@ func TestReport(t *testing.T) {
 		assert.Equal(t, parent, parents[name], name)
 	}
 	for _, s := range spans {
+		if strings.HasPrefix(s.Name(), "cloudhv.guest.") {
+			assert.False(t, s.EndTime().After(began.Add(8*time.Millisecond)), "%s is over when the guest has answered", s.Name())
+		}
 		if s.Name() != "caller" {
 			assert.False(t, s.StartTime().Before(began.Add(-time.Microsecond)) || s.EndTime().After(began.Add(time.Second)), s.Name())
 		}
