@@ -13,6 +13,7 @@ import (
 
 	"github.com/containerd/containerd/v2/core/sandbox"
 	"github.com/containerd/containerd/v2/pkg/namespaces"
+	"github.com/containerd/containerd/v2/pkg/tracing"
 	"github.com/containerd/errdefs"
 	"github.com/containerd/log"
 	"github.com/containerd/typeurl/v2"
@@ -38,7 +39,12 @@ type startConfig struct {
 // an error nothing is left.
 func (c *Controller) Create(ctx context.Context, info sandbox.Sandbox, opts ...sandbox.CreateOpt) (retErr error) {
 	ctx = withPod(ctx, info.ID)
-	defer func() { countCreate(retErr) }()
+	ctx, span := tracing.StartSpan(ctx, tracing.Name(spanPrefix, "create"), tracing.WithAttribute("sandbox.id", info.ID))
+	defer func() {
+		countCreate(retErr)
+		span.SetStatus(retErr)
+		span.End()
+	}()
 	if c.unfit != nil {
 		return fmt.Errorf("the cloudhv runtime cannot serve on this node: %w", c.unfit)
 	}

@@ -97,8 +97,9 @@ func (c *Controller) endStart(ctx context.Context, p *pod, why endReason) error 
 
 // endNow ends the VM and then removes what it used: TAPs, redirections,
 // cgroup, scratch disk. The shim stays, to tell how the containers ended.
-func (c *Controller) endNow(ctx context.Context, p *pod, why endReason) error {
-	begin := time.Now()
+func (c *Controller) endNow(ctx context.Context, p *pod, why endReason) (retErr error) {
+	ctx, watch := begin(ctx, endVerb, p.id)
+	defer func() { watch.end(ctx, retErr) }()
 	why.cause = printable(p.withLoss(ctx, why.cause), maxCause)
 	p.force(ctx, func(r *record) {
 		r.State = StateStopping
@@ -106,11 +107,15 @@ func (c *Controller) endNow(ctx context.Context, p *pod, why endReason) error {
 			r.Cause, r.ExitStatus = why.cause, why.status
 		}
 	})
-	vm, gone, err := c.endVM(ctx, p, why.graceful)
+	vm, gone, err := c.endVM(ctx, p, why.graceful, watch)
 	rec := p.snapshot()
-	errs := []error{err, c.network.Disconnect(ctx, rec.NetNS)}
+	errs := []error{err, watch.time(ctx, "network", func(ctx context.Context) error {
+		return c.network.Disconnect(ctx, rec.NetNS)
+	})}
 	if gone {
-		errs = append(errs, removeScratch(rec.Scratch), vmm.OpenCgroup(rec.Cgroup).Remove(ctx))
+		errs = append(errs, watch.time(ctx, "files", func(ctx context.Context) error {
+			return errors.Join(removeScratch(rec.Scratch), vmm.OpenCgroup(rec.Cgroup).Remove(ctx))
+		}))
 	}
 	if err := errors.Join(errs...); err != nil || !gone {
 		if gone {
@@ -126,7 +131,7 @@ func (c *Controller) endNow(ctx context.Context, p *pod, why endReason) error {
 		err = vm.Close()
 	}
 	p.markExited()
-	c.noteEnd(ctx, p, why, begin)
+	c.noteEnd(ctx, p, why, watch)
 	return err
 }
 
@@ -149,7 +154,7 @@ func (p *pod) withLoss(ctx context.Context, cause string) string {
 }
 
 // endVM ends the sandbox's VMM, and returns whether it has gone.
-func (c *Controller) endVM(ctx context.Context, p *pod, graceful bool) (vmProcess, bool, error) {
+func (c *Controller) endVM(ctx context.Context, p *pod, graceful bool, watch *stopwatch) (vmProcess, bool, error) {
 	proc, err := p.process()
 	if err != nil {
 		return nil, false, fmt.Errorf("take hold of the VM: %w", err)
@@ -158,10 +163,13 @@ func (c *Controller) endVM(ctx context.Context, p *pod, graceful bool) (vmProces
 		return nil, true, nil
 	}
 	vm := p.handle()
-	if graceful && vm != nil && !isClosed(vm.Done()) && !c.powerOff(ctx, vm) {
-		log.G(ctx).Warn("the guest did not turn itself off in time")
+	if graceful && vm != nil && !isClosed(vm.Done()) {
+		err := watch.time(ctx, "power_off", func(ctx context.Context) error { return c.powerOff(ctx, vm) })
+		if err != nil {
+			log.G(ctx).WithError(err).Warn("the guest did not turn itself off in time")
+		}
 	}
-	err = proc.Kill(ctx)
+	err = watch.time(ctx, "kill", proc.Kill)
 	return proc, isClosed(proc.Done()), err
 }
 
@@ -181,15 +189,13 @@ func exitTime(vm vmProcess) time.Time {
 	return now()
 }
 
-func (c *Controller) noteEnd(ctx context.Context, p *pod, why endReason, begin time.Time) {
-	stopTimer.UpdateSince(begin)
+func (c *Controller) noteEnd(ctx context.Context, p *pod, why endReason, watch *stopwatch) {
+	endTimer.UpdateSince(watch.start)
 	endCounter.WithValues(why.label).Inc()
-	p.mu.Lock()
-	p.countLocked(false)
-	rec := p.rec
-	p.mu.Unlock()
+	rec := p.snapshot()
 	log.G(ctx).WithFields(log.Fields{
-		"pid": vmmPid(&rec), "cause": rec.Cause, "duration": time.Since(begin),
+		"pid": vmmPid(&rec), "cause": rec.Cause,
+		"total": time.Since(watch.start).Round(100 * time.Microsecond), "phases": phasesText(watch.list()),
 	}).Info("ended sandbox")
 }
 
@@ -220,7 +226,7 @@ func (p *pod) markExited() {
 // watch ends the sandbox when its VM or its shim does. Its goroutine ends with
 // the sandbox, or with vm if that is not the sandbox's any more.
 func (c *Controller) watch(ctx context.Context, p *pod, vm vmProcess, s *shim) {
-	ctx = context.WithoutCancel(ctx)
+	ctx = untraced(ctx)
 	go func() {
 		var why endReason
 		select {

@@ -15,6 +15,7 @@ import (
 	"github.com/containerd/errdefs"
 	"github.com/containerd/errdefs/pkg/errgrpc"
 	"github.com/containerd/ttrpc"
+	"go.opentelemetry.io/otel/trace"
 	"google.golang.org/grpc/status"
 
 	"github.com/cloudhv/containerd-cloudhv/guest/api"
@@ -158,14 +159,16 @@ func (c *Controller) waitForGuest(ctx context.Context, p *pod, vm vmm.VM, watch 
 	}
 	// The guest's own clock starts with its kernel. When that was by ours is known
 	// to within the time that the answer took.
-	const limit = uint64(time.Hour / time.Microsecond)
+	limit := uint64(time.Since(watch.start) / time.Microsecond)
 	agent, ready := min(info.GetAgentStartUsec(), limit), min(info.GetBootUsec(), limit)
 	kernel, up := time.Duration(agent)*time.Microsecond, time.Duration(ready)*time.Microsecond
 	begin := max(time.Since(watch.start)-max(kernel, up), 0)
-	watch.add("guest: kernel", begin, kernel)
+	ctx = trace.ContextWithSpan(ctx, watch.span) // it began before this phase
+	watch.guest(ctx, "kernel", begin, kernel)
 	if up >= kernel {
-		watch.add("guest: agent", begin+kernel, up-kernel)
+		watch.guest(ctx, "agent", begin+kernel, up-kernel)
 	}
+	bootTimer.Update(watch.since("boot"))
 	return g, nil
 }
 
@@ -179,10 +182,11 @@ func (c *Controller) configureGuest(ctx context.Context, vm vmm.VM, req *guestv1
 	if err != nil {
 		return fmt.Errorf("configure the guest: %w", err)
 	}
-	steps := resp.GetSteps()
+	// The guest's clock counts from the call's beginning, and cannot get past its end.
+	steps, end := resp.GetSteps(), time.Since(watch.start)
 	for _, step := range steps[:min(len(steps), maxGuestSteps)] {
-		took := time.Duration(min(step.GetUsec(), uint64(time.Hour/time.Microsecond))) * time.Microsecond
-		watch.add("guest: "+printable(step.GetName(), maxGuestText), begin, took)
+		took := time.Duration(min(step.GetUsec(), uint64((end-begin)/time.Microsecond))) * time.Microsecond
+		watch.guest(ctx, printable(step.GetName(), maxGuestText), begin, took)
 		begin += took
 	}
 	return nil
@@ -200,9 +204,9 @@ func (c *Controller) resizeGuest(ctx context.Context, vm vmm.VM, size vmm.Size) 
 }
 
 // powerOff asks the guest to turn itself off and waits until the VMM has
-// ended. It returns false if the guest did not within the limit; the asking, if it
+// ended. It fails if the guest did not within the limit; the asking, if it
 // hangs, ends with the VMM.
-func (c *Controller) powerOff(ctx context.Context, vm vmm.VM) bool {
+func (c *Controller) powerOff(ctx context.Context, vm vmm.VM) error {
 	ctx, cancel := context.WithTimeout(ctx, c.cfg.PowerOffTimeout)
 	defer cancel()
 	go func() {
@@ -213,9 +217,9 @@ func (c *Controller) powerOff(ctx context.Context, vm vmm.VM) bool {
 	}()
 	select {
 	case <-vm.Done():
-		return true
+		return nil
 	case <-ctx.Done():
-		return false
+		return fmt.Errorf("turn off the guest: %w", context.Cause(ctx))
 	}
 }
 

@@ -105,7 +105,6 @@ func (c *Controller) find(ctx context.Context, dir string) *found {
 		close(p.ending.done)
 		close(p.exited)
 	case StateReady:
-		p.countLocked(true)
 		if p.held != nil && p.shim != nil {
 			c.watch(ctx, p, p.held, p.shim)
 		}

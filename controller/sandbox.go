@@ -108,8 +108,6 @@ type pod struct {
 	// pending why not.
 	held    *heldVM
 	pending string
-	// counted is true while the sandbox is one of the ready ones in the metrics.
-	counted bool
 	// cancelStart ends a Start under way; nil if there is none.
 	cancelStart context.CancelCauseFunc
 	// ending is the ending of the sandbox under way, or the last one.
@@ -191,17 +189,6 @@ func (r *record) ready() error {
 		return nil
 	}
 	return fmt.Errorf("sandbox %q is %s%s: %w", r.ID, r.State, because(r.Cause), errdefs.ErrUnavailable)
-}
-
-// countLocked makes the sandbox one of the ready ones in the metrics, or no more.
-func (p *pod) countLocked(ready bool) {
-	switch {
-	case ready && !p.counted:
-		sandboxesGauge.Inc()
-	case !ready && p.counted:
-		sandboxesGauge.Dec()
-	}
-	p.counted = ready
 }
 
 func because(cause string) string {

@@ -7,6 +7,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"time"
 
 	"github.com/containerd/containerd/v2/core/sandbox"
 	"github.com/containerd/errdefs"
@@ -40,12 +41,14 @@ func (c *Controller) Start(ctx context.Context, id string) (_ sandbox.Controller
 	}
 	// Last, as whoever ends the sandbox waits for it.
 	defer close(p.started)
-	watch := newStopwatch()
+	ctx, watch := begin(ctx, startVerb, id)
 	defer func() {
-		startCounter.WithValues(resultOf(retErr)).Inc()
+		rec := p.snapshot()
+		countStart(&rec, watch, retErr)
 		if retErr != nil {
 			retErr = c.undoStart(ctx, p, retErr)
 		}
+		watch.end(ctx, retErr)
 	}()
 	if err != nil {
 		return sandbox.ControllerInstance{}, err
@@ -346,10 +349,11 @@ func (c *Controller) becomeReady(ctx context.Context, p *pod, watch *stopwatch) 
 		return err
 	}
 	p.cancelStart = nil
-	startTimer.UpdateSince(watch.start)
-	p.countLocked(true)
 	c.watch(ctx, p, vm, s)
-	log.G(ctx).WithFields(log.Fields{"pid": vm.State().Pid, "shim": s.id.Pid}).Info("started sandbox")
+	log.G(ctx).WithFields(log.Fields{
+		"pid": vm.State().Pid, "shim": s.id.Pid, "outcome": p.rec.outcome(),
+		"total": time.Since(watch.start).Round(100 * time.Microsecond), "phases": phasesText(p.rec.Phases),
+	}).Info("started sandbox")
 	return nil
 }
 

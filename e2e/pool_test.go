@@ -19,11 +19,15 @@ import (
 )
 
 // poolNode is a node of the test's own, with a pool.
-func poolNode(t *testing.T, pool map[string]any) *testnode.Node {
+func poolNode(t *testing.T, pool map[string]any, change ...func(*testnode.Options)) *testnode.Node {
 	t.Helper()
 	requireCloudHV(t)
-	opts := nodeOptions("e2epool")
+	name := suite.node.Name()
+	opts := nodeOptions(name[:min(len(name), 7)] + "pool")
 	opts.CloudHV = map[string]any{"pool": pool}
+	for _, c := range change {
+		c(&opts)
+	}
 	n, err := testnode.New(opts)
 	require.NoError(t, err)
 	t.Cleanup(func() {

@@ -12,6 +12,7 @@ import (
 	"github.com/containerd/plugin"
 	"github.com/containerd/plugin/registry"
 	"github.com/containerd/ttrpc"
+	"github.com/prometheus/client_golang/prometheus"
 
 	"github.com/cloudhv/containerd-cloudhv/controller"
 	"github.com/cloudhv/containerd-cloudhv/controller/config"
@@ -59,6 +60,9 @@ func initController(ic *plugin.InitContext) (any, error) {
 		ic.Meta.Exports["ready"] = "false"
 		ic.Meta.Exports["reason"] = err.Error()
 		log.G(ctx).WithError(err).Error("cloudhv cannot serve on this node; other handlers are not affected")
+	}
+	if err := prometheus.Register(c); err != nil {
+		log.G(ctx).WithError(err).Error("cannot serve metrics about the present")
 	}
 	return c, nil
 }

@@ -77,7 +77,15 @@ func (vm *VM) started(v vmm.VM) error {
 }
 
 // restore restores a VM, for a pod or for the pool.
-func (p *Pool) restore(ctx context.Context, snap *snapshot.Snapshot, req Request) (_ *VM, retErr error) {
+func (p *Pool) restore(ctx context.Context, snap *snapshot.Snapshot, req Request) (vm *VM, err error) {
+	err = step(ctx, "restore", func(ctx context.Context) error {
+		vm, err = p.restoreNow(ctx, snap, req)
+		return err
+	})
+	return vm, err
+}
+
+func (p *Pool) restoreNow(ctx context.Context, snap *snapshot.Snapshot, req Request) (_ *VM, retErr error) {
 	vm, cfg, err := p.plan(snap.Key, req)
 	if err != nil {
 		return nil, err
@@ -151,7 +159,6 @@ const restLimit = 3 * time.Second
 func (p *Pool) template(ctx context.Context, dir string) (_ vmm.Snapshot, retErr error) {
 	ctx, cancel := context.WithTimeout(ctx, p.cfg.SnapshotLimit)
 	defer cancel()
-	defer snapshotTimer.UpdateSince(time.Now())
 	vm, cfg, err := p.plan("", Request{})
 	if err != nil {
 		return vmm.Snapshot{}, err
@@ -166,17 +173,21 @@ func (p *Pool) template(ctx context.Context, dir string) (_ vmm.Snapshot, retErr
 		return vmm.Snapshot{}, err
 	}
 	defer closeTAP()
-	v, err := p.cfg.Driver.Boot(ctx, cfg)
+	var v vmm.VM
+	err = step(ctx, "boot", func(ctx context.Context) error {
+		v, err = p.cfg.Driver.Boot(ctx, cfg)
+		return err
+	})
 	if err != nil {
 		return vmm.Snapshot{}, fmt.Errorf("boot the template: %w", err)
 	}
 	if err := vm.started(v); err != nil {
 		return vmm.Snapshot{}, err
 	}
-	if err := p.cfg.Guest.Ready(ctx, v); err != nil {
+	if err := p.answer(ctx, v); err != nil {
 		return vmm.Snapshot{}, fmt.Errorf("the template: %w", err)
 	}
-	if err := p.cfg.Guest.WarmUp(ctx, v); err != nil {
+	if err := p.warmUp(ctx, v); err != nil {
 		return vmm.Snapshot{}, fmt.Errorf("warm the template up: %w", err)
 	}
 	rest, cancelRest := context.WithTimeout(ctx, restLimit)
@@ -187,7 +198,11 @@ func (p *Pool) template(ctx context.Context, dir string) (_ vmm.Snapshot, retErr
 	if err := v.Pause(ctx); err != nil {
 		return vmm.Snapshot{}, fmt.Errorf("pause the template: %w", err)
 	}
-	snap, err := v.Snapshot(ctx)
+	var snap vmm.Snapshot
+	err = step(ctx, "save", func(ctx context.Context) error {
+		snap, err = v.Snapshot(ctx)
+		return err
+	})
 	if err != nil {
 		return vmm.Snapshot{}, err
 	}
@@ -208,10 +223,19 @@ func (p *Pool) prove(ctx context.Context, snap *snapshot.Snapshot) (retErr error
 		return fmt.Errorf("the new snapshot: %w", err)
 	}
 	defer func() { retErr = p.undo(vm, retErr) }()
-	if err := p.cfg.Guest.Ready(ctx, vm); err != nil {
+	if err := p.answer(ctx, vm); err != nil {
 		return fmt.Errorf("the new snapshot: %w", err)
 	}
 	return nil
+}
+
+// answer and warmUp wait for a guest.
+func (p *Pool) answer(ctx context.Context, vm vmm.VM) error {
+	return step(ctx, "answer", func(ctx context.Context) error { return p.cfg.Guest.Ready(ctx, vm) })
+}
+
+func (p *Pool) warmUp(ctx context.Context, vm vmm.VM) error {
+	return step(ctx, "warm_up", func(ctx context.Context) error { return p.cfg.Guest.WarmUp(ctx, vm) })
 }
 
 // move renames a disk, or copies it to another file system. The caller removes

@@ -18,14 +18,26 @@ var (
 	snapshotTimer  metrics.Timer
 )
 
+// DurationBuckets are the upper bounds of histograms' buckets, in seconds: close
+// where starts are, and up to those of a VM that boots in software emulation.
+var DurationBuckets = []float64{
+	.001, .002, .005, .01, .015, .02, .03, .05, .075, .1, .15, .2, .3, .5, 1, 2, 5, 10, 30, 60,
+}
+
 func init() {
 	ns := metrics.NewNamespace("containerd_cloudhv", "pool", nil)
 	acquireCounter = ns.NewLabeledCounter("acquire", "VMs that pods were given, by how: hit (was ready), miss (restored), cold (booted), failed", "outcome")
 	failCounter = ns.NewLabeledCounter("failures", "What the pool failed to do, by step: snapshot, restore, ready", "step")
 	badCounter = ns.NewCounter("bad", "Ready VMs that died or did not answer, and were ended")
-	restoreTimer = ns.NewTimer("restore", "Time to restore a VM until its guest runs")
-	readyTimer = ns.NewTimer("ready", "Time to make a VM ready for the pool: restore, answer, warm-up")
-	snapshotTimer = ns.NewTimer("snapshot", "Time to make a base snapshot")
+	restoreTimer = ns.NewTimerWithBuckets("restore", "Time to restore a VM until its guest runs", DurationBuckets)
+	readyTimer = ns.NewTimerWithBuckets("ready", "Time to make a VM ready for the pool: restore, answer, warm-up", DurationBuckets)
+	snapshotTimer = ns.NewTimerWithBuckets("snapshot", "Time to make a base snapshot", DurationBuckets)
+	for _, outcome := range []Outcome{Hit, Miss, Cold, failed} {
+		acquireCounter.WithValues(string(outcome)).Inc(0)
+	}
+	for _, step := range []string{"snapshot", "restore", "ready"} {
+		failCounter.WithValues(step).Inc(0)
+	}
 	metrics.Register(ns)
 }
 

@@ -24,6 +24,7 @@ import (
 	"sync"
 	"time"
 
+	"github.com/containerd/containerd/v2/pkg/tracing"
 	"github.com/containerd/errdefs"
 	"github.com/containerd/log"
 	"golang.org/x/sync/semaphore"
@@ -40,6 +41,8 @@ const (
 	Hit  Outcome = "hit"  // it was ready
 	Miss Outcome = "miss" // it was restored
 	Cold Outcome = "cold" // the caller had to boot one
+	// failed is that of an Acquire whose caller left, or has waited too long.
+	failed Outcome = "failed"
 )
 
 // ErrNone means that the pool has no VM and cannot restore one: boot it.
@@ -178,14 +181,16 @@ func New(cfg Config) (*Pool, error) {
 // Acquire gives a pod its VM, or returns ErrNone. After an error nothing is left.
 // A VM that was ready has passed the check; in another the guest runs, but need
 // not have answered.
-func (p *Pool) Acquire(ctx context.Context, req Request) (*VM, error) {
+func (p *Pool) Acquire(ctx context.Context, req Request) (got *VM, retErr error) {
 	if p.cfg.Off || p.ctx.Err() != nil {
 		return nil, fmt.Errorf("%w: it is off", ErrNone)
 	}
+	ctx, span := tracing.StartSpan(ctx, tracing.Name(spanPrefix, "acquire"))
+	defer func() { endAcquire(span, got, retErr) }()
 	done := p.begin()
 	defer done()
 	if vm := p.take(); vm != nil {
-		err := p.handOver(ctx, vm, req)
+		err := step(ctx, "hand_over", func(ctx context.Context) error { return p.handOver(ctx, vm, req) })
 		if err == nil {
 			return p.counted(vm, nil)
 		}
@@ -256,14 +261,20 @@ func (p *Pool) poke() {
 	}
 }
 
-func (p *Pool) counted(vm *VM, err error) (*VM, error) {
-	outcome := Outcome("failed")
+// outcomeOf tells how an Acquire ended.
+func outcomeOf(vm *VM, err error) Outcome {
 	switch {
 	case err == nil:
-		outcome = vm.Outcome
+		return vm.Outcome
 	case errors.Is(err, ErrNone):
-		outcome = Cold
+		return Cold
+	default:
+		return failed
 	}
+}
+
+func (p *Pool) counted(vm *VM, err error) (*VM, error) {
+	outcome := outcomeOf(vm, err)
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	p.outcomes[outcome]++

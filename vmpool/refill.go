@@ -81,8 +81,13 @@ func (p *Pool) snapshot() (*snapshot.Snapshot, error) {
 	snap, err := p.cfg.Store.Make(p.ctx, p.cfg.Inputs, func(ctx context.Context, dir string) (vmm.Snapshot, error) {
 		log.G(ctx).WithField("snapshot", p.key).Info("making the base snapshot; pods boot their VMs meanwhile")
 		began := time.Now()
-		s, err := p.template(ctx, dir)
+		var s vmm.Snapshot
+		err := step(ctx, "snapshot", func(ctx context.Context) (err error) {
+			s, err = p.template(ctx, dir)
+			return err
+		})
 		if err == nil {
+			snapshotTimer.UpdateSince(began)
 			log.G(ctx).WithField("snapshot", p.key).WithField("duration", time.Since(began)).Info("made the base snapshot")
 		}
 		return s, err
@@ -192,7 +197,11 @@ func (p *Pool) letGo(vm *VM) {
 func (p *Pool) add(snap *snapshot.Snapshot) {
 	defer p.poke()
 	p.yield()
-	vm, err := p.makeReady(snap)
+	var vm *VM
+	err := step(p.ctx, "refill", func(ctx context.Context) (err error) {
+		vm, err = p.makeReady(ctx, snap)
+		return err
+	})
 	p.mu.Lock()
 	p.making--
 	if err == nil && p.ctx.Err() == nil {
@@ -228,8 +237,8 @@ func (p *Pool) yield() {
 
 // makeReady restores a VM, makes it warm, and pauses it until a pod comes: it
 // costs no processor time meanwhile.
-func (p *Pool) makeReady(snap *snapshot.Snapshot) (_ *VM, retErr error) {
-	ctx, cancel := context.WithTimeout(p.ctx, p.cfg.ReadyLimit)
+func (p *Pool) makeReady(ctx context.Context, snap *snapshot.Snapshot) (_ *VM, retErr error) {
+	ctx, cancel := context.WithTimeout(ctx, p.cfg.ReadyLimit)
 	defer cancel()
 	vm, err := p.restore(ctx, snap, Request{})
 	if err != nil {
@@ -241,13 +250,13 @@ func (p *Pool) makeReady(snap *snapshot.Snapshot) (_ *VM, retErr error) {
 			retErr = p.undo(vm, retErr)
 		}
 	}()
-	err = p.cfg.Guest.Ready(ctx, vm)
+	err = p.answer(ctx, vm)
 	p.Report(ctx, vm, err)
 	if err != nil {
 		return nil, fmt.Errorf("a restored VM: %w", err)
 	}
 	if p.cfg.Warm {
-		if err := p.cfg.Guest.WarmUp(ctx, vm); err != nil {
+		if err := p.warmUp(ctx, vm); err != nil {
 			return nil, fmt.Errorf("warm up a restored VM: %w", err)
 		}
 	}

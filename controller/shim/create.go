@@ -40,6 +40,8 @@ func (s *service) Create(ctx context.Context, r *wirev1.CreateTaskRequest) (_ *w
 	if err := checkID("container", r.Id); err != nil {
 		return nil, err
 	}
+	rep := s.newReport("create", r.Id)
+	defer func() { rep.send(ctx, retErr) }()
 	if r.Checkpoint != "" || r.ParentCheckpoint != "" {
 		return nil, fmt.Errorf("container %q cannot be restored from checkpoint %q in a VM: %w", r.Id, r.Checkpoint, errdefs.ErrInvalidArgument)
 	}
@@ -55,14 +57,22 @@ func (s *service) Create(ctx context.Context, r *wirev1.CreateTaskRequest) (_ *w
 	if err != nil {
 		return nil, err
 	}
-	if req.Rootfs, err = s.attachRootFS(ctx, r.Id); err != nil {
+	end := rep.part(PartImage)
+	req.Rootfs, err = s.attachRootFS(ctx, r.Id)
+	end()
+	if err != nil {
 		return nil, err
 	}
-	if _, err := s.guest.client(ctx); err != nil {
+	end = rep.part(PartConnect)
+	_, err = s.guest.client(ctx)
+	end()
+	if err != nil {
 		return nil, err
 	}
 	paths := stdioPaths{stdin: r.Stdin, stdout: r.Stdout, stderr: r.Stderr, terminal: r.Terminal}
+	end = rep.part(PartStreams)
 	pio, err := openIO(ctx, s.guest.transport, paths)
+	end()
 	if err != nil {
 		return nil, err
 	}
@@ -74,7 +84,7 @@ func (s *service) Create(ctx context.Context, r *wirev1.CreateTaskRequest) (_ *w
 	req.Stdio = pio.streams
 	t := &task{svc: s, id: r.Id, bundle: r.Bundle}
 	t.init = newProcess(t, "", paths, pio)
-	if err := s.createInGuest(ctx, t, req); err != nil {
+	if err := s.createInGuest(ctx, t, req, rep); err != nil {
 		return nil, err
 	}
 	s.admit(t, r)
@@ -198,7 +208,7 @@ func (s *service) attachRootFS(ctx context.Context, id string) (*guestv1.RootFS,
 
 // createInGuest makes the container. When it fails, or nobody waits for it any
 // more, the guest has none.
-func (s *service) createInGuest(ctx context.Context, t *task, req *guestv1.CreateRequest) (retErr error) {
+func (s *service) createInGuest(ctx context.Context, t *task, req *guestv1.CreateRequest, rep *report) (retErr error) {
 	defer func() {
 		if retErr == nil || s.guest.lost() {
 			return
@@ -210,12 +220,15 @@ func (s *service) createInGuest(ctx context.Context, t *task, req *guestv1.Creat
 			log.G(ctx).WithError(err).WithField("container", req.Id).Warn("a container that failed to be created may be left in the guest")
 		}
 	}()
+	end := rep.part(PartGuest)
 	resp, err := callGuest(ctx, s.guest, createLimit, func(ctx context.Context, c guestv1.TaskService) (*guestv1.CreateResponse, error) {
 		return c.Create(ctx, req)
 	})
+	end()
 	if err != nil {
 		return fmt.Errorf("create container %q: %w", req.Id, err)
 	}
+	rep.steps(resp.Steps)
 	if err := checkPid(resp.Pid); err != nil {
 		return fmt.Errorf("create container %q: %w", req.Id, err)
 	}

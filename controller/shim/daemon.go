@@ -114,6 +114,14 @@ func (d *daemon) call(ctx context.Context, fn func(context.Context, *ttrpc.Clien
 	}
 	md := ttrpc.MD{}
 	md.Set(namespaceHeader, d.namespace)
+	if asked, ok := ttrpc.GetMetadata(ctx); ok {
+		// What is done for a request of containerd's is part of its trace.
+		for _, key := range TraceHeaders {
+			if v, ok := asked.Get(key); ok {
+				md.Set(key, v...)
+			}
+		}
+	}
 	err = fn(ttrpc.WithMetadata(ctx, md), client)
 	away := err != nil && isConnError(err)
 	d.put(client, away)

@@ -44,6 +44,7 @@ type fakeGuest struct {
 	procs   map[string]*fakeProc
 	nextPid uint32
 	created []*guestv1.CreateRequest
+	steps   []*guestv1.Step // that a create tells
 	updated [][]byte
 	sizes   []string
 }
@@ -229,7 +230,7 @@ func (g *fakeGuest) Create(ctx context.Context, r *guestv1.CreateRequest) (*gues
 	g.mu.Lock()
 	g.created = append(g.created, r)
 	g.mu.Unlock()
-	return &guestv1.CreateResponse{Pid: p.pid}, nil
+	return &guestv1.CreateResponse{Pid: p.pid, Steps: g.steps}, nil
 }
 
 func (g *fakeGuest) Exec(ctx context.Context, r *guestv1.ExecRequest) (*emptypb.Empty, error) {

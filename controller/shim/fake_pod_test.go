@@ -10,6 +10,7 @@ import (
 	"net"
 	"os"
 	"path/filepath"
+	"strings"
 	"sync"
 	"syscall"
 	"testing"
@@ -44,6 +45,8 @@ type fakeDaemon struct {
 	topics   []string
 	events   []any
 	attached []string
+	reports  []*hostv1.ReportRequest
+	traces   map[string]string // of calls, by name
 	attach   func(context.Context) error
 }
 
@@ -99,8 +102,27 @@ func (d *fakeDaemon) Forward(ctx context.Context, r *eventsapi.ForwardRequest) (
 	return &emptypb.Empty{}, nil
 }
 
+func (d *fakeDaemon) Report(ctx context.Context, r *hostv1.ReportRequest) (*emptypb.Empty, error) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	d.noteTrace(ctx, "Report "+r.Call)
+	d.reports = append(d.reports, r)
+	return &emptypb.Empty{}, nil
+}
+
+// noteTrace keeps the trace that a call is part of, under d.mu.
+func (d *fakeDaemon) noteTrace(ctx context.Context, call string) {
+	if d.traces == nil {
+		d.traces = map[string]string{}
+	}
+	md, _ := ttrpc.GetMetadata(ctx)
+	v, _ := md.Get("traceparent")
+	d.traces[call] = strings.Join(v, " ")
+}
+
 func (d *fakeDaemon) AttachRootFS(ctx context.Context, r *hostv1.AttachRootFSRequest) (*hostv1.AttachRootFSResponse, error) {
 	d.mu.Lock()
+	d.noteTrace(ctx, "AttachRootFS")
 	attach := d.attach
 	d.attached = append(d.attached, r.SandboxId+"/"+r.ContainerId)
 	d.mu.Unlock()

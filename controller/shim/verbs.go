@@ -29,7 +29,13 @@ func (s *service) Start(ctx context.Context, r *wirev1.StartRequest) (*wirev1.St
 	if err != nil {
 		return nil, err
 	}
+	call := "start"
+	if r.ExecId != "" {
+		call = "exec"
+	}
+	rep := s.newReport(call, r.Id)
 	pid, err := p.start(ctx)
+	rep.send(ctx, err)
 	if err != nil {
 		return nil, fmt.Errorf("start: %w", err)
 	}

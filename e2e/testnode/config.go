@@ -79,6 +79,7 @@ func (n *Node) pluginConfig() table {
 		"io.containerd.internal.v1.opt":                  table{"path": n.Dir("opt")},
 		"io.containerd.nri.v1.nri":                       table{"disable": true, "socket_path": n.Dir("nri", "nri.sock"), "plugin_path": n.Dir("nri"), "plugin_config_path": n.Dir("nri")},
 		"io.containerd.server.v1.debug":                  table{"address": n.Dir("debug.sock")},
+		"io.containerd.server.v1.metrics":                table{"address": n.opts.Metrics},
 		"io.containerd.server.v1.grpc":                   table{"address": n.Dir("c.sock")},
 		"io.containerd.server.v1.ttrpc":                  table{"address": n.Dir("c.sock.ttrpc")},
 		"io.containerd.shim.v1.manager":                  table{"socket_dir": n.Dir("s")},

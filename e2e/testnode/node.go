@@ -62,6 +62,10 @@ type Options struct {
 	CloudHV map[string]any
 	// Debug makes containerd log at level debug, and the shims every request.
 	Debug bool
+	// Metrics is the address at which containerd serves its metrics; empty for none.
+	Metrics string
+	// Env is added to containerd's environment.
+	Env []string
 }
 
 // Node is a private containerd. See the package's documentation.

@@ -76,7 +76,7 @@ func (n *Node) spawn() (*process, error) {
 	}
 	defer log.Close()
 	cmd := exec.Command(filepath.Join(n.opts.BinDir, "containerd"), "--config", n.ConfigPath())
-	cmd.Env = n.env()
+	cmd.Env = append(n.env(), n.opts.Env...)
 	cmd.Dir = n.dir
 	cmd.Stdout, cmd.Stderr = log, log
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true}

@@ -16,6 +16,7 @@ package hostv1
 import (
 	protoreflect "google.golang.org/protobuf/reflect/protoreflect"
 	protoimpl "google.golang.org/protobuf/runtime/protoimpl"
+	emptypb "google.golang.org/protobuf/types/known/emptypb"
 	reflect "reflect"
 	sync "sync"
 	unsafe "unsafe"
@@ -126,19 +127,200 @@ func (x *AttachRootFSResponse) GetImageSerial() string {
 	return ""
 }
 
+type ReportRequest struct {
+	state       protoimpl.MessageState `protogen:"open.v1"`
+	SandboxId   string                 `protobuf:"bytes,1,opt,name=sandbox_id,json=sandboxId,proto3" json:"sandbox_id,omitempty"`
+	ContainerId string                 `protobuf:"bytes,2,opt,name=container_id,json=containerId,proto3" json:"container_id,omitempty"`
+	// call is create, start, or exec (the start of a process that was added).
+	Call string `protobuf:"bytes,3,opt,name=call,proto3" json:"call,omitempty"`
+	// failed is true for a call that was answered with an error.
+	Failed bool `protobuf:"varint,4,opt,name=failed,proto3" json:"failed,omitempty"`
+	// began_unix_nano is when the call began, by the host's clock.
+	BeganUnixNano int64   `protobuf:"varint,5,opt,name=began_unix_nano,json=beganUnixNano,proto3" json:"began_unix_nano,omitempty"`
+	TookUsec      uint64  `protobuf:"varint,6,opt,name=took_usec,json=tookUsec,proto3" json:"took_usec,omitempty"`
+	Parts         []*Part `protobuf:"bytes,7,rep,name=parts,proto3" json:"parts,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ReportRequest) Reset() {
+	*x = ReportRequest{}
+	mi := &file_controller_hostapi_v1_host_proto_msgTypes[2]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ReportRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ReportRequest) ProtoMessage() {}
+
+func (x *ReportRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_controller_hostapi_v1_host_proto_msgTypes[2]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ReportRequest.ProtoReflect.Descriptor instead.
+func (*ReportRequest) Descriptor() ([]byte, []int) {
+	return file_controller_hostapi_v1_host_proto_rawDescGZIP(), []int{2}
+}
+
+func (x *ReportRequest) GetSandboxId() string {
+	if x != nil {
+		return x.SandboxId
+	}
+	return ""
+}
+
+func (x *ReportRequest) GetContainerId() string {
+	if x != nil {
+		return x.ContainerId
+	}
+	return ""
+}
+
+func (x *ReportRequest) GetCall() string {
+	if x != nil {
+		return x.Call
+	}
+	return ""
+}
+
+func (x *ReportRequest) GetFailed() bool {
+	if x != nil {
+		return x.Failed
+	}
+	return false
+}
+
+func (x *ReportRequest) GetBeganUnixNano() int64 {
+	if x != nil {
+		return x.BeganUnixNano
+	}
+	return 0
+}
+
+func (x *ReportRequest) GetTookUsec() uint64 {
+	if x != nil {
+		return x.TookUsec
+	}
+	return 0
+}
+
+func (x *ReportRequest) GetParts() []*Part {
+	if x != nil {
+		return x.Parts
+	}
+	return nil
+}
+
+// Part is a part of a call that is over.
+type Part struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	Name  string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	// at_usec is when it began, since the call did.
+	AtUsec   uint64 `protobuf:"varint,2,opt,name=at_usec,json=atUsec,proto3" json:"at_usec,omitempty"`
+	TookUsec uint64 `protobuf:"varint,3,opt,name=took_usec,json=tookUsec,proto3" json:"took_usec,omitempty"`
+	// guest is true for what the guest's agent told, whose name and times are its own.
+	Guest         bool `protobuf:"varint,4,opt,name=guest,proto3" json:"guest,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Part) Reset() {
+	*x = Part{}
+	mi := &file_controller_hostapi_v1_host_proto_msgTypes[3]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Part) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Part) ProtoMessage() {}
+
+func (x *Part) ProtoReflect() protoreflect.Message {
+	mi := &file_controller_hostapi_v1_host_proto_msgTypes[3]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Part.ProtoReflect.Descriptor instead.
+func (*Part) Descriptor() ([]byte, []int) {
+	return file_controller_hostapi_v1_host_proto_rawDescGZIP(), []int{3}
+}
+
+func (x *Part) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *Part) GetAtUsec() uint64 {
+	if x != nil {
+		return x.AtUsec
+	}
+	return 0
+}
+
+func (x *Part) GetTookUsec() uint64 {
+	if x != nil {
+		return x.TookUsec
+	}
+	return 0
+}
+
+func (x *Part) GetGuest() bool {
+	if x != nil {
+		return x.Guest
+	}
+	return false
+}
+
 var File_controller_hostapi_v1_host_proto protoreflect.FileDescriptor
 
 const file_controller_hostapi_v1_host_proto_rawDesc = "" +
 	"\n" +
-	" controller/hostapi/v1/host.proto\x12\x0fcloudhv.host.v1\"W\n" +
+	" controller/hostapi/v1/host.proto\x12\x0fcloudhv.host.v1\x1a\x1bgoogle/protobuf/empty.proto\"W\n" +
 	"\x13AttachRootFSRequest\x12\x1d\n" +
 	"\n" +
 	"sandbox_id\x18\x01 \x01(\tR\tsandboxId\x12!\n" +
 	"\fcontainer_id\x18\x02 \x01(\tR\vcontainerId\"9\n" +
 	"\x14AttachRootFSResponse\x12!\n" +
-	"\fimage_serial\x18\x01 \x01(\tR\vimageSerial2c\n" +
+	"\fimage_serial\x18\x01 \x01(\tR\vimageSerial\"\xef\x01\n" +
+	"\rReportRequest\x12\x1d\n" +
+	"\n" +
+	"sandbox_id\x18\x01 \x01(\tR\tsandboxId\x12!\n" +
+	"\fcontainer_id\x18\x02 \x01(\tR\vcontainerId\x12\x12\n" +
+	"\x04call\x18\x03 \x01(\tR\x04call\x12\x16\n" +
+	"\x06failed\x18\x04 \x01(\bR\x06failed\x12&\n" +
+	"\x0fbegan_unix_nano\x18\x05 \x01(\x03R\rbeganUnixNano\x12\x1b\n" +
+	"\ttook_usec\x18\x06 \x01(\x04R\btookUsec\x12+\n" +
+	"\x05parts\x18\a \x03(\v2\x15.cloudhv.host.v1.PartR\x05parts\"f\n" +
+	"\x04Part\x12\x12\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name\x12\x17\n" +
+	"\aat_usec\x18\x02 \x01(\x04R\x06atUsec\x12\x1b\n" +
+	"\ttook_usec\x18\x03 \x01(\x04R\btookUsec\x12\x14\n" +
+	"\x05guest\x18\x04 \x01(\bR\x05guest2\xa5\x01\n" +
 	"\x04Host\x12[\n" +
-	"\fAttachRootFS\x12$.cloudhv.host.v1.AttachRootFSRequest\x1a%.cloudhv.host.v1.AttachRootFSResponseBDZBgithub.com/cloudhv/containerd-cloudhv/controller/hostapi/v1;hostv1b\x06proto3"
+	"\fAttachRootFS\x12$.cloudhv.host.v1.AttachRootFSRequest\x1a%.cloudhv.host.v1.AttachRootFSResponse\x12@\n" +
+	"\x06Report\x12\x1e.cloudhv.host.v1.ReportRequest\x1a\x16.google.protobuf.EmptyBDZBgithub.com/cloudhv/containerd-cloudhv/controller/hostapi/v1;hostv1b\x06proto3"
 
 var (
 	file_controller_hostapi_v1_host_proto_rawDescOnce sync.Once
@@ -152,19 +334,25 @@ func file_controller_hostapi_v1_host_proto_rawDescGZIP() []byte {
 	return file_controller_hostapi_v1_host_proto_rawDescData
 }
 
-var file_controller_hostapi_v1_host_proto_msgTypes = make([]protoimpl.MessageInfo, 2)
+var file_controller_hostapi_v1_host_proto_msgTypes = make([]protoimpl.MessageInfo, 4)
 var file_controller_hostapi_v1_host_proto_goTypes = []any{
 	(*AttachRootFSRequest)(nil),  // 0: cloudhv.host.v1.AttachRootFSRequest
 	(*AttachRootFSResponse)(nil), // 1: cloudhv.host.v1.AttachRootFSResponse
+	(*ReportRequest)(nil),        // 2: cloudhv.host.v1.ReportRequest
+	(*Part)(nil),                 // 3: cloudhv.host.v1.Part
+	(*emptypb.Empty)(nil),        // 4: google.protobuf.Empty
 }
 var file_controller_hostapi_v1_host_proto_depIdxs = []int32{
-	0, // 0: cloudhv.host.v1.Host.AttachRootFS:input_type -> cloudhv.host.v1.AttachRootFSRequest
-	1, // 1: cloudhv.host.v1.Host.AttachRootFS:output_type -> cloudhv.host.v1.AttachRootFSResponse
-	1, // [1:2] is the sub-list for method output_type
-	0, // [0:1] is the sub-list for method input_type
-	0, // [0:0] is the sub-list for extension type_name
-	0, // [0:0] is the sub-list for extension extendee
-	0, // [0:0] is the sub-list for field type_name
+	3, // 0: cloudhv.host.v1.ReportRequest.parts:type_name -> cloudhv.host.v1.Part
+	0, // 1: cloudhv.host.v1.Host.AttachRootFS:input_type -> cloudhv.host.v1.AttachRootFSRequest
+	2, // 2: cloudhv.host.v1.Host.Report:input_type -> cloudhv.host.v1.ReportRequest
+	1, // 3: cloudhv.host.v1.Host.AttachRootFS:output_type -> cloudhv.host.v1.AttachRootFSResponse
+	4, // 4: cloudhv.host.v1.Host.Report:output_type -> google.protobuf.Empty
+	3, // [3:5] is the sub-list for method output_type
+	1, // [1:3] is the sub-list for method input_type
+	1, // [1:1] is the sub-list for extension type_name
+	1, // [1:1] is the sub-list for extension extendee
+	0, // [0:1] is the sub-list for field type_name
 }
 
 func init() { file_controller_hostapi_v1_host_proto_init() }
@@ -178,7 +366,7 @@ func file_controller_hostapi_v1_host_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_controller_hostapi_v1_host_proto_rawDesc), len(file_controller_hostapi_v1_host_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   2,
+			NumMessages:   4,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

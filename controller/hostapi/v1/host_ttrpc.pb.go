@@ -5,10 +5,12 @@ package hostv1
 import (
 	context "context"
 	ttrpc "github.com/containerd/ttrpc"
+	emptypb "google.golang.org/protobuf/types/known/emptypb"
 )
 
 type HostService interface {
 	AttachRootFS(context.Context, *AttachRootFSRequest) (*AttachRootFSResponse, error)
+	Report(context.Context, *ReportRequest) (*emptypb.Empty, error)
 }
 
 func RegisterHostService(srv *ttrpc.Server, svc HostService) {
@@ -20,6 +22,13 @@ func RegisterHostService(srv *ttrpc.Server, svc HostService) {
 					return nil, err
 				}
 				return svc.AttachRootFS(ctx, &req)
+			},
+			"Report": func(ctx context.Context, unmarshal func(interface{}) error) (interface{}, error) {
+				var req ReportRequest
+				if err := unmarshal(&req); err != nil {
+					return nil, err
+				}
+				return svc.Report(ctx, &req)
 			},
 		},
 	})
@@ -38,6 +47,14 @@ func NewHostClient(client *ttrpc.Client) HostService {
 func (c *hostClient) AttachRootFS(ctx context.Context, req *AttachRootFSRequest) (*AttachRootFSResponse, error) {
 	var resp AttachRootFSResponse
 	if err := c.client.Call(ctx, "cloudhv.host.v1.Host", "AttachRootFS", req, &resp); err != nil {
+		return nil, err
+	}
+	return &resp, nil
+}
+
+func (c *hostClient) Report(ctx context.Context, req *ReportRequest) (*emptypb.Empty, error) {
+	var resp emptypb.Empty
+	if err := c.client.Call(ctx, "cloudhv.host.v1.Host", "Report", req, &resp); err != nil {
 		return nil, err
 	}
 	return &resp, nil

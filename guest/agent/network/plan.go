@@ -19,8 +19,8 @@ import (
 type plan struct {
 	// builtIn is the address of the device that the VM has had from its start, or nil.
 	builtIn net.HardwareAddr
-	links  []link
-	routes []route
+	links   []link
+	routes  []route
 }
 
 type link struct {

@@ -12,6 +12,7 @@ import (
 	"path/filepath"
 	"strconv"
 	"strings"
+	"time"
 
 	"github.com/containerd/errdefs"
 	specs "github.com/opencontainers/runtime-spec/specs-go"
@@ -59,14 +60,15 @@ func (s *Service) create(ctx context.Context, r *guestv1.CreateRequest, spec *sp
 	}
 	c.sharesPids = pidns != ""
 	c.init.io = io
-	if err := c.create(ctx, r, spec, pidns); err != nil {
+	steps, err := c.create(ctx, r, spec, pidns)
+	if err != nil {
 		cctx, cancel := detached(ctx, cleanLimit)
 		defer cancel()
 		err = errors.Join(err, c.destroy(cctx))
 		s.forget(c)
 		return nil, err
 	}
-	return &guestv1.CreateResponse{Pid: uint32(c.init.snapshot().pid)}, nil
+	return &guestv1.CreateResponse{Pid: uint32(c.init.snapshot().pid), Steps: steps}, nil
 }
 
 func (s *Service) openIO(r *guestv1.Stdio) (*stdio.IO, error) {
@@ -115,15 +117,42 @@ func (s *Service) pidNamespace(ctx context.Context, r *guestv1.CreateRequest) (s
 	}
 }
 
-// create makes the bundle and the container. Its caller destroys what a failure leaves.
-func (c *container) create(ctx context.Context, r *guestv1.CreateRequest, spec *specs.Spec, pidns string) error {
+// create makes the bundle and the container, and tells how long its parts took. Its
+// caller destroys what a failure leaves.
+func (c *container) create(ctx context.Context, r *guestv1.CreateRequest, spec *specs.Spec, pidns string) ([]*guestv1.Step, error) {
+	var steps []*guestv1.Step
+	for _, step := range []struct {
+		name string
+		do   func() error
+	}{
+		{"rootfs", func() error { return c.mountRootFS(ctx, r) }},
+		{"bundle", func() error { return c.writeBundle(r, spec, pidns) }},
+		{"crun create", func() error {
+			return c.launch(ctx, c.init, c.bundle, r.GetStdio().GetTerminal(), stateCreated, c.initExited, func(p crun.Process) (int, error) {
+				return c.s.cfg.Runtime.Create(ctx, c.id, c.bundle, p)
+			})
+		}},
+	} {
+		began := time.Now()
+		if err := step.do(); err != nil {
+			return nil, err
+		}
+		steps = append(steps, &guestv1.Step{Name: step.name, Usec: uint64(time.Since(began).Microseconds())})
+	}
+	return steps, nil
+}
+
+// mountRootFS mounts the container's root file system.
+func (c *container) mountRootFS(ctx context.Context, r *guestv1.CreateRequest) (err error) {
 	if err := os.MkdirAll(c.rootfs(), 0o711); err != nil {
 		return fmt.Errorf("make bundle: %w", err)
 	}
-	var err error
-	if c.layer, err = c.s.cfg.RootFS.Mount(ctx, c.id, r.GetRootfs().GetImageSerial(), c.rootfs()); err != nil {
-		return err
-	}
+	c.layer, err = c.s.cfg.RootFS.Mount(ctx, c.id, r.GetRootfs().GetImageSerial(), c.rootfs())
+	return err
+}
+
+// writeBundle writes what crun reads: the spec, made this guest's, and the files.
+func (c *container) writeBundle(r *guestv1.CreateRequest, spec *specs.Spec, pidns string) error {
 	files, err := c.writeFiles(r.GetFiles())
 	if err != nil {
 		return err
@@ -137,12 +166,7 @@ func (c *container) create(ctx context.Context, r *guestv1.CreateRequest, spec *
 		pod:        c.s.cfg.Pod,
 		privateShm: r.GetPrivateShm(),
 	})
-	if err := writeJSON(filepath.Join(c.bundle, "config.json"), spec); err != nil {
-		return err
-	}
-	return c.launch(ctx, c.init, c.bundle, r.GetStdio().GetTerminal(), stateCreated, c.initExited, func(p crun.Process) (int, error) {
-		return c.s.cfg.Runtime.Create(ctx, c.id, c.bundle, p)
-	})
+	return writeJSON(filepath.Join(c.bundle, "config.json"), spec)
 }
 
 func writeJSON(path string, v any) error {

@@ -1321,8 +1321,10 @@ func (x *WarmUpRequest) GetImageSerial() string {
 }
 
 type CreateResponse struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	Pid           uint32                 `protobuf:"varint,1,opt,name=pid,proto3" json:"pid,omitempty"`
+	state protoimpl.MessageState `protogen:"open.v1"`
+	Pid   uint32                 `protobuf:"varint,1,opt,name=pid,proto3" json:"pid,omitempty"`
+	// steps tells how long each part took, in order.
+	Steps         []*Step `protobuf:"bytes,2,rep,name=steps,proto3" json:"steps,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1362,6 +1364,13 @@ func (x *CreateResponse) GetPid() uint32 {
 		return x.Pid
 	}
 	return 0
+}
+
+func (x *CreateResponse) GetSteps() []*Step {
+	if x != nil {
+		return x.Steps
+	}
+	return nil
 }
 
 type StartRequest struct {
@@ -2875,9 +2884,10 @@ const file_guest_api_v1_guest_proto_rawDesc = "" +
 	"privateShm\"F\n" +
 	"\rWarmUpRequest\x12\x12\n" +
 	"\x04spec\x18\x01 \x01(\fR\x04spec\x12!\n" +
-	"\fimage_serial\x18\x02 \x01(\tR\vimageSerial\"\"\n" +
+	"\fimage_serial\x18\x02 \x01(\tR\vimageSerial\"P\n" +
 	"\x0eCreateResponse\x12\x10\n" +
-	"\x03pid\x18\x01 \x01(\rR\x03pid\"7\n" +
+	"\x03pid\x18\x01 \x01(\rR\x03pid\x12,\n" +
+	"\x05steps\x18\x02 \x03(\v2\x16.cloudhv.guest.v1.StepR\x05steps\"7\n" +
 	"\fStartRequest\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x17\n" +
 	"\aexec_id\x18\x02 \x01(\tR\x06execId\"!\n" +
@@ -3091,60 +3101,61 @@ var file_guest_api_v1_guest_proto_depIdxs = []int32{
 	14, // 7: cloudhv.guest.v1.CreateRequest.files:type_name -> cloudhv.guest.v1.File
 	15, // 8: cloudhv.guest.v1.CreateRequest.stdio:type_name -> cloudhv.guest.v1.Stdio
 	0,  // 9: cloudhv.guest.v1.CreateRequest.pid_namespace:type_name -> cloudhv.guest.v1.PidNamespace
-	15, // 10: cloudhv.guest.v1.ExecRequest.stdio:type_name -> cloudhv.guest.v1.Stdio
-	44, // 11: cloudhv.guest.v1.DeleteResponse.exited_at:type_name -> google.protobuf.Timestamp
-	31, // 12: cloudhv.guest.v1.StatsResponse.cpu:type_name -> cloudhv.guest.v1.CPUStats
-	32, // 13: cloudhv.guest.v1.StatsResponse.memory:type_name -> cloudhv.guest.v1.MemoryStats
-	33, // 14: cloudhv.guest.v1.StatsResponse.pids:type_name -> cloudhv.guest.v1.PidsStats
-	34, // 15: cloudhv.guest.v1.StatsResponse.io:type_name -> cloudhv.guest.v1.IOStats
-	43, // 16: cloudhv.guest.v1.MemoryStats.stat:type_name -> cloudhv.guest.v1.MemoryStats.StatEntry
-	37, // 17: cloudhv.guest.v1.PidsResponse.processes:type_name -> cloudhv.guest.v1.Process
-	1,  // 18: cloudhv.guest.v1.StateResponse.status:type_name -> cloudhv.guest.v1.Status
-	44, // 19: cloudhv.guest.v1.StateResponse.exited_at:type_name -> google.protobuf.Timestamp
-	44, // 20: cloudhv.guest.v1.WaitResponse.exited_at:type_name -> google.protobuf.Timestamp
-	2,  // 21: cloudhv.guest.v1.Machine.Info:input_type -> cloudhv.guest.v1.InfoRequest
-	4,  // 22: cloudhv.guest.v1.Machine.Configure:input_type -> cloudhv.guest.v1.ConfigureRequest
-	4,  // 23: cloudhv.guest.v1.Machine.Rehearse:input_type -> cloudhv.guest.v1.ConfigureRequest
-	10, // 24: cloudhv.guest.v1.Machine.Resize:input_type -> cloudhv.guest.v1.ResizeRequest
-	12, // 25: cloudhv.guest.v1.Machine.PowerOff:input_type -> cloudhv.guest.v1.PowerOffRequest
-	16, // 26: cloudhv.guest.v1.Task.Create:input_type -> cloudhv.guest.v1.CreateRequest
-	19, // 27: cloudhv.guest.v1.Task.Start:input_type -> cloudhv.guest.v1.StartRequest
-	21, // 28: cloudhv.guest.v1.Task.Exec:input_type -> cloudhv.guest.v1.ExecRequest
-	22, // 29: cloudhv.guest.v1.Task.Delete:input_type -> cloudhv.guest.v1.DeleteRequest
-	24, // 30: cloudhv.guest.v1.Task.Kill:input_type -> cloudhv.guest.v1.KillRequest
-	25, // 31: cloudhv.guest.v1.Task.ResizePty:input_type -> cloudhv.guest.v1.ResizePtyRequest
-	26, // 32: cloudhv.guest.v1.Task.Pause:input_type -> cloudhv.guest.v1.PauseRequest
-	27, // 33: cloudhv.guest.v1.Task.Resume:input_type -> cloudhv.guest.v1.ResumeRequest
-	28, // 34: cloudhv.guest.v1.Task.Update:input_type -> cloudhv.guest.v1.UpdateRequest
-	29, // 35: cloudhv.guest.v1.Task.Stats:input_type -> cloudhv.guest.v1.StatsRequest
-	35, // 36: cloudhv.guest.v1.Task.Pids:input_type -> cloudhv.guest.v1.PidsRequest
-	38, // 37: cloudhv.guest.v1.Task.State:input_type -> cloudhv.guest.v1.StateRequest
-	40, // 38: cloudhv.guest.v1.Task.Wait:input_type -> cloudhv.guest.v1.WaitRequest
-	17, // 39: cloudhv.guest.v1.Task.WarmUp:input_type -> cloudhv.guest.v1.WarmUpRequest
-	3,  // 40: cloudhv.guest.v1.Machine.Info:output_type -> cloudhv.guest.v1.InfoResponse
-	5,  // 41: cloudhv.guest.v1.Machine.Configure:output_type -> cloudhv.guest.v1.ConfigureResponse
-	5,  // 42: cloudhv.guest.v1.Machine.Rehearse:output_type -> cloudhv.guest.v1.ConfigureResponse
-	11, // 43: cloudhv.guest.v1.Machine.Resize:output_type -> cloudhv.guest.v1.ResizeResponse
-	45, // 44: cloudhv.guest.v1.Machine.PowerOff:output_type -> google.protobuf.Empty
-	18, // 45: cloudhv.guest.v1.Task.Create:output_type -> cloudhv.guest.v1.CreateResponse
-	20, // 46: cloudhv.guest.v1.Task.Start:output_type -> cloudhv.guest.v1.StartResponse
-	45, // 47: cloudhv.guest.v1.Task.Exec:output_type -> google.protobuf.Empty
-	23, // 48: cloudhv.guest.v1.Task.Delete:output_type -> cloudhv.guest.v1.DeleteResponse
-	45, // 49: cloudhv.guest.v1.Task.Kill:output_type -> google.protobuf.Empty
-	45, // 50: cloudhv.guest.v1.Task.ResizePty:output_type -> google.protobuf.Empty
-	45, // 51: cloudhv.guest.v1.Task.Pause:output_type -> google.protobuf.Empty
-	45, // 52: cloudhv.guest.v1.Task.Resume:output_type -> google.protobuf.Empty
-	45, // 53: cloudhv.guest.v1.Task.Update:output_type -> google.protobuf.Empty
-	30, // 54: cloudhv.guest.v1.Task.Stats:output_type -> cloudhv.guest.v1.StatsResponse
-	36, // 55: cloudhv.guest.v1.Task.Pids:output_type -> cloudhv.guest.v1.PidsResponse
-	39, // 56: cloudhv.guest.v1.Task.State:output_type -> cloudhv.guest.v1.StateResponse
-	41, // 57: cloudhv.guest.v1.Task.Wait:output_type -> cloudhv.guest.v1.WaitResponse
-	45, // 58: cloudhv.guest.v1.Task.WarmUp:output_type -> google.protobuf.Empty
-	40, // [40:59] is the sub-list for method output_type
-	21, // [21:40] is the sub-list for method input_type
-	21, // [21:21] is the sub-list for extension type_name
-	21, // [21:21] is the sub-list for extension extendee
-	0,  // [0:21] is the sub-list for field type_name
+	6,  // 10: cloudhv.guest.v1.CreateResponse.steps:type_name -> cloudhv.guest.v1.Step
+	15, // 11: cloudhv.guest.v1.ExecRequest.stdio:type_name -> cloudhv.guest.v1.Stdio
+	44, // 12: cloudhv.guest.v1.DeleteResponse.exited_at:type_name -> google.protobuf.Timestamp
+	31, // 13: cloudhv.guest.v1.StatsResponse.cpu:type_name -> cloudhv.guest.v1.CPUStats
+	32, // 14: cloudhv.guest.v1.StatsResponse.memory:type_name -> cloudhv.guest.v1.MemoryStats
+	33, // 15: cloudhv.guest.v1.StatsResponse.pids:type_name -> cloudhv.guest.v1.PidsStats
+	34, // 16: cloudhv.guest.v1.StatsResponse.io:type_name -> cloudhv.guest.v1.IOStats
+	43, // 17: cloudhv.guest.v1.MemoryStats.stat:type_name -> cloudhv.guest.v1.MemoryStats.StatEntry
+	37, // 18: cloudhv.guest.v1.PidsResponse.processes:type_name -> cloudhv.guest.v1.Process
+	1,  // 19: cloudhv.guest.v1.StateResponse.status:type_name -> cloudhv.guest.v1.Status
+	44, // 20: cloudhv.guest.v1.StateResponse.exited_at:type_name -> google.protobuf.Timestamp
+	44, // 21: cloudhv.guest.v1.WaitResponse.exited_at:type_name -> google.protobuf.Timestamp
+	2,  // 22: cloudhv.guest.v1.Machine.Info:input_type -> cloudhv.guest.v1.InfoRequest
+	4,  // 23: cloudhv.guest.v1.Machine.Configure:input_type -> cloudhv.guest.v1.ConfigureRequest
+	4,  // 24: cloudhv.guest.v1.Machine.Rehearse:input_type -> cloudhv.guest.v1.ConfigureRequest
+	10, // 25: cloudhv.guest.v1.Machine.Resize:input_type -> cloudhv.guest.v1.ResizeRequest
+	12, // 26: cloudhv.guest.v1.Machine.PowerOff:input_type -> cloudhv.guest.v1.PowerOffRequest
+	16, // 27: cloudhv.guest.v1.Task.Create:input_type -> cloudhv.guest.v1.CreateRequest
+	19, // 28: cloudhv.guest.v1.Task.Start:input_type -> cloudhv.guest.v1.StartRequest
+	21, // 29: cloudhv.guest.v1.Task.Exec:input_type -> cloudhv.guest.v1.ExecRequest
+	22, // 30: cloudhv.guest.v1.Task.Delete:input_type -> cloudhv.guest.v1.DeleteRequest
+	24, // 31: cloudhv.guest.v1.Task.Kill:input_type -> cloudhv.guest.v1.KillRequest
+	25, // 32: cloudhv.guest.v1.Task.ResizePty:input_type -> cloudhv.guest.v1.ResizePtyRequest
+	26, // 33: cloudhv.guest.v1.Task.Pause:input_type -> cloudhv.guest.v1.PauseRequest
+	27, // 34: cloudhv.guest.v1.Task.Resume:input_type -> cloudhv.guest.v1.ResumeRequest
+	28, // 35: cloudhv.guest.v1.Task.Update:input_type -> cloudhv.guest.v1.UpdateRequest
+	29, // 36: cloudhv.guest.v1.Task.Stats:input_type -> cloudhv.guest.v1.StatsRequest
+	35, // 37: cloudhv.guest.v1.Task.Pids:input_type -> cloudhv.guest.v1.PidsRequest
+	38, // 38: cloudhv.guest.v1.Task.State:input_type -> cloudhv.guest.v1.StateRequest
+	40, // 39: cloudhv.guest.v1.Task.Wait:input_type -> cloudhv.guest.v1.WaitRequest
+	17, // 40: cloudhv.guest.v1.Task.WarmUp:input_type -> cloudhv.guest.v1.WarmUpRequest
+	3,  // 41: cloudhv.guest.v1.Machine.Info:output_type -> cloudhv.guest.v1.InfoResponse
+	5,  // 42: cloudhv.guest.v1.Machine.Configure:output_type -> cloudhv.guest.v1.ConfigureResponse
+	5,  // 43: cloudhv.guest.v1.Machine.Rehearse:output_type -> cloudhv.guest.v1.ConfigureResponse
+	11, // 44: cloudhv.guest.v1.Machine.Resize:output_type -> cloudhv.guest.v1.ResizeResponse
+	45, // 45: cloudhv.guest.v1.Machine.PowerOff:output_type -> google.protobuf.Empty
+	18, // 46: cloudhv.guest.v1.Task.Create:output_type -> cloudhv.guest.v1.CreateResponse
+	20, // 47: cloudhv.guest.v1.Task.Start:output_type -> cloudhv.guest.v1.StartResponse
+	45, // 48: cloudhv.guest.v1.Task.Exec:output_type -> google.protobuf.Empty
+	23, // 49: cloudhv.guest.v1.Task.Delete:output_type -> cloudhv.guest.v1.DeleteResponse
+	45, // 50: cloudhv.guest.v1.Task.Kill:output_type -> google.protobuf.Empty
+	45, // 51: cloudhv.guest.v1.Task.ResizePty:output_type -> google.protobuf.Empty
+	45, // 52: cloudhv.guest.v1.Task.Pause:output_type -> google.protobuf.Empty
+	45, // 53: cloudhv.guest.v1.Task.Resume:output_type -> google.protobuf.Empty
+	45, // 54: cloudhv.guest.v1.Task.Update:output_type -> google.protobuf.Empty
+	30, // 55: cloudhv.guest.v1.Task.Stats:output_type -> cloudhv.guest.v1.StatsResponse
+	36, // 56: cloudhv.guest.v1.Task.Pids:output_type -> cloudhv.guest.v1.PidsResponse
+	39, // 57: cloudhv.guest.v1.Task.State:output_type -> cloudhv.guest.v1.StateResponse
+	41, // 58: cloudhv.guest.v1.Task.Wait:output_type -> cloudhv.guest.v1.WaitResponse
+	45, // 59: cloudhv.guest.v1.Task.WarmUp:output_type -> google.protobuf.Empty
+	41, // [41:60] is the sub-list for method output_type
+	22, // [22:41] is the sub-list for method input_type
+	22, // [22:22] is the sub-list for extension type_name
+	22, // [22:22] is the sub-list for extension extendee
+	0,  // [0:22] is the sub-list for field type_name
 }
 
 func init() { file_guest_api_v1_guest_proto_init() }
