@@ -99,6 +99,8 @@ type Controller struct {
 	scratch    *scratchStore
 	// boots are the VMs that may start at a time.
 	boots *semaphore.Weighted
+	// turns are those of the sandboxes that are being started.
+	turns *vmpool.Turns
 	// pool has VMs ready; nil if every sandbox boots its own.
 	pool *vmpool.Pool
 
@@ -132,6 +134,7 @@ func New(o Options) *Controller {
 		ttrpc:      o.TTRPCAddress,
 		scratch:    newScratchStore(o.Settings.CacheDir, o.Settings.ScratchSize),
 		boots:      semaphore.NewWeighted(bootSlots(o.Settings, o.Host)),
+		turns:      vmpool.NewTurns(),
 		pods:       map[string]*pod{},
 	}
 	for _, d := range o.Drivers {

@@ -133,7 +133,7 @@ func (c *Controller) bringUp(ctx context.Context, p *pod, watch *stopwatch) erro
 	g.Go(func() error {
 		return watch.time(gctx, "network", func(ctx context.Context) error { return c.connect(ctx, p, n) })
 	})
-	defer c.holdRefill()()
+	defer c.takeTurn()()
 	booted := func() {}
 	g.Go(func() error {
 		acquired, err := c.acquire(gctx, p, watch)
