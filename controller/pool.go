@@ -261,14 +261,6 @@ func (c *Controller) recoverPool(ctx context.Context) error {
 	return c.pool.Recover(ctx, func(dir string) bool { return owned[dir] })
 }
 
-// Close lets go of the pool's VMs, which go on.
-func (c *Controller) Close() error {
-	if c.pool == nil {
-		return nil
-	}
-	return c.pool.Close()
-}
-
 // PoolStatus tells how the pool is; false if there is none.
 func (c *Controller) PoolStatus() (vmpool.Status, bool) {
 	if c.pool == nil {
