@@ -115,8 +115,11 @@ func (f *fakeBuilder) Prebuild(ctx context.Context, src rootfs.Source, since tim
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	f.running--
-	if err == nil {
+	switch {
+	case err == nil, errdefs.IsAlreadyExists(err):
 		f.snapshots[src] = true
+	case errdefs.IsNotFound(err):
+		delete(f.snapshots, src)
 	}
 	return err
 }
@@ -217,7 +220,9 @@ func source(snapshotter, chain string) rootfs.Source {
 func (r *rig) unpack(snapshotter, chain string) {
 	r.t.Helper()
 	r.builder.mu.Lock()
-	r.builder.snapshots[source(snapshotter, chain)] = r.builder.snapshots[source(snapshotter, chain)]
+	if _, ok := r.builder.snapshots[source(snapshotter, chain)]; !ok {
+		r.builder.snapshots[source(snapshotter, chain)] = false
+	}
 	r.builder.mu.Unlock()
 	require.NoError(r.t, r.bus.Publish(r.ctx(), "/snapshot/commit",
 		&eventstypes.SnapshotCommit{Key: "extract", Name: chain, Snapshotter: snapshotter}))

@@ -20,12 +20,12 @@ const (
 func TestRepository(t *testing.T) {
 	t.Parallel()
 	for name, want := range map[string]string{
-		"docker.io/library/redis:7":                       "docker.io/library/redis",
-		"docker.io/library/redis":                         "docker.io/library/redis",
-		"localhost:5000/a/b:1":                            "localhost:5000/a/b",
-		"localhost:5000/a/b@" + someID:                    "localhost:5000/a/b",
-		"localhost:5000/a/b:1@" + someID:                  "localhost:5000/a/b",
-		"r/a" + strings.Repeat("a", maxRepository-3):      "r/a" + strings.Repeat("a", maxRepository-3),
+		"docker.io/library/redis:7":                        "docker.io/library/redis",
+		"docker.io/library/redis":                          "docker.io/library/redis",
+		"localhost:5000/a/b:1":                             "localhost:5000/a/b",
+		"localhost:5000/a/b@" + someID:                     "localhost:5000/a/b",
+		"localhost:5000/a/b:1@" + someID:                   "localhost:5000/a/b",
+		"r/a" + strings.Repeat("a", maxRepository-3):       "r/a" + strings.Repeat("a", maxRepository-3),
 		"r/a" + strings.Repeat("a", maxRepository-3) + "b": "",
 		someID: "",
 		"":     "",

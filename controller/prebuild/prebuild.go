@@ -131,7 +131,7 @@ func (p *Prebuilder) loop(evs <-chan *events.Envelope, errs <-chan error) {
 	for _, img := range slices.Clone(p.memory.Pending) {
 		p.consider(img)
 	}
-	for {
+	for p.ctx.Err() == nil {
 		p.keep()
 		p.next()
 		select {
@@ -147,7 +147,6 @@ func (p *Prebuilder) loop(evs <-chan *events.Envelope, errs <-chan error) {
 		case err := <-p.built:
 			p.finish(err)
 		case <-p.ctx.Done():
-			return
 		}
 	}
 }

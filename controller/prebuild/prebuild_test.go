@@ -47,8 +47,7 @@ func TestAlways(t *testing.T) {
 	r.pull("r/a", "1") // again, and nothing is new
 	b := source("overlayfs", r.pull("r/b", "1"))
 	r.awaitAsked(a, b)
-	require.NoError(t, r.Close())
-	require.Empty(t, r.saved().Pending)
+	r.awaitPending(0)
 }
 
 // An import tells of the image before it is unpacked.
@@ -168,7 +167,7 @@ func TestARestart(t *testing.T) {
 func TestFailures(t *testing.T) {
 	t.Parallel()
 	for _, err := range []error{
-		errdefs.ErrResourceExhausted, errdefs.ErrNotFound, errdefs.ErrAlreadyExists, errdefs.ErrInternal,
+		errdefs.ErrResourceExhausted, errdefs.ErrAlreadyExists, errdefs.ErrInternal,
 	} {
 		t.Run(err.Error(), func(t *testing.T) {
 			t.Parallel()
@@ -185,6 +184,26 @@ func TestFailures(t *testing.T) {
 			r.awaitAsked(a, source("overlayfs", r.pull("r/b", "1")))
 		})
 	}
+}
+
+// A snapshot that has gone may come again.
+func TestASnapshotThatIsGone(t *testing.T) {
+	t.Parallel()
+	r := newRig(t, config.PrebuildAlways)
+	r.builder.mu.Lock()
+	r.builder.err = errdefs.ErrNotFound
+	r.builder.mu.Unlock()
+	target, chain := r.build("a", 2, platforms.DefaultSpec())
+	r.unpack("overlayfs", chain)
+	r.name("r/a:1", target)
+	r.awaitAsked(source("overlayfs", chain))
+	r.awaitPending(0)
+	r.builder.mu.Lock()
+	r.builder.err = nil
+	r.builder.mu.Unlock()
+	r.unpack("overlayfs", chain)
+	r.name("r/a:1", target)
+	r.awaitAsked(source("overlayfs", chain), source("overlayfs", chain))
 }
 
 // Images that are imported and never unpacked do not add up.
