@@ -21,9 +21,15 @@ import (
 // poolNode is a node of the test's own, with a pool.
 func poolNode(t *testing.T, pool map[string]any) *testnode.Node {
 	t.Helper()
+	return ownNode(t, map[string]any{"pool": pool})
+}
+
+// ownNode is a node of the test's own, whose plugin is configured as said.
+func ownNode(t *testing.T, cfg map[string]any) *testnode.Node {
+	t.Helper()
 	requireCloudHV(t)
-	opts := nodeOptions("e2epool")
-	opts.CloudHV = map[string]any{"pool": pool}
+	opts := nodeOptions(node(t).Name() + "pool")
+	opts.CloudHV = cfg
 	n, err := testnode.New(opts)
 	require.NoError(t, err)
 	t.Cleanup(func() {
