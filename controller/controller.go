@@ -40,6 +40,7 @@ import (
 
 	"github.com/cloudhv/containerd-cloudhv/controller/config"
 	"github.com/cloudhv/containerd-cloudhv/controller/network"
+	"github.com/cloudhv/containerd-cloudhv/controller/prebuild"
 	"github.com/cloudhv/containerd-cloudhv/controller/rootfs"
 	"github.com/cloudhv/containerd-cloudhv/vmpool"
 	"github.com/cloudhv/containerd-cloudhv/vmpool/vmm"
@@ -105,6 +106,10 @@ type Controller struct {
 	scratch    *scratchStore
 	// boots are the VMs that may start at a time.
 	boots *semaphore.Weighted
+	// prebuild has images made before a pod asks; nil if none is.
+	prebuild *prebuild.Prebuilder
+	// turns are those of the sandboxes that are being started.
+	turns *vmpool.Turns
 	// pool has VMs ready; nil if every sandbox boots its own.
 	pool *vmpool.Pool
 
@@ -138,6 +143,7 @@ func New(o Options) *Controller {
 		ttrpc:      o.TTRPCAddress,
 		scratch:    newScratchStore(o.Settings.CacheDir, o.Settings.ScratchSize),
 		boots:      semaphore.NewWeighted(bootSlots(o.Settings, o.Host)),
+		turns:      vmpool.NewTurns(),
 		pods:       map[string]*pod{},
 	}
 	for _, d := range o.Drivers {
@@ -167,6 +173,29 @@ func bootSlots(s *config.Settings, host vmm.Host) int64 {
 	default:
 		return int64(4 * runtime.NumCPU())
 	}
+}
+
+// OpenPrebuild begins to have images made before a pod asks, as the configuration
+// says. The caller fills in what is containerd's. Call it after Recover.
+func (c *Controller) OpenPrebuild(ctx context.Context, cfg prebuild.Config) {
+	if c.unfit != nil || c.cfg.Prebuild == config.PrebuildNever {
+		return
+	}
+	cfg.Policy, cfg.Dir, cfg.Turns = c.cfg.Prebuild, filepath.Join(c.cfg.CacheDir, "prebuild"), c.turns
+	c.prebuild = prebuild.New(ctx, cfg)
+}
+
+// Close lets go of the pool's VMs, which go on, and ends what is done in the
+// background.
+func (c *Controller) Close() error {
+	var errs []error
+	if c.prebuild != nil {
+		errs = append(errs, c.prebuild.Close())
+	}
+	if c.pool != nil {
+		errs = append(errs, c.pool.Close())
+	}
+	return errors.Join(errs...)
 }
 
 // Unfit is why this controller creates no sandboxes, or nil.

@@ -74,6 +74,9 @@ func (c *Controller) attachRootFS(ctx context.Context, sandboxID, containerID st
 	}
 	select {
 	case <-pl.done:
+		if pl.err == nil && c.prebuild != nil {
+			c.prebuild.Ran(ns, container.Image, container.Snapshotter)
+		}
 		return img.Serial, pl.err
 	case <-ctx.Done():
 		return "", fmt.Errorf("plug in the image: %w", context.Cause(ctx))

@@ -132,7 +132,7 @@ func (f *fakeContainers) Get(_ context.Context, id string) (containers.Container
 	if !ok {
 		return containers.Container{}, errdefs.ErrNotFound
 	}
-	return containers.Container{ID: id, SandboxID: sb, Snapshotter: "overlayfs", SnapshotKey: id[:1]}, nil
+	return containers.Container{ID: id, SandboxID: sb, Image: "r/" + id + ":1", Snapshotter: "overlayfs", SnapshotKey: id[:1]}, nil
 }
 
 const testNamespace = "k8s.io"

@@ -90,7 +90,7 @@ func (c *Controller) openPool(dirs vmpool.Config) error {
 		Dir: dirs.Dir, ScratchDir: dirs.ScratchDir,
 		NewScratch: c.scratch.make, NewTAP: c.network.MakeTAP,
 		Demand:    vmpool.Demand{Min: c.cfg.Pool.Min, Max: c.cfg.Pool.Max, Window: c.cfg.Pool.Window, Horizon: c.cfg.Pool.Horizon},
-		MaxMemory: c.cfg.Pool.MaxMemory, VMMemory: vmMemory, Parallel: c.cfg.Pool.Parallel, Slots: c.boots,
+		MaxMemory: c.cfg.Pool.MaxMemory, VMMemory: vmMemory, Parallel: c.cfg.Pool.Parallel, Slots: c.boots, Turns: c.turns,
 		Warm:          c.cfg.Pool.WarmUp == config.WarmUpAlways || c.cfg.Pool.WarmUp == config.WarmUpAuto && tcg,
 		SnapshotLimit: 2 * c.cfg.BootTimeout, ReadyLimit: c.cfg.BootTimeout, CheckLimit: min(checkLimit, c.cfg.AgentTimeout),
 	}
@@ -257,13 +257,10 @@ func (c *Controller) report(ctx context.Context, vm vmm.VM, err error) {
 	}
 }
 
-// holdRefill keeps the pool from being filled while a sandbox starts, and for as
-// long after as its first container may take.
-func (c *Controller) holdRefill() (release func()) {
-	if c.pool == nil {
-		return func() {}
-	}
-	done := c.pool.Busy()
+// takeTurn holds back what is done in the background, the pool's refill for one,
+// while a sandbox starts, and for as long after as its first container may take.
+func (c *Controller) takeTurn() (release func()) {
+	done := c.turns.Begin()
 	return func() { time.AfterFunc(startGrace, done) }
 }
 
@@ -297,14 +294,6 @@ func (c *Controller) recoverPool(ctx context.Context) error {
 		}
 	}
 	return c.pool.Recover(ctx, func(dir string) bool { return owned[dir] })
-}
-
-// Close lets go of the pool's VMs, which go on.
-func (c *Controller) Close() error {
-	if c.pool == nil {
-		return nil
-	}
-	return c.pool.Close()
 }
 
 // PoolStatus tells how the pool is; false if there is none.

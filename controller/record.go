@@ -4,17 +4,13 @@
 package controller
 
 import (
-	"encoding/json"
-	"errors"
 	"fmt"
-	"io/fs"
-	"os"
 	"path/filepath"
 	"time"
 
-	"github.com/containerd/containerd/v2/pkg/atomicfile"
 	"github.com/containerd/errdefs"
 
+	"github.com/cloudhv/containerd-cloudhv/vmpool/durable"
 	"github.com/cloudhv/containerd-cloudhv/vmpool/process"
 	"github.com/cloudhv/containerd-cloudhv/vmpool/vmm"
 )
@@ -75,21 +71,10 @@ type guestInfo struct {
 }
 
 // save writes the record durably and in one step.
-func (r *record) save(dir string) (retErr error) {
+func (r *record) save(dir string) error {
 	r.Version = recordVersion
-	data, err := json.Marshal(r)
-	if err != nil {
-		return fmt.Errorf("encode record: %w", err)
-	}
-	f, err := atomicfile.New(filepath.Join(dir, recordFile), 0o600)
-	if err != nil {
-		return fmt.Errorf("write record: %w", err)
-	}
-	if _, err := f.Write(data); err != nil {
-		return errors.Join(fmt.Errorf("write record: %w", err), f.Cancel())
-	}
-	if err := f.Close(); err != nil {
-		return fmt.Errorf("write record: %w", err)
+	if err := durable.WriteJSON(filepath.Join(dir, recordFile), r); err != nil {
+		return fmt.Errorf("record of %s: %w", filepath.Base(dir), err)
 	}
 	return nil
 }
@@ -97,29 +82,9 @@ func (r *record) save(dir string) (retErr error) {
 // loadRecord reads the record of the sandbox in dir. It returns ErrNotFound if
 // there is none, and ErrDataLoss if it cannot be what save wrote.
 func loadRecord(dir string) (*record, error) {
-	path := filepath.Join(dir, recordFile)
-	st, err := os.Lstat(path)
-	if errors.Is(err, fs.ErrNotExist) {
-		return nil, fmt.Errorf("record of %s: %w", filepath.Base(dir), errdefs.ErrNotFound)
-	}
-	if err != nil {
-		return nil, fmt.Errorf("read record: %w", err)
-	}
-	if !st.Mode().IsRegular() || st.Size() > maxRecord {
-		return nil, fmt.Errorf("%s is no record: %w", path, errdefs.ErrDataLoss)
-	}
-	data, err := os.ReadFile(path)
-	if err != nil {
-		return nil, fmt.Errorf("read record: %w", err)
-	}
-	return decodeRecord(data, filepath.Base(dir))
-}
-
-// decodeRecord checks the record of sandbox id.
-func decodeRecord(data []byte, id string) (*record, error) {
-	r := &record{}
-	if err := json.Unmarshal(data, r); err != nil {
-		return nil, fmt.Errorf("record of %s: %w: %w", id, err, errdefs.ErrDataLoss)
+	r, id := &record{}, filepath.Base(dir)
+	if err := durable.ReadJSON(filepath.Join(dir, recordFile), maxRecord, r); err != nil {
+		return nil, fmt.Errorf("record of %s: %w", id, err)
 	}
 	if r.Version != recordVersion {
 		return nil, fmt.Errorf("record of %s has version %d, and this build knows %d: %w",

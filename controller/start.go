@@ -139,7 +139,7 @@ func (c *Controller) bringUp(ctx context.Context, p *pod, watch *stopwatch) erro
 			return err
 		})
 	})
-	defer c.holdRefill()()
+	defer c.takeTurn()()
 	booted := func() {}
 	g.Go(func() error {
 		acquired, err := c.acquire(gctx, p, watch)

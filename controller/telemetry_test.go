@@ -154,7 +154,7 @@ func TestMetricsOfFailures(t *testing.T) {
 	assert.Equal(t, 1.0, d["sandbox_ends_total start"])
 	for name := range d {
 		if strings.Contains(name, "failures") {
-			assert.Equal(t, "start_phase_failures_total nic", name)
+			assert.Equal(t, "start_phase_failures_total join", name)
 		}
 	}
 	assert.NotContains(t, d, "sandbox_start_seconds cold")
@@ -206,7 +206,7 @@ func TestSpans(t *testing.T) {
 	parents := tree(spans)
 	for name, parent := range map[string]string{
 		"cloudhv.create": "", "cloudhv.start": "caller", "cloudhv.start.network": "cloudhv.start", "cloudhv.start.boot": "cloudhv.start",
-		"cloudhv.start.nic": "cloudhv.start", "cloudhv.start.configure": "cloudhv.start", "cloudhv.guest.kernel": "cloudhv.start",
+		"cloudhv.start.join": "cloudhv.start", "cloudhv.start.configure": "cloudhv.start", "cloudhv.guest.kernel": "cloudhv.start",
 		"cloudhv.guest.clock": "cloudhv.start.configure", "cloudhv.guest.network": "cloudhv.start.configure",
 	} {
 		assert.Contains(t, parents, name)

@@ -67,7 +67,7 @@ func (s *stopwatch) time(ctx context.Context, name string, fn func(context.Conte
 	s.add(name, begin.Sub(s.start), took)
 	s.of.phases.WithValues(name).Update(took)
 	// What ended because something beside it failed, or the caller left, is no failure of its own.
-	if err != nil && (ctx.Err() == nil || !isContextError(err)) {
+	if err != nil && ctx.Err() == nil {
 		s.of.failures.WithValues(name).Inc()
 	}
 	log.G(ctx).WithFields(log.Fields{"phase": name, "duration": took}).Debug(s.of.name + " phase")

@@ -14,6 +14,7 @@ import (
 	"github.com/stretchr/testify/require"
 
 	"github.com/cloudhv/containerd-cloudhv/controller"
+	_ "github.com/cloudhv/containerd-cloudhv/controller/prebuild" // its metrics
 )
 
 // metric is what a document and a registry both say of one.

@@ -21,10 +21,15 @@ import (
 // poolNode is a node of the test's own, with a pool.
 func poolNode(t *testing.T, pool map[string]any, change ...func(*testnode.Options)) *testnode.Node {
 	t.Helper()
+	return ownNode(t, map[string]any{"pool": pool}, change...)
+}
+
+// ownNode is a node of the test's own, whose plugin is configured as said.
+func ownNode(t *testing.T, cfg map[string]any, change ...func(*testnode.Options)) *testnode.Node {
+	t.Helper()
 	requireCloudHV(t)
-	name := suite.node.Name()
-	opts := nodeOptions(name[:min(len(name), 7)] + "pool")
-	opts.CloudHV = map[string]any{"pool": pool}
+	opts := nodeOptions(node(t).Name() + "pool")
+	opts.CloudHV = cfg
 	for _, c := range change {
 		c(&opts)
 	}

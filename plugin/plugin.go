@@ -26,6 +26,7 @@ const (
 	metadataPlugin          plugin.Type = "io.containerd.metadata.v1"
 	leasePlugin             plugin.Type = "io.containerd.lease.v1"
 	snapshotPlugin          plugin.Type = "io.containerd.snapshotter.v1"
+	eventPlugin             plugin.Type = "io.containerd.event.v1"
 
 	propertyTTRPCAddress = "io.containerd.plugin.ttrpc.address"
 )
@@ -37,7 +38,7 @@ func init() {
 	registry.Register(&plugin.Registration{
 		Type:     sandboxControllerPlugin,
 		ID:       ID,
-		Requires: []plugin.Type{metadataPlugin, leasePlugin, snapshotPlugin},
+		Requires: []plugin.Type{metadataPlugin, leasePlugin, snapshotPlugin, eventPlugin},
 		Config:   config.Default(),
 		InitFn:   initController,
 	})

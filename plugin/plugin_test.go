@@ -28,6 +28,7 @@ func TestTypesAreContainerds(t *testing.T) {
 	require.Equal(t, plugins.MetadataPlugin, metadataPlugin)
 	require.Equal(t, plugins.LeasePlugin, leasePlugin)
 	require.Equal(t, plugins.SnapshotPlugin, snapshotPlugin)
+	require.Equal(t, plugins.EventPlugin, eventPlugin)
 	require.Equal(t, plugins.PropertyTTRPCAddress, propertyTTRPCAddress)
 }
 

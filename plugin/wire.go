@@ -11,6 +11,7 @@ import (
 	"slices"
 	"time"
 
+	"github.com/containerd/containerd/v2/core/events"
 	"github.com/containerd/containerd/v2/core/leases"
 	"github.com/containerd/containerd/v2/core/metadata"
 	"github.com/containerd/containerd/v2/core/snapshots"
@@ -21,6 +22,7 @@ import (
 
 	"github.com/cloudhv/containerd-cloudhv/controller"
 	"github.com/cloudhv/containerd-cloudhv/controller/config"
+	"github.com/cloudhv/containerd-cloudhv/controller/prebuild"
 	"github.com/cloudhv/containerd-cloudhv/controller/rootfs"
 	"github.com/cloudhv/containerd-cloudhv/vmpool/vmm"
 )
@@ -74,6 +76,10 @@ func build(ctx context.Context, ic *plugin.InitContext) *controller.Controller {
 			log.G(ctx).WithError(err).Error("cannot make the pool of VMs; each sandbox boots its own")
 		}
 		recoverAll(ctx, c, images, stores)
+		c.OpenPrebuild(ctx, prebuild.Config{
+			Builder: images, Snapshotters: stores.snapshotters,
+			Images: metadata.NewImageStore(stores.db), Content: stores.db.ContentStore(), Events: stores.events,
+		})
 	}
 	return c
 }
@@ -120,6 +126,7 @@ func recoverAll(ctx context.Context, c *controller.Controller, images *rootfs.St
 type stores struct {
 	db           *metadata.DB
 	leases       leases.Manager
+	events       events.Subscriber
 	snapshotters []string
 }
 
@@ -144,7 +151,15 @@ func containerdStores(ic *plugin.InitContext) (*stores, error) {
 	if err != nil {
 		return nil, fmt.Errorf("containerd's snapshotters: %w", err)
 	}
-	return &stores{db: db, leases: lm, snapshotters: slices.Sorted(maps.Keys(sn))}, nil
+	e, err := ic.GetSingle(eventPlugin)
+	if err != nil {
+		return nil, fmt.Errorf("containerd's events: %w", err)
+	}
+	ev, ok := e.(events.Subscriber)
+	if !ok {
+		return nil, fmt.Errorf("containerd's source of events is a %T: %w", e, errdefs.ErrFailedPrecondition)
+	}
+	return &stores{db: db, leases: lm, events: ev, snapshotters: slices.Sorted(maps.Keys(sn))}, nil
 }
 
 func (s *stores) namespaces(ctx context.Context) (list []string, err error) {

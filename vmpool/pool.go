@@ -85,6 +85,8 @@ type Config struct {
 	MaxMemory, VMMemory int64
 	// Parallel is how many VMs are made ready at a time.
 	Parallel int
+	// Turns are those of the pods that are being started; nil means the pool's own.
+	Turns *Turns
 	// Slots bound the VMs that are restored while a pod waits; nil means no bound.
 	Slots *semaphore.Weighted
 	// Warm says whether a VM is made warm before it is ready.
@@ -108,9 +110,6 @@ type Pool struct {
 	ready    []*VM // the one that became ready first is taken first
 	making   int
 	arrivals []time.Time
-	// busy are the pods that are being started; the refill lets them go first.
-	busy int
-	idle *sync.Cond // told when busy falls
 	// failures counts what the refill failed to do without success between, and
 	// until is the end of the pause that it costs.
 	failures int
@@ -169,12 +168,14 @@ func New(cfg Config) (*Pool, error) {
 			return nil, fmt.Errorf("pool: %w", err)
 		}
 	}
+	if cfg.Turns == nil {
+		cfg.Turns = NewTurns()
+	}
 	ctx, cancel := context.WithCancel(context.Background())
 	p := &Pool{
 		cfg: cfg, key: cfg.Inputs.Key(), wake: make(chan struct{}, 1),
 		ctx: ctx, cancel: cancel, outcomes: map[Outcome]int{},
 	}
-	p.idle = sync.NewCond(&p.mu)
 	return p, nil
 }
 
@@ -233,24 +234,11 @@ func (p *Pool) begin() (done func()) {
 	now := time.Now()
 	p.arrivals = p.cfg.Demand.Forget(append(p.arrivals, now), now)
 	p.mu.Unlock()
-	return p.Busy()
-}
-
-func (p *Pool) end() {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	p.busy--
-	p.idle.Broadcast()
-	p.poke()
-}
-
-// Busy holds the refill back until the function it returns is called: a pod is
-// being started, and the processors are its.
-func (p *Pool) Busy() (done func()) {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	p.busy++
-	return sync.OnceFunc(p.end)
+	end := p.cfg.Turns.Begin()
+	return func() {
+		end()
+		p.poke()
+	}
 }
 
 // poke makes Run look again.

@@ -4,16 +4,12 @@
 package vmpool
 
 import (
-	"encoding/json"
-	"errors"
 	"fmt"
-	"io"
-	"os"
 	"path/filepath"
 
-	"github.com/containerd/containerd/v2/pkg/atomicfile"
 	"github.com/containerd/errdefs"
 
+	"github.com/cloudhv/containerd-cloudhv/vmpool/durable"
 	"github.com/cloudhv/containerd-cloudhv/vmpool/vmm"
 )
 
@@ -45,19 +41,8 @@ type record struct {
 
 func (r *record) save(dir string) error {
 	r.Version = recordVersion
-	data, err := json.Marshal(r)
-	if err != nil {
-		return fmt.Errorf("encode record of VM %s: %w", r.ID, err)
-	}
-	f, err := atomicfile.New(filepath.Join(dir, recordFile), 0o600)
-	if err != nil {
-		return fmt.Errorf("write record of VM %s: %w", r.ID, err)
-	}
-	if _, err := f.Write(data); err != nil {
-		return errors.Join(fmt.Errorf("write record of VM %s: %w", r.ID, err), f.Cancel())
-	}
-	if err := f.Close(); err != nil {
-		return fmt.Errorf("write record of VM %s: %w", r.ID, err)
+	if err := durable.WriteJSON(filepath.Join(dir, recordFile), r); err != nil {
+		return fmt.Errorf("record of VM %s: %w", r.ID, err)
 	}
 	return nil
 }
@@ -65,24 +50,12 @@ func (r *record) save(dir string) error {
 // loadRecord reads the record in dir. ErrNotFound means that there is none,
 // ErrDataLoss that it is not what save wrote.
 func loadRecord(dir string) (*record, error) {
-	f, err := os.Open(filepath.Join(dir, recordFile))
-	if errors.Is(err, os.ErrNotExist) {
-		return nil, fmt.Errorf("record of VM %s: %w", filepath.Base(dir), errdefs.ErrNotFound)
+	r, id := &record{}, filepath.Base(dir)
+	if err := durable.ReadJSON(filepath.Join(dir, recordFile), maxRecord, r); err != nil {
+		return nil, fmt.Errorf("record of VM %s: %w", id, err)
 	}
-	if err != nil {
-		return nil, fmt.Errorf("read record of VM %s: %w", filepath.Base(dir), err)
-	}
-	defer f.Close() //nolint:errcheck // only read
-	data, err := io.ReadAll(io.LimitReader(f, maxRecord))
-	if err != nil {
-		return nil, fmt.Errorf("read record of VM %s: %w", filepath.Base(dir), err)
-	}
-	r := &record{}
-	if err := json.Unmarshal(data, r); err != nil {
-		return nil, fmt.Errorf("record of VM %s: %w: %w", filepath.Base(dir), err, errdefs.ErrDataLoss)
-	}
-	if r.Version != recordVersion || r.ID != filepath.Base(dir) {
-		return nil, fmt.Errorf("record of VM %s is of version %d and VM %q: %w", filepath.Base(dir), r.Version, r.ID, errdefs.ErrDataLoss)
+	if r.Version != recordVersion || r.ID != id {
+		return nil, fmt.Errorf("record of VM %s is of version %d and VM %q: %w", id, r.Version, r.ID, errdefs.ErrDataLoss)
 	}
 	return r, nil
 }

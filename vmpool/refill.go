@@ -18,9 +18,6 @@ import (
 )
 
 const (
-	// yieldLimit is how long the refill lets pods that are being started go first:
-	// under a steady stream of them it must go on too.
-	yieldLimit = 2 * time.Second
 	// firstPause is the pause after a failure, which doubles up to longestPause.
 	firstPause   = time.Second
 	longestPause = time.Minute
@@ -37,9 +34,6 @@ func (p *Pool) Run() {
 // process adopts them. It waits for what is being made.
 func (p *Pool) Close() error {
 	p.cancel()
-	p.mu.Lock()
-	p.idle.Broadcast()
-	p.mu.Unlock()
 	p.wg.Wait()
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -196,7 +190,7 @@ func (p *Pool) letGo(vm *VM) {
 // add makes one VM ready.
 func (p *Pool) add(snap *snapshot.Snapshot) {
 	defer p.poke()
-	p.yield()
+	p.cfg.Turns.Yield(p.ctx)
 	var vm *VM
 	err := step(p.ctx, "refill", func(ctx context.Context) (err error) {
 		vm, err = p.makeReady(ctx, snap)
@@ -216,22 +210,6 @@ func (p *Pool) add(snap *snapshot.Snapshot) {
 		p.failed(err)
 	default:
 		_ = vm.Close() // the next process adopts it
-	}
-}
-
-// yield lets pods that are being started go first, for a while.
-func (p *Pool) yield() {
-	end := time.Now().Add(yieldLimit)
-	timer := time.AfterFunc(yieldLimit+time.Millisecond, func() {
-		p.mu.Lock()
-		defer p.mu.Unlock()
-		p.idle.Broadcast()
-	})
-	defer timer.Stop()
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	for p.busy > 0 && p.ctx.Err() == nil && time.Now().Before(end) {
-		p.idle.Wait()
 	}
 }
 

@@ -58,6 +58,9 @@ type Config struct {
 	ScratchSize Value `toml:"scratch_size"`
 	// ImageCacheLimit bounds the image file systems in CacheDir that no pod uses.
 	ImageCacheLimit Value `toml:"image_cache_limit"`
+	// Prebuild says of which images the file systems are made when they are pulled:
+	// "used", those of which a pod has run another version, "always" or "never".
+	Prebuild Value `toml:"prebuild"`
 	// ConsoleLogLimit bounds the log of a guest's console.
 	ConsoleLogLimit Value `toml:"console_log_limit"`
 
@@ -108,6 +111,13 @@ type Pool struct {
 	// TemplateDir holds the snapshots; empty stands for templates in cache_dir.
 	TemplateDir Value `toml:"template_dir"`
 }
+
+// Values of Config.Prebuild.
+const (
+	PrebuildUsed   = "used"
+	PrebuildAlways = "always"
+	PrebuildNever  = "never"
+)
 
 // Values of Pool.WarmUp.
 const (
@@ -173,6 +183,7 @@ func Default() *Config {
 		Shim:                    "containerd-shim-cloudhv-v1",
 		ScratchSize:             "10GiB",
 		ImageCacheLimit:         "20GiB",
+		Prebuild:                PrebuildUsed,
 		ConsoleLogLimit:         "1MiB",
 		Cgroup:                  true,
 		CgroupParent:            "/cloudhv",

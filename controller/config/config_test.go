@@ -103,6 +103,7 @@ func TestValidateNamesFieldValueAndRemedy(t *testing.T) {
 		"vcpus no number":         {func(c *Config) { c.DefaultVCPUs = 1.5 }, []string{"default_vcpus", "whole number"}},
 		"scratch too small":       {func(c *Config) { c.ScratchSize = "1MiB" }, []string{`scratch_size = "1MiB"`, `"64MiB"`}},
 		"negative size":           {func(c *Config) { c.ImageCacheLimit = "-1" }, []string{`image_cache_limit = "-1"`}},
+		"prebuild":                {func(c *Config) { c.Prebuild = "sometimes" }, []string{`prebuild = "sometimes"`, `"used", "always" or "never"`}},
 		"console too small":       {func(c *Config) { c.ConsoleLogLimit = "1" }, []string{`console_log_limit = "1"`}},
 		"duration without unit":   {func(c *Config) { c.Timeouts = map[string]any{"boot": "60"} }, []string{`timeouts.boot = "60"`, `"30s"`}},
 		"duration of nothing":     {func(c *Config) { c.Timeouts = Timeouts{PowerOff: "0s"} }, []string{`timeouts.power_off = "0s"`}},

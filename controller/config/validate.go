@@ -68,6 +68,7 @@ type Settings struct {
 	StateDir, CacheDir, Shim string
 	ScratchSize              int64
 	ImageCacheLimit          int64
+	Prebuild                 string
 	ConsoleLogLimit          int64
 	Cgroup                   bool
 	CgroupParent             string
@@ -250,6 +251,7 @@ func (v *validator) directories(c *Config, s *Settings) {
 func (v *validator) limits(c *Config, s *Settings) {
 	s.ScratchSize = v.atLeast("scratch_size", c.ScratchSize, minScratch)
 	s.ImageCacheLimit = v.atLeast("image_cache_limit", c.ImageCacheLimit, 0)
+	s.Prebuild = v.oneOf("prebuild", c.Prebuild, PrebuildUsed, PrebuildAlways, PrebuildNever)
 	s.ConsoleLogLimit = v.atLeast("console_log_limit", c.ConsoleLogLimit, minConsole)
 	s.BootParallel = v.count("boot_parallel", c.BootParallel, 0, maxBootParallel)
 }
@@ -275,11 +277,7 @@ func (v *validator) pool(p Pool, s *Settings, host HostInfo) {
 		out.MaxMemory = host.Memory / 10
 	}
 	out.Parallel = v.count("pool.parallel", p.Parallel, 0, maxBootParallel)
-	var ok bool
-	out.WarmUp, ok = v.text("pool.warm_up", p.WarmUp)
-	if ok && !slices.Contains([]string{WarmUpAuto, WarmUpAlways, WarmUpNever}, out.WarmUp) {
-		v.errorf("pool.warm_up", p.WarmUp, "use %q, %q or %q", WarmUpAuto, WarmUpAlways, WarmUpNever)
-	}
+	out.WarmUp = v.oneOf("pool.warm_up", p.WarmUp, WarmUpAuto, WarmUpAlways, WarmUpNever)
 	out.Horizon = v.duration("pool.memory", p.Memory)
 	out.Window = v.duration("pool.window", p.Window)
 	out.TemplateDir = filepath.Join(s.CacheDir, "templates")

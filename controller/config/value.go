@@ -21,6 +21,15 @@ func (v *validator) text(field string, value Value) (_ string, ok bool) {
 	return s, ok
 }
 
+// oneOf is one of three words.
+func (v *validator) oneOf(field string, value Value, a, b, c string) string {
+	word, ok := v.text(field, value)
+	if ok && word != a && word != b && word != c {
+		v.errorf(field, value, "use %q, %q or %q", a, b, c)
+	}
+	return word
+}
+
 // flag is true or false.
 func (v *validator) flag(field string, value Value) bool {
 	b, ok := value.(bool)

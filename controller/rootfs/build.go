@@ -35,7 +35,7 @@ const (
 )
 
 // build writes the chain into tmp and gives it its name.
-func (s *Store) build(ctx context.Context, c chain, tmp *os.File) (retErr error) {
+func (s *Store) build(ctx context.Context, c chain, tmp *os.File, bg *background) (retErr error) {
 	start := time.Now()
 	dir := s.path(c.key, mountSuffix)
 	if err := os.Mkdir(dir, 0o700); err != nil && !errors.Is(err, fs.ErrExist) {
@@ -54,7 +54,11 @@ func (s *Store) build(ctx context.Context, c chain, tmp *os.File) (retErr error)
 		}
 		defer func() { retErr = errors.Join(retErr, release()) }()
 	}
-	if err := s.write(ctx, dir, tmp, c.key); err != nil {
+	builder := s.cfg.Builder
+	if bg != nil {
+		builder = bg.builder(builder)
+	}
+	if err := write(ctx, builder, dir, tmp, c.key); err != nil {
 		return err
 	}
 	if err := commit(tmp, s.path(c.key, imageSuffix)); err != nil {
@@ -67,12 +71,12 @@ func (s *Store) build(ctx context.Context, c chain, tmp *os.File) (retErr error)
 }
 
 // write runs mkfs.erofs and looks meanwhile for names that it leaves out.
-func (s *Store) write(ctx context.Context, dir string, tmp *os.File, key string) error {
+func write(ctx context.Context, builder Builder, dir string, tmp *os.File, key string) error {
 	g, gctx := errgroup.WithContext(ctx)
 	var buildErr, findErr error
 	g.Go(func() error {
 		// Its error does not end the search, which may know the reason.
-		buildErr = s.cfg.Builder.Run(gctx, dir, tmp.Name(), key)
+		buildErr = builder.Run(gctx, dir, tmp.Name(), key)
 		return nil
 	})
 	g.Go(func() error {

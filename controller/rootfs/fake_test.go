@@ -37,6 +37,8 @@ type fakeSnapshotter struct {
 	// slow delays View.
 	slow time.Duration
 	made int
+	// usage is every snapshot's size.
+	usage int64
 }
 
 func newFakeSnapshotter() *fakeSnapshotter {
@@ -71,6 +73,15 @@ func (f *fakeSnapshotter) Stat(ctx context.Context, key string) (snapshots.Info,
 		return info, fmt.Errorf("%s: %w", key, errdefs.ErrNotFound)
 	}
 	return info, nil
+}
+
+func (f *fakeSnapshotter) Usage(_ context.Context, key string) (snapshots.Usage, error) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if _, ok := f.infos[key]; !ok {
+		return snapshots.Usage{}, fmt.Errorf("%s: %w", key, errdefs.ErrNotFound)
+	}
+	return snapshots.Usage{Size: f.usage}, nil
 }
 
 func (f *fakeSnapshotter) View(ctx context.Context, key, parent string, _ ...snapshots.Opt) ([]mount.Mount, error) {

@@ -34,6 +34,9 @@ type Builder struct {
 	// Memory bounds its address space, ImageSize the file it writes, in bytes;
 	// 0 means no bound.
 	Memory, ImageSize int64
+
+	// attend, if set, looks after the child's process group until its context ends.
+	attend func(ctx context.Context, pid int) error
 }
 
 // Run writes the tree at dir into the existing file out. Hard links, owners,
@@ -59,7 +62,7 @@ func (b Builder) Run(ctx context.Context, dir, out, key string) error {
 	cmd.Cancel = func() error { return unix.Kill(-cmd.Process.Pid, unix.SIGKILL) }
 	cmd.WaitDelay = killWait
 
-	if err := wait(cmd); err != nil {
+	if err := b.wait(ctx, cmd); err != nil {
 		if ctx.Err() != nil {
 			return fmt.Errorf("mkfs.erofs: %w", context.Cause(ctx))
 		}
@@ -70,7 +73,7 @@ func (b Builder) Run(ctx context.Context, dir, out, key string) error {
 
 // wait runs the child from a thread of its own: the kernel sends the parent
 // death signal when the thread that forked ends.
-func wait(cmd *exec.Cmd) error {
+func (b Builder) wait(ctx context.Context, cmd *exec.Cmd) error {
 	result := make(chan error, 1)
 	go func() {
 		runtime.LockOSThread()
@@ -79,14 +82,38 @@ func wait(cmd *exec.Cmd) error {
 			result <- err
 			return
 		}
-		// A child that has ended already needs no priority.
-		niceErr := unix.Setpriority(unix.PRIO_PROCESS, cmd.Process.Pid, niceness)
-		if errors.Is(niceErr, unix.ESRCH) {
-			niceErr = nil
+		pid := cmd.Process.Pid
+		err := setNiceness(pid, niceness)
+		if b.attend != nil {
+			err = errors.Join(err, b.attendUntilExit(ctx, pid))
 		}
-		result <- errors.Join(niceErr, cmd.Wait())
+		result <- errors.Join(err, cmd.Wait())
 	}()
 	return <-result
+}
+
+// attendUntilExit runs attend until the child has ended. It has not been waited for
+// then, so that its pid was its own all the time.
+func (b Builder) attendUntilExit(ctx context.Context, pid int) error {
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	attended := make(chan error, 1)
+	go func() { attended <- b.attend(ctx, pid) }()
+	err := error(unix.EINTR)
+	for errors.Is(err, unix.EINTR) {
+		err = unix.Waitid(unix.P_PID, pid, nil, unix.WEXITED|unix.WNOWAIT, nil)
+	}
+	cancel()
+	return errors.Join(err, <-attended)
+}
+
+// setNiceness sets that of a process group, all of its threads. One that has ended
+// needs none.
+func setNiceness(pid, n int) error {
+	if err := unix.Setpriority(unix.PRIO_PGRP, pid, n); err != nil && !errors.Is(err, unix.ESRCH) {
+		return fmt.Errorf("niceness of process %d: %w", pid, err)
+	}
+	return nil
 }
 
 // limits are prlimit's arguments for the child's bounds.

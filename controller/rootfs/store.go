@@ -72,9 +72,11 @@ type Store struct {
 
 	mu   sync.Mutex
 	pins map[string]int
+	// background has what is being made that no pod has asked for, by key.
+	background map[string]*background
 }
 
-// Source names a container's snapshot.
+// Source names a snapshot: a container's, or to Prebuild a committed one.
 type Source struct {
 	Namespace, Snapshotter, Key string
 }
@@ -110,6 +112,8 @@ func New(cfg Config) (*Store, error) {
 		cfg:   cfg,
 		slots: semaphore.NewWeighted(int64(max(cfg.Parallel, 1))),
 		pins:  map[string]int{},
+
+		background: map[string]*background{},
 	}, nil
 }
 
@@ -169,21 +173,14 @@ func (s *Store) resolve(ctx context.Context, src Source) (chain, error) {
 	if err != nil {
 		return chain{}, fmt.Errorf("snapshotter %q: %w", src.Snapshotter, err)
 	}
-	ctx = namespaces.WithNamespace(ctx, src.Namespace)
-	info, err := sn.Stat(ctx, src.Key)
+	info, err := sn.Stat(namespaces.WithNamespace(ctx, src.Namespace), src.Key)
 	if err != nil {
 		return chain{}, fmt.Errorf("snapshot %q of %s: %w", src.Key, src.Snapshotter, err)
 	}
-	c := chain{namespace: src.Namespace, snapshotter: src.Snapshotter, name: info.Parent, key: emptyKey}
-	if c.name == "" {
-		return c, nil
+	if info.Parent == "" {
+		return chain{namespace: src.Namespace, snapshotter: src.Snapshotter, key: emptyKey}, nil
 	}
-	parent, err := sn.Stat(ctx, c.name)
-	if err != nil {
-		return chain{}, fmt.Errorf("snapshot %q of %s: %w", c.name, src.Snapshotter, err)
-	}
-	c.key = chainKey(c.namespace, c.snapshotter, parent)
-	return c, nil
+	return s.committed(ctx, Source{Namespace: src.Namespace, Snapshotter: src.Snapshotter, Key: info.Parent})
 }
 
 // chainKey identifies what a committed snapshot holds. A name that is a chain
@@ -200,22 +197,40 @@ func chainKey(namespace, snapshotter string, info snapshots.Info) string {
 
 // ensure makes the image of a pinned chain exist.
 func (s *Store) ensure(ctx context.Context, c chain) error {
+	for {
+		err := s.fly(ctx, c)
+		if !errors.Is(err, errBackground) {
+			return err
+		}
+	}
+}
+
+// errBackground tells that an image that was made in the background has failed,
+// which says nothing: it had limits of its own.
+var errBackground = errors.New("it was made in the background")
+
+// fly makes the image of a chain, or joins whoever does.
+func (s *Store) fly(ctx context.Context, c chain) error {
 	if s.exists(c.key) {
 		return nil
 	}
 	done := s.flight.DoChan(c.key, func() (any, error) {
 		if s.exists(c.key) {
-			return nil, nil
+			return flight{}, nil
 		}
 		// Detached: who asked first may leave while others wait.
 		bctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), s.cfg.Timeout)
 		defer cancel()
 		pin := s.Pin(c.key)
 		defer pin.Release()
-		return nil, s.make(bctx, c)
+		return flight{}, s.make(bctx, c, nil)
 	})
+	s.hurry(c.key)
 	select {
 	case r := <-done:
+		if f, ok := r.Val.(flight); r.Err != nil && ok && f.background {
+			return errBackground
+		}
 		return r.Err
 	case <-ctx.Done():
 		return fmt.Errorf("wait for the image's file system: %w", context.Cause(ctx))
@@ -227,12 +242,15 @@ func (s *Store) exists(key string) bool {
 	return err == nil
 }
 
-// make builds the image under its lock and trims the cache.
-func (s *Store) make(ctx context.Context, c chain) error {
-	if err := s.slots.Acquire(ctx, 1); err != nil {
-		return fmt.Errorf("wait for another image to be made: %w", err)
+// make builds the image under its lock and trims the cache. What is made in the
+// background, bg, takes none of the places of those that pods wait for.
+func (s *Store) make(ctx context.Context, c chain, bg *background) error {
+	if bg == nil {
+		if err := s.slots.Acquire(ctx, 1); err != nil {
+			return fmt.Errorf("wait for another image to be made: %w", err)
+		}
+		defer s.slots.Release(1)
 	}
-	defer s.slots.Release(1)
 	tmp, err := s.lock(ctx, c.key)
 	if err != nil {
 		return err
@@ -241,7 +259,7 @@ func (s *Store) make(ctx context.Context, c chain) error {
 	if s.exists(c.key) {
 		return errors.Join(removeFile(tmp.Name()))
 	}
-	if err := s.build(ctx, c, tmp); err != nil {
+	if err := s.build(ctx, c, tmp, bg); err != nil {
 		return errors.Join(fmt.Errorf("make the file system of image %s: %w", c.name, err), removeFile(tmp.Name()))
 	}
 	s.trim(ctx)

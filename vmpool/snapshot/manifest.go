@@ -4,10 +4,8 @@
 package snapshot
 
 import (
-	"encoding/json"
 	"errors"
 	"fmt"
-	"io"
 	"os"
 	"path/filepath"
 	"time"
@@ -15,6 +13,7 @@ import (
 	"github.com/containerd/errdefs"
 	"golang.org/x/sys/unix"
 
+	"github.com/cloudhv/containerd-cloudhv/vmpool/durable"
 	"github.com/cloudhv/containerd-cloudhv/vmpool/sparse"
 	"github.com/cloudhv/containerd-cloudhv/vmpool/vmm"
 )
@@ -62,11 +61,7 @@ func seal(dir string, in Inputs, snap vmm.Snapshot) error {
 			return fmt.Errorf("there is no file %s: %w", name, errdefs.ErrInternal)
 		}
 	}
-	data, err := json.Marshal(m)
-	if err != nil {
-		return err
-	}
-	return errors.Join(writeSynced(filepath.Join(dir, manifestFile), data), syncDir(dir))
+	return durable.WriteJSON(filepath.Join(dir, manifestFile), m)
 }
 
 func sealFile(path string) (file, error) {
@@ -86,42 +81,10 @@ func sealFile(path string) (file, error) {
 	return file{Bytes: st.Size(), SHA256: sum}, err
 }
 
-func writeSynced(path string, data []byte) (retErr error) {
-	f, err := os.OpenFile(path, os.O_CREATE|os.O_EXCL|os.O_WRONLY, 0o600)
-	if err != nil {
-		return err
-	}
-	defer func() { retErr = errors.Join(retErr, f.Close()) }()
-	if _, err := f.Write(data); err != nil {
-		return err
-	}
-	return f.Sync()
-}
-
-func syncDir(path string) error {
-	d, err := os.Open(path)
-	if err != nil {
-		return err
-	}
-	return errors.Join(d.Sync(), d.Close())
-}
-
 func readManifest(dir string) (*manifest, error) {
-	f, err := os.Open(filepath.Join(dir, manifestFile))
-	if err != nil {
-		return nil, err
-	}
-	defer f.Close() //nolint:errcheck // only read
-	data, err := io.ReadAll(io.LimitReader(f, maxManifest+1))
-	if err != nil {
-		return nil, err
-	}
-	if len(data) > maxManifest {
-		return nil, fmt.Errorf("the manifest has more than %d bytes: %w", maxManifest, errdefs.ErrDataLoss)
-	}
 	m := &manifest{}
-	if err := json.Unmarshal(data, m); err != nil {
-		return nil, fmt.Errorf("the manifest: %w: %w", err, errdefs.ErrDataLoss)
+	if err := durable.ReadJSON(filepath.Join(dir, manifestFile), maxManifest, m); err != nil {
+		return nil, fmt.Errorf("the manifest: %w", err)
 	}
 	return m, nil
 }

@@ -28,6 +28,7 @@ import (
 	"github.com/containerd/log"
 	"golang.org/x/sys/unix"
 
+	"github.com/cloudhv/containerd-cloudhv/vmpool/durable"
 	"github.com/cloudhv/containerd-cloudhv/vmpool/vmm"
 )
 
@@ -252,7 +253,7 @@ func (s *Store) build(ctx context.Context, in Inputs, build func(context.Context
 	if err := os.Rename(dir, s.path(key)); err != nil {
 		return nil, fmt.Errorf("make snapshot %s: %w", key, err)
 	}
-	if err := syncDir(s.dir); err != nil {
+	if err := durable.SyncDir(s.dir); err != nil {
 		log.G(ctx).WithError(err).Warn("a snapshot may not survive a loss of power")
 	}
 	return s.find(ctx, key)
