@@ -59,7 +59,7 @@ build: setup ## Our binaries into build/bin and the guest image into build/guest
 
 .PHONY: lint
 lint: ## gofmt, go vet, golangci-lint, shell scripts, kernel configurations, and that generated code is current.
-	@hack/setup/packages.sh install generate || echo '    without protoc'
+	@hack/setup/packages.sh install generate lint || echo '    without what is missing'
 	@hack/setup/tools.sh golangci-lint protoc-gen-go protoc-gen-go-ttrpc
 	@hack/lint.sh
 
@@ -86,7 +86,7 @@ fuzz: ## Each fuzz test for a short while (FUZZTIME=10s).
 .PHONY: e2e
 e2e: build ## Tests through the CRI on a private containerd (RUN=TestName for some of them).
 	@$(STEP) 'End-to-end tests'
-	@E2E_REQUIRE=1 $(GOTEST) -v -count=1 -timeout 60m ./e2e/...
+	@E2E_REQUIRE=1 $(GOTEST) -v -p 1 -count=1 -timeout 60m ./e2e/...
 
 .PHONY: bench
 bench: build ## Compare with runc in one run; writes build/bench.json (ROUNDS=20: pods by each handler).
