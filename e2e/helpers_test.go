@@ -191,12 +191,22 @@ func (p *pod) state() runtimeapi.PodSandboxState {
 	return st.GetStatus().GetState()
 }
 
-// awaitNotReady waits for the pod to turn NotReady.
+// awaitNotReady waits for the pod to turn NotReady: for the controller, which a
+// pod's status asks, and for CRI, which a list asks and which learns it after that.
 func (p *pod) awaitNotReady() {
 	p.t.Helper()
-	require.NoError(p.t, testnode.Eventually(testContext(p.t), func(context.Context) error {
+	require.NoError(p.t, testnode.Eventually(testContext(p.t), func(ctx context.Context) error {
 		if s := p.state(); s != runtimeapi.PodSandboxState_SANDBOX_NOTREADY {
 			return fmt.Errorf("the pod's state is %s", s)
+		}
+		list, err := p.n.Runtime().ListPodSandbox(ctx, &runtimeapi.ListPodSandboxRequest{Filter: &runtimeapi.PodSandboxFilter{Id: p.id}})
+		if err != nil {
+			return err
+		}
+		for _, item := range list.GetItems() {
+			if item.GetState() != runtimeapi.PodSandboxState_SANDBOX_NOTREADY {
+				return fmt.Errorf("the pod's state in a list is %s", item.GetState())
+			}
 		}
 		return nil
 	}))

@@ -230,7 +230,7 @@ func startTrace(t *testing.T, otlp *collector) {
 		base   = `cloudhv\.pool\.snapshot`
 	)
 	found := otlp.await(t,
-		run+`cloudhv\.create`, start, start+` > cloudhv\.start\.network`, start+` > cloudhv\.start\.shim`, start+` > cloudhv\.start\.nic`,
+		run+`cloudhv\.create`, start, start+` > cloudhv\.start\.network`, start+` > cloudhv\.start\.shim`, start+` > cloudhv\.start\.join`,
 		start+` > cloudhv\.start\.acquire`, start+` > cloudhv\.start\.acquire > cloudhv\.pool\.acquire > cloudhv\.pool\.hand_over`,
 		start+` > cloudhv\.start\.configure > cloudhv\.guest\.clock`, start+` > cloudhv\.start\.configure > cloudhv\.guest\.network`,
 		create+` > cloudhv\.task\.create > cloudhv\.task\.create\.guest > cloudhv\.guest\.crun create`,
