@@ -4,6 +4,7 @@
 package vmpool
 
 import (
+	"cmp"
 	"maps"
 
 	metrics "github.com/docker/go-metrics"
@@ -67,11 +68,8 @@ func (p *Pool) Status() Status {
 	if p.cfg.Off {
 		return Status{Off: true}
 	}
-	snap, err := p.cfg.Store.Peek(p.key)
-	key := p.key
-	if err == nil {
-		key = snap.ID
-	}
+	_, err := p.cfg.Store.Peek(p.key)
+	key := cmp.Or(p.cfg.Store.Current(p.key), p.key)
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	return Status{
