@@ -6,6 +6,7 @@ package main
 import (
 	"encoding/json"
 	"io"
+	"maps"
 	"time"
 
 	"github.com/urfave/cli/v3"
@@ -150,9 +151,7 @@ func viewStatus(s *ctlv1.StatusResponse) statusView {
 	for _, snap := range s.GetSnapshots() {
 		v.Snapshots = append(v.Snapshots, viewSnapshot(snap))
 	}
-	for state, n := range s.GetVms() {
-		v.VMs[state] = n
-	}
+	maps.Copy(v.VMs, s.GetVms())
 	return v
 }
 
