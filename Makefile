@@ -60,7 +60,7 @@ build: setup ## Our binaries into build/bin and the guest image into build/guest
 .PHONY: lint
 lint: ## gofmt, go vet, golangci-lint, shell scripts, kernel configurations, and that generated code is current.
 	@hack/setup/packages.sh install generate lint || echo '    without what is missing'
-	@hack/setup/tools.sh golangci-lint protoc-gen-go protoc-gen-go-ttrpc
+	@hack/setup/tools.sh golangci-lint protoc-gen-go protoc-gen-go-ttrpc protoc-gen-go-grpc
 	@hack/lint.sh
 
 .PHONY: fix
@@ -96,7 +96,7 @@ bench: build ## Compare with runc in one run; writes build/bench.json (ROUNDS=20
 .PHONY: generate
 generate: ## Generate the protobuf code again.
 	@hack/setup/packages.sh install generate
-	@hack/setup/tools.sh protoc-gen-go protoc-gen-go-ttrpc
+	@hack/setup/tools.sh protoc-gen-go protoc-gen-go-ttrpc protoc-gen-go-grpc
 	@hack/generate.sh
 
 ##@ To get rid of it

@@ -110,8 +110,10 @@ type Controller struct {
 	prebuild *prebuild.Prebuilder
 	// turns are those of the sandboxes that are being started.
 	turns *vmpool.Turns
-	// pool has VMs ready; nil if every sandbox boots its own.
-	pool *vmpool.Pool
+	// pool has VMs ready; nil if every sandbox boots its own. poolErr is why there is
+	// none that could be.
+	pool    *vmpool.Pool
+	poolErr error
 
 	// mu guards pods, and nothing slow is done under it.
 	mu   sync.Mutex

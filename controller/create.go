@@ -122,6 +122,7 @@ func (c *Controller) plan(id, ns string, pc *runtime.PodSandboxConfig, co *sandb
 		ID:         id,
 		Namespace:  ns,
 		State:      StateCreated,
+		Pod:        podName{Namespace: pc.GetMetadata().GetNamespace(), Name: pc.GetMetadata().GetName(), UID: pc.GetMetadata().GetUid()},
 		CreatedAt:  now(),
 		NetNS:      co.NetNSPath,
 		Size:       size,

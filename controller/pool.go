@@ -62,6 +62,7 @@ func (c *Controller) OpenPool() error {
 		}
 	}
 	var offErr error
+	c.poolErr = err
 	c.pool, offErr = vmpool.New(dirs)
 	return errors.Join(err, offErr)
 }

@@ -30,6 +30,8 @@ type record struct {
 	ID        string `json:"id"`
 	Namespace string `json:"namespace"`
 	State     State  `json:"state"`
+	// Pod is what Kubernetes calls it, as CRI was told.
+	Pod podName `json:"pod,omitzero"`
 
 	CreatedAt time.Time `json:"created_at"`
 	ExitedAt  time.Time `json:"exited_at,omitzero"`
@@ -62,6 +64,13 @@ type record struct {
 	Guest guestInfo `json:"guest,omitzero"`
 	// Phases tell how long the parts of Start took.
 	Phases []Phase `json:"phases,omitempty"`
+}
+
+// podName is what a pod is called. All is empty for a sandbox that is none.
+type podName struct {
+	Namespace string `json:"namespace,omitempty"`
+	Name      string `json:"name,omitempty"`
+	UID       string `json:"uid,omitempty"`
 }
 
 // guestInfo is what a guest told of itself, bounded and printable.

@@ -37,5 +37,6 @@ mkdir -p "$bin"
 step "Binaries, version $version on containerd $base (a first build takes minutes)"
 build containerd ./containerd-build/containerd
 build containerd-shim-cloudhv-v1 ./containerd-build/containerd-shim-cloudhv-v1
+build cloudhvctl ./containerd-build/cloudhvctl
 build containerd-shim-runc-v2 "$upstream/cmd/containerd-shim-runc-v2"
 build ctr "$upstream/cmd/ctr"

@@ -21,9 +21,18 @@ PATH=$repo/build/bin:$repo/build/host/bin:$PATH
 module=$(go list -m)
 mapfile -t protos < <(find . -path ./build -prune -o -name '*.proto' -printf '%P\n' | sort)
 
+# Services are served by ttrpc, but for those that containerd serves on its gRPC socket.
+grpc=controller/ctlapi
+
 # generate DIRECTORY
 generate() {
-	protoc -I . --go_out="$1" --go_opt="module=$module" --go-ttrpc_out="$1" --go-ttrpc_opt="module=$module" "${protos[@]}"
+	local -a own=() ttrpc=()
+	local proto
+	for proto in "${protos[@]}"; do
+		if [[ $proto == "$grpc"/* ]]; then own+=("$proto"); else ttrpc+=("$proto"); fi
+	done
+	protoc -I . --go_out="$1" --go_opt="module=$module" --go-ttrpc_out="$1" --go-ttrpc_opt="module=$module" "${ttrpc[@]}"
+	protoc -I . --go_out="$1" --go_opt="module=$module" --go-grpc_out="$1" --go-grpc_opt="module=$module" "${own[@]}"
 }
 
 case ${1:-} in
@@ -33,7 +42,7 @@ case ${1:-} in
 		say "generated code: NOT CHECKED, as protoc $wanted is not here (found: $found)"
 		exit 3
 	fi
-	for plugin in protoc-gen-go protoc-gen-go-ttrpc; do
+	for plugin in protoc-gen-go protoc-gen-go-ttrpc protoc-gen-go-grpc; do
 		command -v "$plugin" >/dev/null || { say "generated code: NOT CHECKED, as $plugin is not here"; exit 3; }
 	done
 	scratch=$(mktemp -d)

@@ -2,7 +2,8 @@
 // Copyright The containerd-cloudhv Authors
 
 // Package plugin registers the sandbox controller "cloudhv" with containerd,
-// and beside it the service that its shims ask. Import it for its effect.
+// and beside it the services that its shims and its people ask. Import it for its
+// effect.
 package plugin
 
 import (
@@ -23,6 +24,7 @@ import (
 const (
 	sandboxControllerPlugin plugin.Type = "io.containerd.sandbox.controller.v1"
 	ttrpcPlugin             plugin.Type = "io.containerd.ttrpc.v1"
+	grpcPlugin              plugin.Type = "io.containerd.grpc.v1"
 	metadataPlugin          plugin.Type = "io.containerd.metadata.v1"
 	leasePlugin             plugin.Type = "io.containerd.lease.v1"
 	snapshotPlugin          plugin.Type = "io.containerd.snapshotter.v1"
@@ -47,6 +49,12 @@ func init() {
 		ID:       ID,
 		Requires: []plugin.Type{sandboxControllerPlugin},
 		InitFn:   initHostService,
+	})
+	registry.Register(&plugin.Registration{
+		Type:     grpcPlugin,
+		ID:       ID,
+		Requires: []plugin.Type{sandboxControllerPlugin},
+		InitFn:   initControlService,
 	})
 }
 
@@ -74,6 +82,24 @@ type hostService struct {
 }
 
 func initHostService(ic *plugin.InitContext) (any, error) {
+	c, err := ours(ic)
+	if err != nil {
+		return nil, err
+	}
+	return &hostService{service: c.HostService()}, nil
+}
+
+// initControlService gives what containerd serves on its gRPC socket.
+func initControlService(ic *plugin.InitContext) (any, error) {
+	c, err := ours(ic)
+	if err != nil {
+		return nil, err
+	}
+	return c.ControlService(), nil
+}
+
+// ours is our own controller.
+func ours(ic *plugin.InitContext) (*controller.Controller, error) {
 	p, err := ic.GetByID(sandboxControllerPlugin, ID)
 	if err != nil {
 		return nil, fmt.Errorf("%w: %w", err, plugin.ErrSkipPlugin)
@@ -82,7 +108,7 @@ func initHostService(ic *plugin.InitContext) (any, error) {
 	if !ok {
 		return nil, fmt.Errorf("sandbox controller %s is a %T: %w", ID, p, plugin.ErrSkipPlugin)
 	}
-	return &hostService{service: c.HostService()}, nil
+	return c, nil
 }
 
 // RegisterTTRPC makes containerd serve it.

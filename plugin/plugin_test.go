@@ -25,6 +25,7 @@ func TestTypesAreContainerds(t *testing.T) {
 	t.Parallel()
 	require.Equal(t, plugins.SandboxControllerPlugin, sandboxControllerPlugin)
 	require.Equal(t, plugins.TTRPCPlugin, ttrpcPlugin)
+	require.Equal(t, plugins.GRPCPlugin, grpcPlugin)
 	require.Equal(t, plugins.MetadataPlugin, metadataPlugin)
 	require.Equal(t, plugins.LeasePlugin, leasePlugin)
 	require.Equal(t, plugins.SnapshotPlugin, snapshotPlugin)
@@ -40,9 +41,10 @@ func TestRegistrations(t *testing.T) {
 			found[r.Type.String()] = &r
 		}
 	}
-	require.Len(t, found, 2)
+	require.Len(t, found, 3)
 	require.Equal(t, config.Default(), found["io.containerd.sandbox.controller.v1"].Config)
 	require.Contains(t, found, "io.containerd.ttrpc.v1")
+	require.Contains(t, found, "io.containerd.grpc.v1")
 }
 
 func initContext(t *testing.T, set *plugin.Set, cfg any) *plugin.InitContext {

@@ -23,23 +23,23 @@ import (
 
 // plan makes the directory and the record of a new VM, and its configuration. One
 // that no pod has taken runs in a group of its own.
-func (p *Pool) plan(key string, req Request) (*VM, vmm.Config, error) {
+func (p *Pool) plan(snap string, req Request) (*VM, vmm.Config, error) {
 	id, owner, cgroup := newID(), req.Owner, req.Cgroup
 	if owner == "" {
 		cgroup = p.idleGroup(id)
 	}
 	vm := &VM{
 		Dir: filepath.Join(p.cfg.Dir, id), Scratch: p.scratch(id), Made: time.Now(),
-		rec: record{ID: id, Key: key, Scratch: p.scratch(id), Cgroup: cgroup, Owner: owner},
 	}
+	vm.rec = record{ID: id, Key: snap, Scratch: vm.Scratch, Cgroup: cgroup, Owner: owner, Made: vm.Made.Round(0)}
 	if err := os.Mkdir(vm.Dir, 0o700); err != nil {
 		return nil, vmm.Config{}, fmt.Errorf("make VM %s: %w", id, err)
 	}
 	if err := vm.rec.save(vm.Dir); err != nil {
 		return nil, vmm.Config{}, errors.Join(err, os.RemoveAll(vm.Dir))
 	}
-	if key != "" {
-		p.use(key, id)
+	if snap != "" {
+		p.use(snap, id)
 	}
 	cfg := p.cfg.Machine
 	cfg.ID, cfg.Dir, cfg.Scratch, cfg.CgroupPath = id, vm.Dir, vm.Scratch, cgroup
@@ -86,7 +86,10 @@ func (p *Pool) restore(ctx context.Context, snap *snapshot.Snapshot, req Request
 }
 
 func (p *Pool) restoreNow(ctx context.Context, snap *snapshot.Snapshot, req Request) (_ *VM, retErr error) {
-	vm, cfg, err := p.plan(snap.Key, req)
+	if now, err := p.cfg.Store.Peek(p.key); err == nil && snap.ID != "" {
+		snap = now // it may have been rebuilt since the caller looked
+	}
+	vm, cfg, err := p.plan(snap.ID, req)
 	if err != nil {
 		return nil, err
 	}
@@ -121,8 +124,8 @@ const badSnapshot = 3
 // Report tells whether a VM that was restored runs: its guest has answered, or
 // err says why not. A snapshot whose VMs do not, one after the other, is made anew.
 func (p *Pool) Report(ctx context.Context, vm *VM, err error) {
-	if vm.rec.Key != p.key {
-		return
+	if vm.rec.Key != p.cfg.Store.Current(p.key) {
+		return // it says nothing about the snapshot in use
 	}
 	if err == nil {
 		p.mu.Lock()
@@ -257,9 +260,9 @@ func (p *Pool) idleGroup(id string) string {
 }
 
 // use and release keep a snapshot for a VM, and let it go.
-func (p *Pool) use(key, id string) {
+func (p *Pool) use(snap, id string) {
 	if p.cfg.Store != nil {
-		p.cfg.Store.Use(key, id)
+		p.cfg.Store.Use(snap, id)
 	}
 }
 
@@ -268,7 +271,7 @@ func (p *Pool) release(rec *record) {
 		return
 	}
 	p.cfg.Store.Release(rec.Key, rec.ID)
-	if rec.Key == p.key {
+	if rec.Key == p.cfg.Store.Current(p.key) {
 		return
 	}
 	if err := p.cfg.Store.Collect(p.ctx, p.key); err != nil {

@@ -4,6 +4,7 @@
 package vmpool
 
 import (
+	"cmp"
 	"maps"
 
 	metrics "github.com/docker/go-metrics"
@@ -32,7 +33,7 @@ func init() {
 	restoreTimer = ns.NewTimerWithBuckets("restore", "Time to restore a VM until its guest runs", DurationBuckets)
 	readyTimer = ns.NewTimerWithBuckets("ready", "Time to make a VM ready for the pool: restore, answer, warm-up", DurationBuckets)
 	snapshotTimer = ns.NewTimerWithBuckets("snapshot", "Time to make a base snapshot", DurationBuckets)
-	for _, outcome := range []Outcome{Hit, Miss, Cold, failed} {
+	for _, outcome := range []Outcome{Hit, Miss, Cold, Failed} {
 		acquireCounter.WithValues(string(outcome)).Inc(0)
 	}
 	for _, step := range []string{"snapshot", "restore", "ready"} {
@@ -43,43 +44,36 @@ func init() {
 
 // Status is a picture of the pool.
 type Status struct {
-	// Key is the snapshot in use, Usable whether there is one.
+	// Off is true for a pool that has nothing to give; all else is zero then.
+	Off bool
+	// Key is the ID of the snapshot in use or, without one, what it will be made
+	// for. Usable tells whether there is one.
 	Key    string
 	Usable bool
-	// Ready, Making and Target count VMs.
-	Ready, Making, Target int
+	// Ready, Making and Target count VMs; Ending are those that were ready and are
+	// being ended.
+	Ready, Making, Target, Ending int
 	// Drained is true after Drain, until Fill.
 	Drained bool
 	// Outcomes counts what Acquire did since the start.
 	Outcomes map[Outcome]int
-	// Err is the last failure that nothing has made good since.
-	Err error
+	// Failures are those of the refill since something succeeded. Err is the last
+	// failure that nothing has made good since.
+	Failures int
+	Err      error
 }
 
 // Status tells how the pool is.
 func (p *Pool) Status() Status {
 	if p.cfg.Off {
-		return Status{}
+		return Status{Off: true}
 	}
 	_, err := p.cfg.Store.Peek(p.key)
+	key := cmp.Or(p.cfg.Store.Current(p.key), p.key)
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	s := Status{
-		Key: p.key, Usable: err == nil, Ready: len(p.ready), Making: p.making, Target: p.target(), Drained: p.drained,
-		Outcomes: maps.Clone(p.outcomes), Err: p.lastErr,
+	return Status{
+		Key: key, Usable: err == nil, Ready: len(p.ready), Making: p.making, Target: p.target(), Ending: p.ending,
+		Drained: p.drained, Outcomes: maps.Clone(p.outcomes), Failures: p.failures, Err: p.lastErr,
 	}
-	return s
-}
-
-// Drain lets all ready VMs go and keeps none until Fill.
-func (p *Pool) Drain() { p.setDrained(true) }
-
-// Fill undoes Drain.
-func (p *Pool) Fill() { p.setDrained(false) }
-
-func (p *Pool) setDrained(drained bool) {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	p.drained = drained
-	p.poke()
 }

@@ -21,6 +21,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 	"sync"
 	"time"
 
@@ -41,8 +42,8 @@ const (
 	Hit  Outcome = "hit"  // it was ready
 	Miss Outcome = "miss" // it was restored
 	Cold Outcome = "cold" // the caller had to boot one
-	// failed is that of an Acquire whose caller left, or has waited too long.
-	failed Outcome = "failed"
+	// Failed is that of an Acquire whose caller left, or has waited too long.
+	Failed Outcome = "failed"
 )
 
 // ErrNone means that the pool has no VM and cannot restore one: boot it.
@@ -106,10 +107,15 @@ type Pool struct {
 	cancel context.CancelFunc
 	wg     sync.WaitGroup
 
-	mu       sync.Mutex
-	ready    []*VM // the one that became ready first is taken first
-	making   int
-	arrivals []time.Time
+	mu    sync.Mutex
+	ready []*VM // the one that became ready first is taken first
+	// making counts those that are being made ready, ending those that are let go.
+	making, ending int
+	arrivals       []time.Time
+	// asked are what people asked for, as if so many pods had come.
+	asked []time.Time
+	// current is the snapshot that VMs are made from.
+	current string
 	// failures counts what the refill failed to do without success between, and
 	// until is the end of the pause that it costs.
 	failures int
@@ -119,6 +125,8 @@ type Pool struct {
 	lastErr     error
 	drained     bool
 	outcomes    map[Outcome]int
+	// changed is closed, and replaced, when something of this has changed.
+	changed chan struct{}
 }
 
 // VM is one that the pool made. Its owner ends it with Discard.
@@ -146,7 +154,7 @@ func (vm *VM) Settled() {
 	}
 }
 
-// Key is the snapshot it was restored from.
+// Key is the ID of the snapshot it was restored from.
 func (vm *VM) Key() string { return vm.rec.Key }
 
 // Request is what a pod wants.
@@ -174,7 +182,7 @@ func New(cfg Config) (*Pool, error) {
 	ctx, cancel := context.WithCancel(context.Background())
 	p := &Pool{
 		cfg: cfg, key: cfg.Inputs.Key(), wake: make(chan struct{}, 1),
-		ctx: ctx, cancel: cancel, outcomes: map[Outcome]int{},
+		ctx: ctx, cancel: cancel, outcomes: map[Outcome]int{}, changed: make(chan struct{}),
 	}
 	return p, nil
 }
@@ -257,7 +265,7 @@ func outcomeOf(vm *VM, err error) Outcome {
 	case errors.Is(err, ErrNone):
 		return Cold
 	default:
-		return failed
+		return Failed
 	}
 }
 
@@ -273,20 +281,31 @@ func (p *Pool) counted(vm *VM, err error) (*VM, error) {
 	return vm, nil
 }
 
-// take takes the oldest ready VM out of the pool.
+// take takes the oldest ready VM out of the pool, of the current snapshot if there
+// is one.
 func (p *Pool) take() *VM {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	for len(p.ready) > 0 && p.ctx.Err() == nil {
-		vm := p.ready[0]
-		p.ready = p.ready[1:]
-		close(vm.taken)
+		vm := p.pull(max(0, slices.IndexFunc(p.ready, p.isCurrent)))
 		if !isClosed(vm.Done()) {
 			return vm
 		}
-		p.wg.Go(func() { p.letGo(vm) })
+		p.letGo(vm)
 	}
 	return nil
+}
+
+// isCurrent is true for a VM of the snapshot in use, under p.mu.
+func (p *Pool) isCurrent(vm *VM) bool { return vm.rec.Key == p.current }
+
+// pull takes a VM out of the ready ones, under p.mu.
+func (p *Pool) pull(i int) *VM {
+	vm := p.ready[i]
+	p.ready = slices.Delete(p.ready, i, i+1)
+	close(vm.taken)
+	p.notify()
+	return vm
 }
 
 // handOver gives a ready VM to a pod, if its agent answers.
@@ -391,6 +410,8 @@ func newID() string {
 }
 
 const scratchSuffix = ".img"
+
+func (p *Pool) dir(id string) string { return filepath.Join(p.cfg.Dir, id) }
 
 func (p *Pool) scratch(id string) string { return filepath.Join(p.cfg.ScratchDir, id+scratchSuffix) }
 

@@ -6,6 +6,7 @@ package vmpool
 import (
 	"fmt"
 	"path/filepath"
+	"time"
 
 	"github.com/containerd/errdefs"
 
@@ -25,8 +26,11 @@ const (
 type record struct {
 	Version int    `json:"version"`
 	ID      string `json:"id"`
-	// Key is the snapshot whose memory the VM maps; empty for one that was booted.
+	// Key is the ID of the snapshot whose memory the VM maps; empty for one that was
+	// booted.
 	Key string `json:"key,omitempty"`
+	// Made is when it began to be made.
+	Made time.Time `json:"made,omitzero"`
 	// Scratch is the path of its writable disk.
 	Scratch string `json:"scratch,omitempty"`
 	// Cgroup is the group that it was started in.

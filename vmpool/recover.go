@@ -16,6 +16,8 @@ import (
 	"github.com/containerd/errdefs"
 	"github.com/containerd/log"
 	"golang.org/x/sync/errgroup"
+
+	"github.com/cloudhv/containerd-cloudhv/vmpool/snapshot"
 )
 
 const (
@@ -95,7 +97,7 @@ func (p *Pool) recoverVM(ctx context.Context, dir string) error {
 		}
 		return p.kill(ctx, rec, dir)
 	}
-	vm := &VM{VM: v, Scratch: rec.Scratch, Dir: dir, rec: *rec}
+	vm := &VM{VM: v, Scratch: rec.Scratch, Dir: dir, Made: rec.Made, rec: *rec}
 	p.use(rec.Key, rec.ID)
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -128,7 +130,7 @@ func (p *Pool) unfit(rec *record) string {
 		return "it was given to pod " + rec.Owner + ", which is gone"
 	case !rec.Ready:
 		return "it was not ready"
-	case rec.Key != p.key:
+	case snapshot.KeyOf(rec.Key) != p.key:
 		return "it is of another snapshot"
 	case rec.VM.Driver != p.cfg.Driver.Name():
 		return "it is another hypervisor's"

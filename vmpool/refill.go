@@ -14,7 +14,6 @@ import (
 	"github.com/containerd/log"
 
 	"github.com/cloudhv/containerd-cloudhv/vmpool/snapshot"
-	"github.com/cloudhv/containerd-cloudhv/vmpool/vmm"
 )
 
 const (
@@ -72,30 +71,12 @@ func (p *Pool) snapshot() (*snapshot.Snapshot, error) {
 	if p.paused() {
 		return nil, nil
 	}
-	snap, err := p.cfg.Store.Make(p.ctx, p.cfg.Inputs, func(ctx context.Context, dir string) (vmm.Snapshot, error) {
-		log.G(ctx).WithField("snapshot", p.key).Info("making the base snapshot; pods boot their VMs meanwhile")
-		began := time.Now()
-		var s vmm.Snapshot
-		err := step(ctx, "snapshot", func(ctx context.Context) (err error) {
-			s, err = p.template(ctx, dir)
-			return err
-		})
-		if err == nil {
-			snapshotTimer.UpdateSince(began)
-			log.G(ctx).WithField("snapshot", p.key).WithField("duration", time.Since(began)).Info("made the base snapshot")
-		}
-		return s, err
-	})
+	snap, err := p.cfg.Store.Make(p.ctx, p.cfg.Inputs, p.makeSnapshot)
 	if err != nil {
 		failCounter.WithValues("snapshot").Inc()
 		return nil, err
 	}
-	p.mu.Lock()
-	p.failures, p.until, p.lastErr = 0, time.Time{}, nil
-	p.mu.Unlock()
-	if err := p.cfg.Store.Collect(p.ctx, p.key); err != nil {
-		log.G(p.ctx).WithError(err).Warn("cannot remove snapshots that nothing wants")
-	}
+	p.putInUse(snap)
 	return snap, nil
 }
 
@@ -113,6 +94,7 @@ func (p *Pool) failed(err error) {
 	p.failures++
 	pause := min(firstPause<<min(p.failures-1, 10), longestPause)
 	p.until = time.Now().Add(pause)
+	p.notify()
 	p.mu.Unlock()
 	log.G(p.ctx).WithError(err).WithField("pause", pause).Error("the pool cannot be filled; pods boot or restore their VMs")
 }
@@ -130,8 +112,10 @@ func (p *Pool) nextLook() time.Duration {
 	defer p.mu.Unlock()
 	now := time.Now()
 	next := now.Add(time.Hour)
-	if at := p.cfg.Demand.Next(p.arrivals, now); !at.IsZero() && at.Before(next) {
-		next = at
+	for _, arrivals := range [][]time.Time{p.arrivals, p.asked} {
+		if at := p.cfg.Demand.Next(arrivals, now); !at.IsZero() && at.Before(next) {
+			next = at
+		}
 	}
 	if now.Before(p.until) && p.until.Before(next) {
 		next = p.until
@@ -144,47 +128,72 @@ func (p *Pool) target() int {
 	if p.drained {
 		return 0
 	}
-	want := p.cfg.Demand.Target(p.arrivals, time.Now())
-	if p.cfg.MaxMemory > 0 && p.cfg.VMMemory > 0 {
-		want = min(want, int(p.cfg.MaxMemory/p.cfg.VMMemory))
-	}
-	return want
+	now := time.Now()
+	return min(max(p.cfg.Demand.Target(p.arrivals, now), p.cfg.Demand.Target(p.asked, now)), p.limit())
 }
 
-// fit starts to make VMs that are missing, and ends those that are too many.
+// limit is how many VMs may be ready.
+func (p *Pool) limit() int {
+	if p.cfg.MaxMemory > 0 && p.cfg.VMMemory > 0 {
+		return min(p.cfg.Demand.Max, int(p.cfg.MaxMemory/p.cfg.VMMemory))
+	}
+	return p.cfg.Demand.Max
+}
+
+// fit starts to make VMs that are missing, ends those that are too many, and
+// replaces those of an older snapshot, each when another is begun.
 func (p *Pool) fit(snap *snapshot.Snapshot) {
 	p.mu.Lock()
+	defer p.mu.Unlock()
 	target := p.target()
-	var extra []*VM
-	for len(p.ready) > target {
-		// The youngest goes: the eldest is the warmest in the host's cache.
-		last := len(p.ready) - 1
-		extra = append(extra, p.ready[last])
-		close(p.ready[last].taken)
-		p.ready = p.ready[:last]
+	if snap != nil {
+		p.current = snap.ID
 	}
-	more := 0
-	if snap != nil && !time.Now().Before(p.until) {
-		more = max(0, min(target-len(p.ready)-p.making, p.cfg.Parallel-p.making))
+	for len(p.ready) > target {
+		p.letGo(p.pull(p.least()))
+	}
+	if snap == nil || time.Now().Before(p.until) {
+		return
+	}
+	more := max(0, min(target-len(p.ready)-p.making, p.cfg.Parallel-p.making))
+	for ; p.making+more < p.cfg.Parallel; more++ {
+		i := p.least()
+		if i < 0 || p.isCurrent(p.ready[i]) {
+			break
+		}
+		p.letGo(p.pull(i))
 	}
 	p.making += more
-	p.mu.Unlock()
 	for range more {
 		p.wg.Go(func() { p.add(snap) })
 	}
-	for _, vm := range extra {
-		p.wg.Go(func() { p.letGo(vm) })
-	}
 }
 
-// letGo ends a ready VM that is not wanted any more.
-func (p *Pool) letGo(vm *VM) {
-	ctx, cancel := context.WithTimeout(context.Background(), discardLimit)
-	defer cancel()
-	log.G(ctx).WithField("vm", vm.ID()).Debug("ending a VM that is not needed")
-	if err := p.Discard(ctx, vm); err != nil {
-		log.G(ctx).WithError(err).WithField("vm", vm.ID()).Error("cannot end a VM")
+// least is the ready VM that is missed least, under p.mu, or -1: one of an older
+// snapshot, or the youngest, as the eldest is the warmest in the host's cache.
+func (p *Pool) least() int {
+	old := slices.IndexFunc(p.ready, func(vm *VM) bool { return !p.isCurrent(vm) })
+	if old >= 0 {
+		return old
 	}
+	return len(p.ready) - 1
+}
+
+// letGo begins to end a VM that was ready and is not wanted any more, under p.mu.
+func (p *Pool) letGo(vm *VM) {
+	p.ending++
+	p.wg.Go(func() {
+		ctx, cancel := context.WithTimeout(context.Background(), discardLimit)
+		defer cancel()
+		log.G(ctx).WithField("vm", vm.ID()).Debug("ending a VM that is not needed")
+		if err := p.Discard(ctx, vm); err != nil {
+			log.G(ctx).WithError(err).WithField("vm", vm.ID()).Error("cannot end a VM")
+		}
+		p.mu.Lock()
+		defer p.mu.Unlock()
+		p.ending--
+		p.notify()
+	})
 }
 
 // add makes one VM ready.
@@ -198,6 +207,7 @@ func (p *Pool) add(snap *snapshot.Snapshot) {
 	})
 	p.mu.Lock()
 	p.making--
+	p.notify()
 	if err == nil && p.ctx.Err() == nil {
 		p.failures, p.until, p.lastErr = 0, time.Time{}, nil
 		p.addReady(vm)
@@ -250,6 +260,7 @@ func (p *Pool) makeReady(ctx context.Context, snap *snapshot.Snapshot) (_ *VM, r
 func (p *Pool) addReady(vm *VM) {
 	vm.taken = make(chan struct{})
 	p.ready = append(p.ready, vm)
+	p.notify()
 	p.wg.Go(func() { p.watch(vm) })
 }
 
@@ -269,6 +280,7 @@ func (p *Pool) watch(vm *VM) {
 		return // it was taken at the same moment
 	}
 	p.ready = slices.Delete(p.ready, i, i+1)
+	p.notify()
 	p.mu.Unlock()
 	// A failure like others: where VMs die at once none is made for a while.
 	err := fmt.Errorf("VM %s ended: %s: %w", vm.ID(), vm.Exit().Cause, errdefs.ErrUnavailable)

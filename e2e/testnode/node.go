@@ -49,8 +49,8 @@ type Options struct {
 	Dir string
 	// Repo is the root of the checkout, found from the working directory if empty.
 	Repo string
-	// BinDir holds containerd, containerd-shim-runc-v2, containerd-shim-cloudhv-v1
-	// and crictl; Repo/build/bin if empty. It comes first in containerd's PATH.
+	// BinDir holds containerd, containerd-shim-runc-v2, containerd-shim-cloudhv-v1,
+	// cloudhvctl and crictl; Repo/build/bin if empty. It comes first in containerd's PATH.
 	BinDir string
 	// GuestDir holds vmlinux and rootfs.erofs; Repo/build/guest if empty.
 	GuestDir string
@@ -172,6 +172,7 @@ func Missing(opts Options) ([]string, error) {
 		filepath.Join(opts.BinDir, "containerd"),
 		filepath.Join(opts.BinDir, "containerd-shim-runc-v2"),
 		filepath.Join(opts.BinDir, "containerd-shim-cloudhv-v1"),
+		filepath.Join(opts.BinDir, "cloudhvctl"),
 		filepath.Join(opts.BinDir, "crictl"),
 		filepath.Join(opts.GuestDir, "vmlinux"),
 		filepath.Join(opts.GuestDir, "rootfs.erofs"),

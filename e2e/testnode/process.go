@@ -234,7 +234,20 @@ func (n *Node) Context(ctx context.Context) context.Context {
 // Crictl runs crictl on the node and returns its standard output and error. The
 // error is an *exec.ExitError when crictl fails.
 func (n *Node) Crictl(ctx context.Context, args ...string) (stdout, stderr string, err error) {
-	cmd := n.CrictlCommand(ctx, args...)
+	return output(n.CrictlCommand(ctx, args...))
+}
+
+// Ctl runs cloudhvctl on the node and returns its standard output and error. The
+// error is an *exec.ExitError when cloudhvctl fails.
+func (n *Node) Ctl(ctx context.Context, args ...string) (stdout, stderr string, err error) {
+	base := []string{"--address", n.Dir("c.sock"), "--timeout", Scale(2 * time.Minute).String()}
+	cmd := exec.CommandContext(ctx, filepath.Join(n.opts.BinDir, "cloudhvctl"), append(base, args...)...)
+	cmd.Env, cmd.Dir = n.env(), n.dir
+	return output(cmd)
+}
+
+// output runs a command and returns the ends of what it prints.
+func output(cmd *exec.Cmd) (stdout, stderr string, err error) {
 	var out, errOut limitedBuffer
 	cmd.Stdout, cmd.Stderr = &out, &errOut
 	err = cmd.Run()

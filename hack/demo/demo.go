@@ -119,33 +119,17 @@ func (d *demo) pool(ctx context.Context) (err error) {
 		"Machines are then restored from that, copy-on-write, and kept ready.")
 	wait, cancel := context.WithTimeout(ctx, testnode.Scale(poolLimit))
 	defer cancel()
-	waited := d.out.timed("wait for a machine that is ready", func() error {
-		return testnode.Eventually(wait, func(context.Context) error { return readyVM(d.node.StateDir()) })
-	})
-	if waited != nil {
+	if _, err := d.ctl(wait, "fill"); err != nil {
 		d.out.note("None is ready; the pod's will be restored, or boot.")
 	}
-	d.before, err = d.node.Census(ctx)
-	return err
-}
-
-// readyVM fails unless the pool has a machine that is ready.
-func readyVM(stateDir string) error {
-	records, err := filepath.Glob(filepath.Join(stateDir, ".vms", "*", "vm.json"))
+	status, err := d.ctl(ctx, "status")
 	if err != nil {
 		return err
 	}
-	for _, path := range records {
-		var record struct {
-			Ready bool   `json:"ready"`
-			Owner string `json:"owner"`
-		}
-		data, err := os.ReadFile(path)
-		if err == nil && json.Unmarshal(data, &record) == nil && record.Ready && record.Owner == "" {
-			return nil
-		}
-	}
-	return fmt.Errorf("%d machines, none of them ready", len(records))
+	// What comes before has been shown.
+	d.out.output(status[max(0, strings.Index(status, "\npool")+1):])
+	d.before, err = d.node.Census(ctx)
+	return err
 }
 
 // outcomes say how a pod came by its machine.
@@ -451,6 +435,19 @@ func (d *demo) crictl(ctx context.Context, args ...string) (string, error) {
 	}
 	if args[0] == "logs" {
 		stdout += stderr
+	}
+	return strings.TrimSpace(stdout), nil
+}
+
+// ctl runs cloudhvctl, shows the call with its time, and returns what it printed.
+func (d *demo) ctl(ctx context.Context, args ...string) (string, error) {
+	var stdout, stderr string
+	err := d.out.timed("cloudhvctl "+strings.Join(args, " "), func() (err error) {
+		stdout, stderr, err = d.node.Ctl(ctx, args...)
+		return err
+	})
+	if err != nil {
+		return "", fmt.Errorf("cloudhvctl %s: %w: %s", args[0], err, strings.TrimSpace(stderr))
 	}
 	return strings.TrimSpace(stdout), nil
 }

@@ -5,7 +5,7 @@
 # Tools that are Go programs of others, into build/bin, at the versions that the modules in
 # hack/tools and hack/lint pin.
 #
-#   tools.sh TOOL...   crictl, golangci-lint, protoc-gen-go, protoc-gen-go-ttrpc
+#   tools.sh TOOL...   crictl, golangci-lint, protoc-gen-go, protoc-gen-go-ttrpc, protoc-gen-go-grpc
 
 set -euo pipefail
 
@@ -43,6 +43,7 @@ for name in "$@"; do
 	golangci-lint) tool golangci-lint hack/lint github.com/golangci/golangci-lint/v2/cmd/golangci-lint main.version ;;
 	protoc-gen-go) tool protoc-gen-go . google.golang.org/protobuf/cmd/protoc-gen-go '' ;;
 	protoc-gen-go-ttrpc) tool protoc-gen-go-ttrpc . github.com/containerd/ttrpc/cmd/protoc-gen-go-ttrpc '' ;;
+	protoc-gen-go-grpc) tool protoc-gen-go-grpc . google.golang.org/grpc/cmd/protoc-gen-go-grpc '' ;;
 	*) die "unknown tool $name" ;;
 	esac
 done

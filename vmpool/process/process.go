@@ -74,6 +74,26 @@ func Ticks(pid int) (uint64, error) {
 	return user + system, errors.Join(err1, err2)
 }
 
+// PSS is the process's proportional set size in bytes: its memory, of which pages
+// that several processes map count for their share. ErrNotFound means that it has
+// ended.
+func (id Identity) PSS() (int64, error) {
+	data, err := os.ReadFile(filepath.Join("/proc", strconv.Itoa(id.Pid), "smaps_rollup"))
+	if err != nil {
+		return 0, fmt.Errorf("process %d: %w: %w", id.Pid, err, errdefs.ErrNotFound)
+	}
+	if now, err := Identify(id.Pid); err != nil || now != id {
+		return 0, fmt.Errorf("process %d is another one by now: %w", id.Pid, errdefs.ErrNotFound)
+	}
+	for line := range bytes.Lines(data) {
+		if rest, ok := bytes.CutPrefix(line, []byte("Pss:")); ok {
+			kib, err := number(id.Pid, bytes.TrimSpace(bytes.TrimSuffix(bytes.TrimSpace(rest), []byte("kB"))))
+			return int64(kib) << 10, err
+		}
+	}
+	return 0, fmt.Errorf("process %d: unexpected smaps_rollup: %w", id.Pid, errdefs.ErrInternal)
+}
+
 // stat reads the fields of /proc/pid/stat from the third on.
 func stat(pid int) ([][]byte, error) {
 	data, err := os.ReadFile(filepath.Join("/proc", strconv.Itoa(pid), "stat"))

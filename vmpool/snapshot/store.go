@@ -8,7 +8,9 @@
 //
 // A directory is made aside and renamed, and its files never change after that:
 // VMs map the RAM privately, so that all of them share its clean pages. A
-// snapshot that is not what its manifest says is set aside before it is used.
+// snapshot that is not what its manifest says is set aside before it is used. One
+// that is made anew gets a directory of its own, named by the key and a number:
+// the old one stays as it is for the VMs that use it.
 package snapshot
 
 import (
@@ -20,6 +22,7 @@ import (
 	"path/filepath"
 	"regexp"
 	"slices"
+	"strconv"
 	"strings"
 	"sync"
 	"time"
@@ -44,12 +47,27 @@ const (
 	spare = 64 << 20
 )
 
-var validKey = regexp.MustCompile(`^[0-9a-f]{32}$`)
+// validID is what names a snapshot: its key and, if it was rebuilt, a number.
+var validID = regexp.MustCompile(`^[0-9a-f]{32}(-[1-9][0-9]{0,8})?$`)
+
+// KeyOf is the key of the snapshot with an ID.
+func KeyOf(id string) string {
+	key, _, _ := strings.Cut(id, "-")
+	return key
+}
+
+// generation is how often a snapshot was rebuilt.
+func generation(id string) int {
+	_, n, _ := strings.Cut(id, "-")
+	g, _ := strconv.Atoi(n)
+	return g
+}
 
 // Snapshot is a base snapshot that has been checked. It is immutable, and stays
 // until nobody uses it.
 type Snapshot struct {
-	Key     string
+	// Key is that of its Inputs, ID its own: Key, and a number if it was rebuilt.
+	Key, ID string
 	Created time.Time
 	// Bytes is what it takes on disk.
 	Bytes int64
@@ -67,10 +85,13 @@ type Snapshot struct {
 type Store struct {
 	dir string
 
+	// building is held by the one that makes a snapshot.
+	building sync.Mutex
+
 	mu     sync.Mutex
-	loaded map[string]*Snapshot
-	making map[string]*making
-	users  map[string]map[string]bool // by key, the IDs of VMs
+	loaded map[string]*Snapshot       // by key
+	making map[string]*making         // by key
+	users  map[string]map[string]bool // by the snapshot's ID, the IDs of VMs
 }
 
 // making is one attempt to make or to check a snapshot, that any number of
@@ -137,6 +158,28 @@ func (s *Store) Make(ctx context.Context, in Inputs, build func(ctx context.Cont
 		if !errdefs.IsNotFound(err) {
 			return snap, err
 		}
+		s.building.Lock()
+		defer s.building.Unlock()
+		// It may have been rebuilt meanwhile.
+		if snap, err := s.Peek(in.Key()); err == nil {
+			return snap, nil
+		}
+		return s.build(ctx, in, build)
+	})
+}
+
+// Rebuild makes the snapshot anew, as Make does, also if there is one. That stays
+// in use until the new one is complete and, for the VMs that map it, until they have
+// ended. However many call it at once, one makes it.
+func (s *Store) Rebuild(ctx context.Context, in Inputs, build func(ctx context.Context, dir string) (vmm.Snapshot, error)) (*Snapshot, error) {
+	return s.once(ctx, "rebuild "+in.Key(), func(ctx context.Context) (*Snapshot, error) {
+		asked := time.Now()
+		s.building.Lock()
+		defer s.building.Unlock()
+		// One that was being made when the call came is as good.
+		if snap, err := s.Peek(in.Key()); err == nil && snap.Created.After(asked) {
+			return snap, nil
+		}
 		return s.build(ctx, in, build)
 	})
 }
@@ -165,7 +208,30 @@ func (s *Store) once(ctx context.Context, key string, do func(context.Context) (
 	}
 }
 
-func (s *Store) path(key string) string { return filepath.Join(s.dir, key) }
+func (s *Store) path(id string) string { return filepath.Join(s.dir, id) }
+
+// Current is the ID of the snapshot of a key that is in use or, before it was read,
+// the newest one on disk; empty if there is none.
+func (s *Store) Current(key string) string {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if snap := s.loaded[key]; snap != nil {
+		return snap.ID
+	}
+	return s.newest(key)
+}
+
+// newest is the ID of the last snapshot of a key that was made, or empty.
+func (s *Store) newest(key string) (id string) {
+	list, _ := filepath.Glob(s.path(key) + "*") // the pattern is a good one
+	for _, path := range list {
+		name := filepath.Base(path)
+		if validID.MatchString(name) && KeyOf(name) == key && (id == "" || generation(name) > generation(id)) {
+			id = name
+		}
+	}
+	return id
+}
 
 // find looks for a snapshot, in memory and then on disk.
 func (s *Store) find(ctx context.Context, key string) (*Snapshot, error) {
@@ -177,20 +243,26 @@ func (s *Store) find(ctx context.Context, key string) (*Snapshot, error) {
 		if err == nil {
 			return snap, nil
 		}
-		return nil, s.damaged(ctx, key, err)
+		return nil, s.damaged(ctx, snap.ID, err)
 	}
-	snap, err := load(s.path(key), key)
-	if errors.Is(err, fs.ErrNotExist) {
-		if _, statErr := os.Lstat(s.path(key)); errors.Is(statErr, fs.ErrNotExist) {
-			return nil, fmt.Errorf("snapshot %s: %w", key, errdefs.ErrNotFound)
-		}
+	id := s.newest(key)
+	if id == "" {
+		return nil, fmt.Errorf("snapshot %s: %w", key, errdefs.ErrNotFound)
 	}
+	return s.read(ctx, id)
+}
+
+// read reads a snapshot and puts it into use.
+func (s *Store) read(ctx context.Context, id string) (*Snapshot, error) {
+	key := KeyOf(id)
+	snap, err := load(s.path(id), key)
 	switch {
 	case errors.Is(err, errdefs.ErrDataLoss), errors.Is(err, fs.ErrNotExist):
-		return nil, s.damaged(ctx, key, err)
+		return nil, s.damaged(ctx, id, err)
 	case err != nil:
-		return nil, fmt.Errorf("snapshot %s: %w", key, err) // says nothing about the snapshot
+		return nil, fmt.Errorf("snapshot %s: %w", id, err) // says nothing about the snapshot
 	}
+	snap.ID = id
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.loaded[key] = snap
@@ -198,37 +270,39 @@ func (s *Store) find(ctx context.Context, key string) (*Snapshot, error) {
 }
 
 // damaged sets a snapshot aside and returns ErrNotFound, as another has to be made.
-func (s *Store) damaged(ctx context.Context, key string, why error) error {
-	log.G(ctx).WithError(why).WithField("snapshot", key).Warn("a snapshot is damaged; it is set aside and made anew")
-	if err := s.SetAside(key); err != nil {
+func (s *Store) damaged(ctx context.Context, id string, why error) error {
+	log.G(ctx).WithError(why).WithField("snapshot", id).Warn("a snapshot is damaged; it is set aside and made anew")
+	if err := s.SetAside(id); err != nil {
 		return err
 	}
-	return fmt.Errorf("snapshot %s was damaged: %w: %w", key, why, errdefs.ErrNotFound)
+	return fmt.Errorf("snapshot %s was damaged: %w: %w", id, why, errdefs.ErrNotFound)
 }
 
 // SetAside takes a snapshot out of use. VMs that map it go on. The last damaged
 // one is kept for whoever wants to know what happened.
-func (s *Store) SetAside(key string) error {
+func (s *Store) SetAside(id string) error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	delete(s.loaded, key)
+	if snap := s.loaded[KeyOf(id)]; snap != nil && snap.ID == id {
+		delete(s.loaded, KeyOf(id))
+	}
 	old, err := filepath.Glob(filepath.Join(s.dir, "*"+damagedSuffix))
 	if err != nil {
 		return err
 	}
 	for _, path := range old {
 		if err := os.RemoveAll(path); err != nil {
-			return fmt.Errorf("set snapshot %s aside: %w", key, err)
+			return fmt.Errorf("set snapshot %s aside: %w", id, err)
 		}
 	}
-	err = os.Rename(s.path(key), s.path(key)+damagedSuffix)
+	err = os.Rename(s.path(id), s.path(id)+damagedSuffix)
 	if err != nil && !errors.Is(err, fs.ErrNotExist) {
-		return fmt.Errorf("set snapshot %s aside: %w", key, err)
+		return fmt.Errorf("set snapshot %s aside: %w", id, err)
 	}
 	return nil
 }
 
-// build makes a snapshot aside and puts it in its place.
+// build makes a snapshot aside and puts it in its place, under s.building.
 func (s *Store) build(ctx context.Context, in Inputs, build func(context.Context, string) (vmm.Snapshot, error)) (_ *Snapshot, retErr error) {
 	key := in.Key()
 	dir, err := os.MkdirTemp(s.dir, tmpPrefix)
@@ -250,13 +324,17 @@ func (s *Store) build(ctx context.Context, in Inputs, build func(context.Context
 	if err := seal(dir, in, snap); err != nil {
 		return nil, fmt.Errorf("make snapshot %s: %w", key, err)
 	}
-	if err := os.Rename(dir, s.path(key)); err != nil {
-		return nil, fmt.Errorf("make snapshot %s: %w", key, err)
+	id := key
+	if last := s.newest(key); last != "" {
+		id = fmt.Sprintf("%s-%d", key, generation(last)+1)
+	}
+	if err := os.Rename(dir, s.path(id)); err != nil {
+		return nil, fmt.Errorf("make snapshot %s: %w", id, err)
 	}
 	if err := durable.SyncDir(s.dir); err != nil {
 		log.G(ctx).WithError(err).Warn("a snapshot may not survive a loss of power")
 	}
-	return s.find(ctx, key)
+	return s.read(ctx, id)
 }
 
 // reserve makes a file of its full size, so that a full disk is an error here
@@ -287,26 +365,27 @@ func reserve(path string, size int64) (retErr error) {
 
 // Use keeps a snapshot for a VM, Release lets it go. A VM of an earlier process
 // may use one that is not known any more.
-func (s *Store) Use(key, vm string) {
+func (s *Store) Use(id, vm string) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if s.users[key] == nil {
-		s.users[key] = map[string]bool{}
+	if s.users[id] == nil {
+		s.users[id] = map[string]bool{}
 	}
-	s.users[key][vm] = true
+	s.users[id][vm] = true
 }
 
 // Release is the counterpart of Use; it can be repeated.
-func (s *Store) Release(key, vm string) {
+func (s *Store) Release(id, vm string) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	delete(s.users[key], vm)
-	if len(s.users[key]) == 0 {
-		delete(s.users, key)
+	delete(s.users[id], vm)
+	if len(s.users[id]) == 0 {
+		delete(s.users, id)
 	}
 }
 
-// Collect removes the snapshots that are not wanted and that no VM uses.
+// Collect removes the snapshots that no VM uses, but for the current ones of the
+// keys that are wanted.
 func (s *Store) Collect(ctx context.Context, wanted ...string) error {
 	entries, err := os.ReadDir(s.dir)
 	if err != nil {
@@ -314,86 +393,42 @@ func (s *Store) Collect(ctx context.Context, wanted ...string) error {
 	}
 	var errs []error
 	for _, e := range entries {
-		key := e.Name()
-		if !validKey.MatchString(key) || slices.Contains(wanted, key) {
+		id := e.Name()
+		if !validID.MatchString(id) || slices.Contains(wanted, KeyOf(id)) && s.inUse(id) {
 			continue
 		}
-		errs = append(errs, s.discard(ctx, key))
+		errs = append(errs, s.discard(ctx, id))
 	}
 	return errors.Join(errs...)
 }
 
+// inUse is true for the snapshot that its key stands for, and for the one that will
+// be that when it was read.
+func (s *Store) inUse(id string) bool {
+	key := KeyOf(id)
+	return id == s.Current(key) || id == s.newest(key)
+}
+
 // discard removes a snapshot unless a VM uses it.
-func (s *Store) discard(ctx context.Context, key string) error {
+func (s *Store) discard(ctx context.Context, id string) error {
 	// Under a name that Open removes: what takes long is not done under the lock.
-	trash := filepath.Join(s.dir, tmpPrefix+"away-"+key)
+	trash := filepath.Join(s.dir, tmpPrefix+"away-"+id)
 	s.mu.Lock()
-	if len(s.users[key]) > 0 || s.making[key] != nil {
+	if len(s.users[id]) > 0 || s.making[KeyOf(id)] != nil {
 		s.mu.Unlock()
 		return nil
 	}
-	delete(s.loaded, key)
-	err := os.Rename(s.path(key), trash)
+	if snap := s.loaded[KeyOf(id)]; snap != nil && snap.ID == id {
+		delete(s.loaded, KeyOf(id))
+	}
+	err := os.Rename(s.path(id), trash)
 	s.mu.Unlock()
-	if err != nil {
-		return fmt.Errorf("remove snapshot %s: %w", key, err)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil // another one removed it
 	}
-	log.G(ctx).WithField("snapshot", key).Info("removed a snapshot that nothing wants")
+	if err != nil {
+		return fmt.Errorf("remove snapshot %s: %w", id, err)
+	}
+	log.G(ctx).WithField("snapshot", id).Info("removed a snapshot that nothing wants")
 	return os.RemoveAll(trash)
-}
-
-// Info describes a snapshot for people.
-type Info struct {
-	Key     string
-	Created time.Time
-	Bytes   int64
-	// Users is how many VMs map it.
-	Users int
-	// Checked is true if it was read and found whole by this process.
-	Checked bool
-	// Damaged is true for one that was set aside.
-	Damaged bool
-}
-
-// List tells what is on disk, in the order of keys.
-func (s *Store) List() ([]Info, error) {
-	entries, err := os.ReadDir(s.dir)
-	if err != nil {
-		return nil, fmt.Errorf("snapshot store: %w", err)
-	}
-	var list []Info
-	for _, e := range entries {
-		key, damaged := strings.CutSuffix(e.Name(), damagedSuffix)
-		if !validKey.MatchString(key) {
-			continue
-		}
-		info := Info{Key: key, Damaged: damaged, Bytes: diskUsage(filepath.Join(s.dir, e.Name()))}
-		if m, err := readManifest(filepath.Join(s.dir, e.Name())); err == nil {
-			info.Created = m.Created
-		}
-		if !damaged {
-			s.mu.Lock()
-			info.Users = len(s.users[key])
-			info.Checked = s.loaded[key] != nil
-			s.mu.Unlock()
-		}
-		list = append(list, info)
-	}
-	return list, nil
-}
-
-// diskUsage is what the files of a directory take, in bytes.
-func diskUsage(dir string) int64 {
-	entries, err := os.ReadDir(dir)
-	if err != nil {
-		return 0
-	}
-	var sum int64
-	for _, e := range entries {
-		var st unix.Stat_t
-		if unix.Lstat(filepath.Join(dir, e.Name()), &st) == nil {
-			sum += st.Blocks * 512
-		}
-	}
-	return sum
 }

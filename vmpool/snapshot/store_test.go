@@ -237,3 +237,49 @@ func TestCollect(t *testing.T) {
 	require.NoError(t, s.Collect(t.Context(), keys[0]))
 	assert.Equal(t, keys[:1], names(t, dir))
 }
+
+// TestRebuild makes a snapshot anew: the old one stays for its users, the next
+// process takes the newest, and what is wrong with that leaves the old one.
+func TestRebuild(t *testing.T) {
+	t.Parallel()
+	dir := t.TempDir()
+	s := open(t, dir)
+	key := testInputs.Key()
+	_, err := s.Make(t.Context(), testInputs, write)
+	require.NoError(t, err)
+	s.Use(key, "vm")
+	boom := errors.New("boom")
+	_, err = s.Rebuild(t.Context(), testInputs, func(context.Context, string) (vmm.Snapshot, error) { return vmm.Snapshot{}, boom })
+	require.ErrorIs(t, err, boom)
+	assert.Equal(t, key, s.Current(key))
+
+	var ids []string
+	for range 11 {
+		snap, err := s.Rebuild(t.Context(), testInputs, write)
+		require.NoError(t, err)
+		assert.Equal(t, filepath.Join(dir, snap.ID), snap.VMM.Dir)
+		assert.Equal(t, snap.ID, s.Current(key))
+		ids = append(ids, snap.ID)
+	}
+	last := key + "-11"
+	assert.Equal(t, last, ids[10])
+	require.NoError(t, s.Collect(t.Context(), key))
+	assert.ElementsMatch(t, []string{key, last}, names(t, dir))
+	u := s.Usage(key)
+	assert.Positive(t, u.Current)
+	assert.Equal(t, u.Current, u.Older)
+
+	next := open(t, dir)
+	assert.Equal(t, last, next.Current(key))
+	snap, err := next.Find(t.Context(), testInputs)
+	require.NoError(t, err)
+	assert.Equal(t, last, snap.ID)
+	next.Use(key, "vm")
+	rewrite(t, filepath.Join(dir, last, "state"), "rEgisters")
+	_, err = next.Find(t.Context(), testInputs)
+	require.ErrorIs(t, err, errdefs.ErrNotFound)
+	assert.Equal(t, key, next.Current(key), "the old one is whole")
+	next.Release(key, "vm")
+	require.NoError(t, next.Collect(t.Context()))
+	assert.Equal(t, []string{last + damagedSuffix}, names(t, dir))
+}

@@ -11,8 +11,8 @@ import (
 	"sync"
 )
 
-// rotated is appended to a log's name for what came before.
-const rotated = ".1"
+// RotatedSuffix is appended to a log's name for what came before.
+const RotatedSuffix = ".1"
 
 // Log is a file that never takes more than a limit, counted with what came
 // before in the file of the same name plus ".1". The oldest output goes first.
@@ -74,7 +74,7 @@ func (l *Log) Write(p []byte) (int, error) {
 }
 
 func (l *Log) rotate() error {
-	err := errors.Join(l.file.Close(), os.Rename(l.path, l.path+rotated))
+	err := errors.Join(l.file.Close(), os.Rename(l.path, l.path+RotatedSuffix))
 	l.file = nil
 	if err != nil {
 		return err
