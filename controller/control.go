@@ -89,32 +89,36 @@ func reasons(err error) []string {
 // valid is a text that a message can carry: it may have come from a VMM's log.
 func valid(text string) string { return strings.ToValidUTF8(text, "\ufffd") }
 
-// whyOff is why the pool has nothing to give, or nil.
-func (c *Controller) whyOff() error {
+// whyOff is why the pool has nothing to give; empty if it has.
+func (c *Controller) whyOff() string {
 	switch {
 	case c.unfit != nil:
-		// What is wrong with the configuration is not wrong with the call.
-		return fmt.Errorf("the node cannot serve: %s: %w", c.unfit.Error(), errdefs.ErrFailedPrecondition)
+		return "the node cannot serve"
 	case c.poolErr != nil:
-		return fmt.Errorf("it could not be opened: %s: %w", c.poolErr.Error(), errdefs.ErrFailedPrecondition)
+		return "it could not be opened: " + valid(c.poolErr.Error())
 	case c.pool == nil || !c.cfg.Pool.Restore:
-		return fmt.Errorf("pool.restore is false: %w", errdefs.ErrFailedPrecondition)
+		return "pool.restore is false"
 	default:
-		return nil
+		return ""
 	}
 }
 
-// tended is the pool, or why there is none to tend.
+// tended is the pool, or the whole reason why there is none to tend.
 func (c *Controller) tended() (*vmpool.Pool, error) {
-	if err := c.whyOff(); err != nil {
-		return nil, fmt.Errorf("the pool is off: %w", err)
+	why := c.whyOff()
+	switch {
+	case why == "":
+		return c.pool, nil
+	case c.unfit != nil:
+		// What is wrong with the configuration is not wrong with the call.
+		why += ": " + valid(c.unfit.Error())
 	}
-	return c.pool, nil
+	return nil, fmt.Errorf("the pool is off: %s: %w", why, errdefs.ErrFailedPrecondition)
 }
 
 func (c *Controller) poolAnswer() *ctlv1.Pool {
-	if err := c.whyOff(); err != nil {
-		return &ctlv1.Pool{OffReason: valid(err.Error())}
+	if why := c.whyOff(); why != "" {
+		return &ctlv1.Pool{OffReason: why}
 	}
 	s, g := c.pool.Status(), c.pool.Gauges()
 	answer := &ctlv1.Pool{

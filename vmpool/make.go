@@ -21,25 +21,21 @@ import (
 	"github.com/cloudhv/containerd-cloudhv/vmpool/vmm"
 )
 
-// plan makes the directory and the record of a new VM, and its configuration. One
-// that no pod has taken runs in a group of its own.
-func (p *Pool) plan(snap string, req Request) (*VM, vmm.Config, error) {
-	id, owner, cgroup := newID(), req.Owner, req.Cgroup
+// plan makes the directory and the record of a new VM, and its configuration. The
+// snapshot with the ID snap, if any, is held for it. One that no pod has taken runs in
+// a group of its own.
+func (p *Pool) plan(id, snap string, req Request) (*VM, vmm.Config, error) {
+	owner, cgroup := req.Owner, req.Cgroup
 	if owner == "" {
 		cgroup = p.idleGroup(id)
 	}
-	vm := &VM{
-		Dir: filepath.Join(p.cfg.Dir, id), Scratch: p.scratch(id), Made: time.Now(),
-	}
+	vm := &VM{Dir: p.dir(id), Scratch: p.scratch(id), Made: time.Now()}
 	vm.rec = record{ID: id, Key: snap, Scratch: vm.Scratch, Cgroup: cgroup, Owner: owner, Made: vm.Made.Round(0)}
 	if err := os.Mkdir(vm.Dir, 0o700); err != nil {
 		return nil, vmm.Config{}, fmt.Errorf("make VM %s: %w", id, err)
 	}
 	if err := vm.rec.save(vm.Dir); err != nil {
 		return nil, vmm.Config{}, errors.Join(err, os.RemoveAll(vm.Dir))
-	}
-	if snap != "" {
-		p.use(snap, id)
 	}
 	cfg := p.cfg.Machine
 	cfg.ID, cfg.Dir, cfg.Scratch, cfg.CgroupPath = id, vm.Dir, vm.Scratch, cgroup
@@ -86,11 +82,18 @@ func (p *Pool) restore(ctx context.Context, snap *snapshot.Snapshot, req Request
 }
 
 func (p *Pool) restoreNow(ctx context.Context, snap *snapshot.Snapshot, req Request) (_ *VM, retErr error) {
-	if now, err := p.cfg.Store.Peek(p.key); err == nil && snap.ID != "" {
-		snap = now // it may have been rebuilt since the caller looked
+	id := newID()
+	if snap.ID != "" {
+		// It may have been rebuilt since the caller looked.
+		held, err := p.cfg.Store.Hold(p.key, id)
+		if err != nil {
+			return nil, err
+		}
+		snap = held
 	}
-	vm, cfg, err := p.plan(snap.ID, req)
+	vm, cfg, err := p.plan(id, snap.ID, req)
 	if err != nil {
+		p.cfg.Store.Release(snap.ID, id)
 		return nil, err
 	}
 	defer func() {
@@ -162,7 +165,7 @@ const restLimit = 3 * time.Second
 func (p *Pool) template(ctx context.Context, dir string) (_ vmm.Snapshot, retErr error) {
 	ctx, cancel := context.WithTimeout(ctx, p.cfg.SnapshotLimit)
 	defer cancel()
-	vm, cfg, err := p.plan("", Request{})
+	vm, cfg, err := p.plan(newID(), "", Request{})
 	if err != nil {
 		return vmm.Snapshot{}, err
 	}

@@ -23,10 +23,12 @@ var ErrOff = fmt.Errorf("the pool is off: %w", errdefs.ErrFailedPrecondition)
 // Await. It ends with the process.
 func (p *Pool) Drain() {
 	p.mu.Lock()
-	defer p.mu.Unlock()
 	p.drained, p.asked = true, nil
 	p.notify()
-	p.poke()
+	p.mu.Unlock()
+	if p.ctx.Err() == nil {
+		p.fit(nil) // Run may be making a snapshot
+	}
 }
 
 // Fill undoes Drain, FillTo, and what is left of a pause after failures. It does

@@ -55,6 +55,27 @@ func TestDrainAndFill(t *testing.T) {
 	assert.Equal(t, Hit, r.acquire("a").Outcome)
 }
 
+// TestDrainWhileASnapshotIsMade does not wait for that.
+func TestDrainWhileASnapshotIsMade(t *testing.T) {
+	r := newRig(t)
+	r.full(2)
+	booting, goOn := make(chan struct{}), make(chan struct{})
+	block := func(string) error {
+		close(booting)
+		<-goOn
+		return errTest
+	}
+	r.guest.ready.Store(&block)
+	require.NoError(t, r.store.SetAside(r.pool.key))
+	r.pool.poke()
+	<-booting
+	r.guest.ready.Store(nil)
+	r.pool.Drain()
+	r.await(empty)
+	close(goOn)
+	r.left(0)
+}
+
 // TestFillTo asks for a number, which is kept for as long as the pool remembers.
 func TestFillTo(t *testing.T) {
 	r := newRig(t, func(c *Config) { c.Demand = Demand{Max: 5, Window: time.Second, Horizon: time.Second} })

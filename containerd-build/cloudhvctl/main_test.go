@@ -170,7 +170,7 @@ accelerator  tcg
 pool         on
 ready        1 of 2 wanted, 8 at most; 1 being made
 memory       192 MiB of 1 GiB
-pods         5 hits, 1 misses, 0 cold, 0 failed since containerd started
+pods         hit 5, miss 1, cold 0, failed 0 since containerd started
 last error   it failed\x07
              failures in a row: 2; next attempt in 1.5s
 

@@ -104,7 +104,7 @@ func (p *poolView) print(out *printer) {
 	}
 	out.row("ready", ready)
 	out.row("memory", fmt.Sprintf("%s of %s", size(p.MemoryBytes), size(p.MaxMemoryBytes)))
-	out.row("pods", fmt.Sprintf("%d hits, %d misses, %d cold, %d failed since containerd started", p.Hits, p.Misses, p.Cold, p.Failed))
+	out.row("pods", fmt.Sprintf("hit %d, miss %d, cold %d, failed %d since containerd started", p.Hits, p.Misses, p.Cold, p.Failed))
 	if p.LastError != "" {
 		out.row("last error", p.LastError)
 	}

@@ -363,11 +363,33 @@ func reserve(path string, size int64) (retErr error) {
 	return nil
 }
 
+// Hold is Peek and Use in one: nobody removes the snapshot between the two.
+func (s *Store) Hold(key, vm string) (*Snapshot, error) {
+	s.mu.Lock()
+	snap := s.loaded[key]
+	if snap != nil {
+		s.useLocked(snap.ID, vm)
+	}
+	s.mu.Unlock()
+	if snap == nil {
+		return nil, fmt.Errorf("snapshot %s: %w", key, errdefs.ErrNotFound)
+	}
+	if err := snap.unchanged(); err != nil {
+		s.Release(snap.ID, vm)
+		return nil, fmt.Errorf("snapshot %s: %w: %w", snap.ID, err, errdefs.ErrNotFound)
+	}
+	return snap, nil
+}
+
 // Use keeps a snapshot for a VM, Release lets it go. A VM of an earlier process
 // may use one that is not known any more.
 func (s *Store) Use(id, vm string) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	s.useLocked(id, vm)
+}
+
+func (s *Store) useLocked(id, vm string) {
 	if s.users[id] == nil {
 		s.users[id] = map[string]bool{}
 	}
