@@ -112,6 +112,8 @@ type Controller struct {
 	turns *vmpool.Turns
 	// pool has VMs ready; nil if every sandbox boots its own.
 	pool *vmpool.Pool
+	// clocks ends the keeping of the guests' clocks; nil if they are not kept.
+	clocks func()
 
 	// mu guards pods, and nothing slow is done under it.
 	mu   sync.Mutex
@@ -189,6 +191,9 @@ func (c *Controller) OpenPrebuild(ctx context.Context, cfg prebuild.Config) {
 // background.
 func (c *Controller) Close() error {
 	var errs []error
+	if c.clocks != nil {
+		c.clocks()
+	}
 	if c.prebuild != nil {
 		errs = append(errs, c.prebuild.Close())
 	}

@@ -90,6 +90,7 @@ func (c *Controller) openPool(dirs vmpool.Config) error {
 		Dir: dirs.Dir, ScratchDir: dirs.ScratchDir,
 		NewScratch: c.scratch.make, NewTAP: c.network.MakeTAP,
 		Demand:    vmpool.Demand{Min: c.cfg.Pool.Min, Max: c.cfg.Pool.Max, Window: c.cfg.Pool.Window, Horizon: c.cfg.Pool.Horizon},
+		Available: vmpool.HostMemory, ReserveMemory: c.cfg.Pool.ReserveMemory,
 		MaxMemory: c.cfg.Pool.MaxMemory, VMMemory: vmMemory, Parallel: c.cfg.Pool.Parallel, Slots: c.boots, Turns: c.turns,
 		Warm:          c.cfg.Pool.WarmUp == config.WarmUpAlways || c.cfg.Pool.WarmUp == config.WarmUpAuto && tcg,
 		SnapshotLimit: 2 * c.cfg.BootTimeout, ReadyLimit: c.cfg.BootTimeout, CheckLimit: min(checkLimit, c.cfg.AgentTimeout),

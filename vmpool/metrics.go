@@ -68,6 +68,9 @@ func (p *Pool) Status() Status {
 		Key: p.key, Usable: err == nil, Ready: len(p.ready), Making: p.making, Target: p.target(), Drained: p.drained,
 		Outcomes: maps.Clone(p.outcomes), Err: p.lastErr,
 	}
+	if s.Err == nil {
+		s.Err = p.memoryErr()
+	}
 	return s
 }
 

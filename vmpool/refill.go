@@ -48,6 +48,7 @@ func (p *Pool) Close() error {
 // run makes the pool as large as it should be, whenever something changes.
 func (p *Pool) run() {
 	for p.ctx.Err() == nil {
+		p.lookAtMemory(p.ctx)
 		snap, err := p.snapshot()
 		if err != nil {
 			p.failed(err)
@@ -66,13 +67,17 @@ func (p *Pool) run() {
 
 // snapshot finds the base snapshot, or makes it, unless a failure says wait.
 func (p *Pool) snapshot() (*snapshot.Snapshot, error) {
-	if snap, err := p.cfg.Store.Peek(p.key); err == nil {
+	snap, err := p.cfg.Store.Peek(p.key)
+	if err == nil {
 		return snap, nil
 	}
+	p.dropIf(err)
 	if p.paused() {
 		return nil, nil
 	}
-	snap, err := p.cfg.Store.Make(p.ctx, p.cfg.Inputs, func(ctx context.Context, dir string) (vmm.Snapshot, error) {
+	_, err = p.cfg.Store.Find(p.ctx, p.cfg.Inputs)
+	p.dropIf(err)
+	snap, err = p.cfg.Store.Make(p.ctx, p.cfg.Inputs, func(ctx context.Context, dir string) (vmm.Snapshot, error) {
 		log.G(ctx).WithField("snapshot", p.key).Info("making the base snapshot; pods boot their VMs meanwhile")
 		began := time.Now()
 		var s vmm.Snapshot
@@ -97,6 +102,21 @@ func (p *Pool) snapshot() (*snapshot.Snapshot, error) {
 		log.G(p.ctx).WithError(err).Warn("cannot remove snapshots that nothing wants")
 	}
 	return snap, nil
+}
+
+// dropIf ends all ready VMs if err says that the snapshot was damaged: they map its
+// memory, and see what is changed in it.
+func (p *Pool) dropIf(err error) {
+	if !errdefs.IsDataLoss(err) {
+		return
+	}
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	for _, vm := range p.ready {
+		close(vm.taken)
+		p.wg.Go(func() { p.letGo(vm) })
+	}
+	p.ready = nil
 }
 
 // failed notes a failure and the pause that it costs.
@@ -130,6 +150,9 @@ func (p *Pool) nextLook() time.Duration {
 	defer p.mu.Unlock()
 	now := time.Now()
 	next := now.Add(time.Hour)
+	if p.cfg.Available != nil && p.cfg.Demand.Max > 0 && !p.drained {
+		next = now.Add(memoryLook)
+	}
 	if at := p.cfg.Demand.Next(p.arrivals, now); !at.IsZero() && at.Before(next) {
 		next = at
 	}
@@ -144,11 +167,7 @@ func (p *Pool) target() int {
 	if p.drained {
 		return 0
 	}
-	want := p.cfg.Demand.Target(p.arrivals, time.Now())
-	if p.cfg.MaxMemory > 0 && p.cfg.VMMemory > 0 {
-		want = min(want, int(p.cfg.MaxMemory/p.cfg.VMMemory))
-	}
-	return want
+	return p.fitMemory(p.cfg.Demand.Target(p.arrivals, time.Now()))
 }
 
 // fit starts to make VMs that are missing, and ends those that are too many.
@@ -240,6 +259,9 @@ func (p *Pool) makeReady(ctx context.Context, snap *snapshot.Snapshot) (_ *VM, r
 	}
 	if err := vm.Pause(ctx); err != nil {
 		return nil, fmt.Errorf("pause a restored VM: %w", err)
+	}
+	if _, err := p.cfg.Store.Peek(p.key); errdefs.IsDataLoss(err) {
+		return nil, fmt.Errorf("a VM was made ready: %w", err)
 	}
 	vm.rec.Ready = true
 	readyTimer.UpdateSince(vm.Made)
