@@ -133,9 +133,10 @@ type clockKeeper struct {
 	wg    sync.WaitGroup
 
 	mu sync.Mutex
-	// asked are the sandboxes whose guest has yet to answer; failing those whose last
-	// look failed.
-	asked, failing map[*pod]bool
+	// asked are the sandboxes whose guest has yet to answer, again those of them that
+	// are to be asked once more then: the host's clock may have been set between.
+	// failing are those whose last look failed.
+	asked, again, failing map[*pod]bool
 }
 
 // KeepClocks begins to keep the guests' clocks right, unless the configuration
@@ -147,7 +148,7 @@ func (c *Controller) KeepClocks() {
 	ctx, cancel := context.WithCancel(context.Background())
 	k := &clockKeeper{
 		c: c, every: c.cfg.ClockSync, slots: make(chan struct{}, clockParallel),
-		asked: map[*pod]bool{}, failing: map[*pod]bool{},
+		asked: map[*pod]bool{}, again: map[*pod]bool{}, failing: map[*pod]bool{},
 	}
 	host, err := openHostClock()
 	if err != nil {
@@ -223,11 +224,12 @@ func (k *clockKeeper) round(ctx context.Context, due map[*pod]time.Time, least, 
 	return next
 }
 
-// ask has one guest's clock put right, unless it has yet to answer.
+// ask has one guest's clock put right, or once more if it has yet to answer.
 func (k *clockKeeper) ask(ctx context.Context, p *pod, vm vmm.VM) {
 	k.mu.Lock()
 	defer k.mu.Unlock()
 	if k.asked[p] {
+		k.again[p] = true
 		return
 	}
 	k.asked[p] = true
@@ -241,8 +243,10 @@ func (k *clockKeeper) ask(ctx context.Context, p *pod, vm vmm.VM) {
 			case <-ctx.Done():
 			}
 		}()
-		err := k.inTurn(ctx, vm)
-		k.note(ctx, p, err)
+		for more := true; more; {
+			err := k.inTurn(ctx, vm)
+			more = k.note(ctx, p, err)
+		}
 	})
 }
 
@@ -269,20 +273,25 @@ func (k *clockKeeper) inTurn(ctx context.Context, vm vmm.VM) error {
 	return err
 }
 
-// note logs the first of several failures.
-func (k *clockKeeper) note(ctx context.Context, p *pod, err error) {
+// note logs the first of several failures, and returns whether to ask once more.
+func (k *clockKeeper) note(ctx context.Context, p *pod, err error) bool {
 	k.mu.Lock()
 	defer k.mu.Unlock()
-	delete(k.asked, p)
-	before := k.failing[p]
+	again, failed := k.again[p] && err == nil, k.failing[p]
+	delete(k.again, p)
 	delete(k.failing, p)
+	if again && ctx.Err() == nil {
+		return true
+	}
+	delete(k.asked, p)
 	if err == nil || ctx.Err() != nil {
-		return
+		return false
 	}
 	k.failing[p] = true
-	if !before {
+	if !failed {
 		log.G(ctx).WithError(err).Warn("cannot keep a guest's clock right; it will be tried again")
 	}
+	return false
 }
 
 // stampedConfigure configures a guest with a clock as late as can be, and looks at

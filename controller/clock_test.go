@@ -168,7 +168,7 @@ func TestSilentGuestsClocks(t *testing.T) {
 		require.Eventually(t, func() bool { _, asked := c.get(); return asked == 1 }, 10*time.Second, time.Millisecond, "each is asked")
 	}
 	time.Sleep(1200 * time.Millisecond)
-	for _, c := range silent {
+	for _, c := range silent { // rounds have passed
 		_, asked := c.get()
 		assert.Equal(t, 1, asked, "and no second time before it has answered")
 	}
