@@ -9,6 +9,7 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"maps"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -43,9 +44,7 @@ func newFaultNode(t *testing.T, cfg, pool map[string]any) *faultNode {
 	t.Helper()
 	address := freeAddress(t)
 	all := map[string]any{"base_memory": smallVM, "default_memory": smallVM, "pool": pool}
-	for k, v := range cfg {
-		all[k] = v
-	}
+	maps.Copy(all, cfg)
 	n := ownNode(t, all, func(o *testnode.Options) { o.Metrics = address })
 	f := &faultNode{Node: n, t: t, address: address, templates: n.Dir("cache", "templates")}
 	if dir, ok := pool["template_dir"].(string); ok {
