@@ -28,9 +28,10 @@ const (
 	// than clockDelay: what an answer says is uncertain by half the time it took.
 	clockTries = 3
 	clockDelay = 10 * time.Millisecond
-	// clockLag is how long the way of a guest's configuration may take until the
-	// clock, which it has set, is looked at again before the pod is ready.
-	clockLag = 25 * time.Millisecond
+	// clockLag is how long the way of a guest's configuration may take: the clock that
+	// it sets is off by no more. After a longer one it is looked at again before the
+	// pod is ready.
+	clockLag = 50 * time.Millisecond
 	// clockParallel is how many guests are asked at a time, and clockPatience how
 	// long one counts: a silent one holds up no other.
 	clockParallel = 4
@@ -312,6 +313,7 @@ func (c *Controller) stampedConfigure(ctx context.Context, vm vmm.VM, req *guest
 	for _, step := range resp.GetSteps()[:min(len(resp.GetSteps()), maxGuestSteps)] {
 		took -= time.Duration(min(step.GetUsec(), uint64(max(took, 0)/time.Microsecond))) * time.Microsecond
 	}
+	log.G(ctx).WithField("lag", took).Debug("configured a guest")
 	if took > clockLag {
 		// The clock was set, so what fails now is made good later.
 		if _, err := c.syncClock(ctx, vm); err != nil {

@@ -172,6 +172,12 @@ func (g *guestOfPool) WarmUp(ctx context.Context, vm vmm.VM) error {
 	if err != nil {
 		return err
 	}
+	_, err = callGuest(ctx, vm, g.cfg.BootTimeout, func(ctx context.Context, m guestv1.MachineService) (*guestv1.SyncClockResponse, error) {
+		return m.SyncClock(ctx, &guestv1.SyncClockRequest{})
+	})
+	if err != nil {
+		return err
+	}
 	if err := vm.AddDisk(ctx, vmm.Disk{Serial: warmUpDisk, Path: g.cfg.Image, ReadOnly: true}); err != nil {
 		return err
 	}
