@@ -313,7 +313,6 @@ func (c *Controller) stampedConfigure(ctx context.Context, vm vmm.VM, req *guest
 	for _, step := range resp.GetSteps()[:min(len(resp.GetSteps()), maxGuestSteps)] {
 		took -= time.Duration(min(step.GetUsec(), uint64(max(took, 0)/time.Microsecond))) * time.Microsecond
 	}
-	log.G(ctx).WithField("lag", took).Debug("configured a guest")
 	if took > clockLag {
 		// The clock was set, so what fails now is made good later.
 		if _, err := c.syncClock(ctx, vm); err != nil {
