@@ -25,6 +25,7 @@ var (
 	poolMaxGauge      = gauge("pool_max", "VMs that may be ready.")
 	poolMemoryGauge   = gauge("pool_memory_bytes", "Memory that the pool's VMs are reckoned to hold.")
 	poolMemMaxGauge   = gauge("pool_memory_max_bytes", "Memory that the pool's VMs may hold.")
+	poolMemShortGauge = gauge("pool_memory_short", "1 if the pool does not grow because the host is short of memory, and else 0.")
 	poolFailuresGauge = gauge("pool_consecutive_failures", "Failures of the refill since something succeeded.")
 	poolPauseGauge    = gauge("pool_pause_seconds", "What is left of the pause that failures cost the refill.")
 	poolUsableGauge   = gauge("pool_snapshot_usable", "1 if there is a snapshot to restore VMs from, and else 0.")
@@ -37,7 +38,7 @@ var _ prometheus.Collector = (*Controller)(nil)
 func (c *Controller) Describe(ch chan<- *prometheus.Desc) {
 	for _, d := range []*prometheus.Desc{
 		fitGauge, sandboxesGauge, vmsGauge, poolDepthGauge, poolTargetGauge, poolMaxGauge, poolMemoryGauge,
-		poolMemMaxGauge, poolFailuresGauge, poolPauseGauge, poolUsableGauge, snapshotGauge,
+		poolMemMaxGauge, poolMemShortGauge, poolFailuresGauge, poolPauseGauge, poolUsableGauge, snapshotGauge,
 	} {
 		ch <- d
 	}
@@ -72,6 +73,7 @@ func (c *Controller) Collect(ch chan<- prometheus.Metric) {
 	send(poolMaxGauge, float64(g.Max))
 	send(poolMemoryGauge, float64(g.MemoryBytes))
 	send(poolMemMaxGauge, float64(g.MaxMemoryBytes))
+	send(poolMemShortGauge, boolValue(g.MemoryShort))
 	send(poolFailuresGauge, float64(g.Failures))
 	send(poolPauseGauge, g.Pause.Seconds())
 	send(poolUsableGauge, boolValue(g.Usable))

@@ -114,6 +114,8 @@ type Controller struct {
 	// none that could be.
 	pool    *vmpool.Pool
 	poolErr error
+	// clocks ends the keeping of the guests' clocks; nil if they are not kept.
+	clocks func()
 
 	// mu guards pods, and nothing slow is done under it.
 	mu   sync.Mutex
@@ -191,6 +193,9 @@ func (c *Controller) OpenPrebuild(ctx context.Context, cfg prebuild.Config) {
 // background.
 func (c *Controller) Close() error {
 	var errs []error
+	if c.clocks != nil {
+		c.clocks()
+	}
 	if c.prebuild != nil {
 		errs = append(errs, c.prebuild.Close())
 	}

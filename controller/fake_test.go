@@ -85,6 +85,8 @@ type fakeAgent struct {
 	silentInfo, silentConfigure, silentPowerOff bool
 	// slowConfigure delays the answer.
 	slowConfigure time.Duration
+	// noSteps leaves the steps out of the answer.
+	noSteps bool
 }
 
 func newFakeDriver() *fakeDriver {
@@ -185,6 +187,7 @@ type fakeMachine struct {
 	cmd    *exec.Cmd
 	agent  fakeAgent
 	done   chan struct{}
+	clock  fakeClock
 
 	mu         sync.Mutex
 	size       vmm.Size
@@ -435,6 +438,9 @@ func (s *machineService) Configure(_ context.Context, req *guestv1.ConfigureRequ
 	s.m.mu.Lock()
 	defer s.m.mu.Unlock()
 	s.m.configured = req
+	if s.m.agent.noSteps {
+		return &guestv1.ConfigureResponse{}, errgrpc.ToGRPC(s.m.agent.configure)
+	}
 	return &guestv1.ConfigureResponse{Steps: []*guestv1.Step{{Name: "clock", Usec: 5}, {Name: "network", Usec: 1 << 60}}}, errgrpc.ToGRPC(s.m.agent.configure)
 }
 

@@ -175,10 +175,7 @@ func (c *Controller) waitForGuest(ctx context.Context, p *pod, vm vmm.VM, watch 
 // configureGuest makes the VM the pod's.
 func (c *Controller) configureGuest(ctx context.Context, vm vmm.VM, req *guestv1.ConfigureRequest, watch *stopwatch) error {
 	begin := time.Since(watch.start)
-	resp, err := callGuest(ctx, vm, c.cfg.AgentTimeout,
-		func(ctx context.Context, m guestv1.MachineService) (*guestv1.ConfigureResponse, error) {
-			return m.Configure(ctx, req)
-		})
+	resp, err := c.stampedConfigure(ctx, vm, req)
 	if err != nil {
 		return fmt.Errorf("configure the guest: %w", err)
 	}

@@ -91,6 +91,7 @@ func (c *Controller) openPool(dirs vmpool.Config) error {
 		Dir: dirs.Dir, ScratchDir: dirs.ScratchDir,
 		NewScratch: c.scratch.make, NewTAP: c.network.MakeTAP,
 		Demand:    vmpool.Demand{Min: c.cfg.Pool.Min, Max: c.cfg.Pool.Max, Window: c.cfg.Pool.Window, Horizon: c.cfg.Pool.Horizon},
+		Available: vmpool.HostMemory, ReserveMemory: c.cfg.Pool.ReserveMemory,
 		MaxMemory: c.cfg.Pool.MaxMemory, VMMemory: vmMemory, Parallel: c.cfg.Pool.Parallel, Slots: c.boots, Turns: c.turns,
 		Warm:          c.cfg.Pool.WarmUp == config.WarmUpAlways || c.cfg.Pool.WarmUp == config.WarmUpAuto && tcg,
 		SnapshotLimit: 2 * c.cfg.BootTimeout, ReadyLimit: c.cfg.BootTimeout, CheckLimit: min(checkLimit, c.cfg.AgentTimeout),
@@ -168,6 +169,12 @@ const warmUpDisk = "warm-up"
 func (g *guestOfPool) WarmUp(ctx context.Context, vm vmm.VM) error {
 	_, err := callGuest(ctx, vm, g.cfg.BootTimeout, func(ctx context.Context, m guestv1.MachineService) (*guestv1.ConfigureResponse, error) {
 		return m.Rehearse(ctx, rehearsal())
+	})
+	if err != nil {
+		return err
+	}
+	_, err = callGuest(ctx, vm, g.cfg.BootTimeout, func(ctx context.Context, m guestv1.MachineService) (*guestv1.SyncClockResponse, error) {
+		return m.SyncClock(ctx, &guestv1.SyncClockRequest{})
 	})
 	if err != nil {
 		return err

@@ -30,6 +30,7 @@ var (
 	taskTimer      metrics.LabeledTimer
 	taskCounter    metrics.LabeledCounter
 	taskPartTimer  metrics.LabeledTimer
+	clockCounter   metrics.LabeledCounter
 )
 
 // verb is what a stopwatch may be of, and where its phases are counted.
@@ -84,6 +85,7 @@ func init() {
 	taskCounter = ns.NewLabeledCounter("task_calls", "Calls of the Task API, by result.", "call", "result")
 	taskPartTimer = timer("task_phase", "Duration of the parts of a container's creation, in the shim.", "phase")
 	recoverCounter = ns.NewLabeledCounter("recovered_sandboxes", "Sandboxes found at the start, by what became of them.", "result")
+	clockCounter = ns.NewLabeledCounter("clock_syncs", "Looks at guests' clocks, by what they led to.", "result")
 	presetLabels()
 	metrics.Register(ns)
 }
@@ -121,6 +123,7 @@ func presetLabels() {
 	}
 	timers(taskPartTimer, taskParts...)
 	counters(recoverCounter, recoverResults...)
+	counters(clockCounter, clockResults...)
 }
 
 func resultOf(err error) string {

@@ -8,9 +8,12 @@ import (
 	"os"
 	"path/filepath"
 	"strconv"
+	"testing"
 
 	"github.com/stretchr/testify/require"
 	"golang.org/x/sys/unix"
+
+	"github.com/cloudhv/containerd-cloudhv/e2e/testnode"
 )
 
 // hang stops the processors of the pod's guest, under a VMM that lives on. QEMU's
@@ -28,16 +31,21 @@ func (p *pod) hang() {
 func (p *pod) monitor() *os.File {
 	p.t.Helper()
 	// A VM from the pool has a directory of its own.
-	socket := filepath.Join(filepath.Dir(p.info().VMMLog), "qmp.sock")
-	pid := p.n.Pid()
+	return monitorOf(p.t, p.n, filepath.Join(filepath.Dir(p.info().VMMLog), "qmp.sock"))
+}
+
+// monitorOf is a copy of containerd's connection to a monitor's socket.
+func monitorOf(t *testing.T, n *testnode.Node, socket string) *os.File {
+	t.Helper()
+	pid := n.Pid()
 	pidfd, err := unix.PidfdOpen(pid, 0)
-	require.NoError(p.t, err)
+	require.NoError(t, err)
 	defer unix.Close(pidfd)
 	fds, err := os.ReadDir(fmt.Sprintf("/proc/%d/fd", pid))
-	require.NoError(p.t, err)
+	require.NoError(t, err)
 	for _, e := range fds {
 		number, err := strconv.Atoi(e.Name())
-		require.NoError(p.t, err)
+		require.NoError(t, err)
 		fd, err := unix.PidfdGetfd(pidfd, number, 0)
 		if err != nil {
 			continue // closed meanwhile
@@ -49,6 +57,6 @@ func (p *pod) monitor() *os.File {
 		}
 		unix.Close(fd)
 	}
-	require.Fail(p.t, "containerd has no connection to the VMM's monitor", socket)
+	require.Fail(t, "containerd has no connection to the VMM's monitor", socket)
 	return nil
 }

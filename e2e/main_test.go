@@ -183,7 +183,7 @@ func prepare(ctx context.Context, n *testnode.Node) error {
 		// The base snapshot is made beside the first pods, and is there from then on.
 		made, cancel := context.WithTimeout(ctx, testnode.Scale(2*time.Minute))
 		defer cancel()
-		if err := testnode.Eventually(made, func(context.Context) error { return snapshotMade(n) }); err != nil {
+		if err := testnode.Eventually(made, func(ctx context.Context) error { return snapshotMade(ctx, n) }); err != nil {
 			return err
 		}
 	}
@@ -191,9 +191,19 @@ func prepare(ctx context.Context, n *testnode.Node) error {
 	return err
 }
 
-func snapshotMade(n *testnode.Node) error {
+// snapshotMade fails until the base snapshot is there, and has been read.
+func snapshotMade(ctx context.Context, n *testnode.Node) error {
 	if made, err := filepath.Glob(n.Dir("cache", "templates", "[0-9a-f]*", "manifest.json")); err != nil || len(made) == 0 {
 		return fmt.Errorf("no snapshot was made: %w", errors.Join(err, errdefs.ErrNotFound))
+	}
+	c, err := n.Census(ctx)
+	if err != nil {
+		return err
+	}
+	for what := range c.Own {
+		if strings.Contains(what, "vmpool/snapshot.") {
+			return fmt.Errorf("the snapshot is not ready: %s: %w", what, errdefs.ErrUnavailable)
+		}
 	}
 	return nil
 }

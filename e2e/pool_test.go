@@ -5,9 +5,6 @@ package e2e
 
 import (
 	"context"
-	"fmt"
-	"strconv"
-	"strings"
 	"testing"
 	"time"
 
@@ -69,6 +66,27 @@ func awaitOutcome(t *testing.T, n *testnode.Node, want string) *pod {
 	}
 }
 
+// kernelParams runs a pod with kernel parameters of its own on a node whose pool has
+// a VM ready: it boots, the pool is not asked, and keeps what it has.
+func kernelParams(t *testing.T, n *testnode.Node, address string) {
+	t.Helper()
+	before := scrape(t, address)
+	cfg := n.PodConfig("params")
+	cfg.Annotations = map[string]string{"io.cloudhv.kernel_params": "cloudhv.test=yes loglevel=3"}
+	id, err := n.RunPod(testContext(t), cfg, testnode.CloudHV)
+	require.NoError(t, err, n.LogTail(4000))
+	p := &pod{t: t, n: n, handler: testnode.CloudHV, cfg: cfg, id: id}
+	t.Cleanup(p.remove)
+	require.Equal(t, "cold", p.info().Outcome)
+	line := p.idle("box").sh("cat /proc/cmdline")
+	assert.Contains(t, line, " cloudhv.test=yes loglevel=3\n")
+	after := scrape(t, address)
+	assert.EqualValues(t, 1, sample(t, after, "sandbox_starts_total", "cold", "ok")-sample(t, before, "sandbox_starts_total", "cold", "ok"))
+	for _, outcome := range []string{"hit", "miss", "cold", "failed"} {
+		assert.Equal(t, sample(t, before, "pool_acquire_total", outcome), sample(t, after, "pool_acquire_total", outcome), outcome)
+	}
+}
+
 // TestPool takes VMs that were ready, restored and booted: all serve the same pod.
 func TestPool(t *testing.T) {
 	for _, c := range []struct {
@@ -80,7 +98,8 @@ func TestPool(t *testing.T) {
 		{"cold", map[string]any{"restore": false}},
 	} {
 		t.Run(c.outcome, func(t *testing.T) {
-			n := poolNode(t, c.pool)
+			address := freeAddress(t)
+			n := poolNode(t, c.pool, func(o *testnode.Options) { o.Metrics = address })
 			img, err := testimage.Helper(suite.helper)
 			require.NoError(t, err)
 			require.NoError(t, n.Import(testContext(t), testimage.HelperRef, img))
@@ -90,62 +109,10 @@ func TestPool(t *testing.T) {
 			for _, ph := range p.info().Phases {
 				t.Logf("%-16s %6.1f ms", ph.Name, float64(ph.TookUsec)/1000)
 			}
+			if c.outcome == "hit" {
+				kernelParams(t, n, address)
+			}
 			assert.Equal(t, "ok\n", box.sh("dd if=/dev/zero of=/big bs=1M count=20 2>/dev/null && echo ok"))
 		})
-	}
-}
-
-// clones is how many VMs of one snapshot are compared.
-const clones = 16
-
-// identity is what the first process of a container drew, by source.
-type identity map[string]string
-
-// first runs a pod whose container prints what it is, and returns that, and when
-// the container's process was not yet and no longer running.
-func first(t *testing.T, n *testnode.Node, i int) (identity, time.Time, time.Time) {
-	t.Helper()
-	p := podOn(t, n)
-	require.Equal(t, "miss", p.info().Outcome)
-	c := p.create(helperConfig(fmt.Sprint("who", i), "who"))
-	before := time.Now()
-	require.NoError(t, n.StartContainer(testContext(t), c.id))
-	lines := c.awaitLog(func(l []logLine) bool { return len(l) >= 8 })
-	after := time.Now()
-	p.remove()
-	who := identity{}
-	for _, l := range lines {
-		name, value, _ := strings.Cut(l.text, " ")
-		who[name] = value
-	}
-	return who, before, after
-}
-
-// TestClones compares the first things that the workloads of clones draw: none
-// may be another's, from the first byte on, and the time must be right.
-func TestClones(t *testing.T) {
-	n := poolNode(t, map[string]any{"min": 0, "max": 0})
-	img, err := testimage.Helper(suite.helper)
-	require.NoError(t, err)
-	require.NoError(t, n.Import(testContext(t), testimage.HelperRef, img))
-	awaitOutcome(t, n, "miss").remove()
-	seen := map[string]string{}
-	for i := range clones {
-		who, before, after := first(t, n, i)
-		for _, source := range []string{"getrandom", "urandom", "crypto", "math", "maphash", "boot_id"} {
-			require.NotEmpty(t, who[source], source)
-			if other, ok := seen[who[source]]; ok {
-				t.Errorf("clone %d drew %s from %s, as %s did", i, who[source], source, other)
-			}
-			seen[who[source]] = fmt.Sprint(source, " of clone ", i)
-		}
-		nanos, err := strconv.ParseInt(who["clock"], 10, 64)
-		require.NoError(t, err)
-		const off = 50 * time.Millisecond
-		clock := time.Unix(0, nanos)
-		assert.True(t, clock.After(before.Add(-off)) && clock.Before(after.Add(off)), "clone %d: its time is %v, and it ran from %v to %v", i, clock, before, after)
-		up, err := strconv.ParseFloat(who["uptime"], 64)
-		require.NoError(t, err)
-		assert.True(t, up > 0 && up < 600, "clone %d is up for %v s", i, up)
 	}
 }

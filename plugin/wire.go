@@ -76,6 +76,7 @@ func build(ctx context.Context, ic *plugin.InitContext) *controller.Controller {
 			log.G(ctx).WithError(err).Error("cannot make the pool of VMs; each sandbox boots its own")
 		}
 		recoverAll(ctx, c, images, stores)
+		c.KeepClocks()
 		c.OpenPrebuild(ctx, prebuild.Config{
 			Builder: images, Snapshotters: stores.snapshotters,
 			Images: metadata.NewImageStore(stores.db), Content: stores.db.ContentStore(), Events: stores.events,

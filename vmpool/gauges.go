@@ -17,6 +17,9 @@ type Gauges struct {
 	Target, Max int
 	// MemoryBytes is what Ready and Making are reckoned to hold, MaxMemoryBytes its bound.
 	MemoryBytes, MaxMemoryBytes int64
+	// MemoryShort is true if the pool is smaller than it should be because the host is
+	// short of memory.
+	MemoryShort bool
 	// Failures are those since something succeeded, Pause what is left of the pause
 	// that they cost.
 	Failures int
@@ -41,6 +44,7 @@ func (p *Pool) Gauges() Gauges {
 	defer p.mu.Unlock()
 	g.Ready, g.Making, g.Target, g.Failures = len(p.ready), p.making, p.target(), p.failures
 	g.MemoryBytes = int64(g.Ready+g.Making) * p.cfg.VMMemory
+	g.MemoryShort = p.pressure != plenty
 	g.Pause = max(0, time.Until(p.until))
 	return g
 }

@@ -136,9 +136,14 @@ func (p *Pool) Report(ctx context.Context, vm *VM, err error) {
 		p.badRestores = 0
 		return
 	}
-	if errors.Is(ctx.Err(), context.Canceled) {
-		return // the caller left, which says nothing
+	if errors.Is(ctx.Err(), context.Canceled) || ctx.Err() != nil && vm.rec.Owner != "" {
+		return // the caller left, or a pod's time was over, which says nothing
 	}
+	p.blame(ctx, vm.rec.Key, err)
+}
+
+// blame counts a failure against the snapshot.
+func (p *Pool) blame(ctx context.Context, key string, err error) {
 	failCounter.WithValues("restore").Inc()
 	p.mu.Lock()
 	p.lastErr = err
@@ -151,8 +156,8 @@ func (p *Pool) Report(ctx context.Context, vm *VM, err error) {
 	if !bad {
 		return
 	}
-	log.G(ctx).WithError(err).WithField("snapshot", vm.rec.Key).Error("VMs cannot be restored from a snapshot; it is made anew")
-	if err := p.cfg.Store.SetAside(vm.rec.Key); err != nil {
+	log.G(ctx).WithError(err).WithField("snapshot", key).Error("VMs cannot be restored from a snapshot; it is made anew")
+	if err := p.cfg.Store.SetAside(key); err != nil {
 		log.G(ctx).WithError(err).Error("cannot set a snapshot aside")
 	}
 	p.poke()

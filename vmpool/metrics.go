@@ -72,8 +72,12 @@ func (p *Pool) Status() Status {
 	key := cmp.Or(p.cfg.Store.Current(p.key), p.key)
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	return Status{
+	s := Status{
 		Key: key, Usable: err == nil, Ready: len(p.ready), Making: p.making, Target: p.target(), Ending: p.ending,
 		Drained: p.drained, Outcomes: maps.Clone(p.outcomes), Failures: p.failures, Err: p.lastErr,
 	}
+	if s.Err == nil {
+		s.Err = p.memoryErr()
+	}
+	return s
 }

@@ -84,6 +84,10 @@ type Config struct {
 	Demand Demand
 	// MaxMemory bounds what ready VMs may hold together, at VMMemory each.
 	MaxMemory, VMMemory int64
+	// Available tells what memory the host has left, of which ReserveMemory is not
+	// the pool's; nil for a host that has always enough.
+	Available     func() (int64, error)
+	ReserveMemory int64
 	// Parallel is how many VMs are made ready at a time.
 	Parallel int
 	// Turns are those of the pods that are being started; nil means the pool's own.
@@ -124,7 +128,10 @@ type Pool struct {
 	badRestores int
 	lastErr     error
 	drained     bool
-	outcomes    map[Outcome]int
+	// pressure and available are what the last look at the host's memory found.
+	pressure  pressure
+	available int64
+	outcomes  map[Outcome]int
 	// changed is closed, and replaced, when something of this has changed.
 	changed chan struct{}
 }
@@ -224,7 +231,7 @@ func (p *Pool) Acquire(ctx context.Context, req Request) (got *VM, retErr error)
 			p.cfg.Slots.Release(1)
 		}
 	})
-	vm, err := p.restore(ctx, snap, req)
+	vm, err := p.restoreFor(ctx, snap, req)
 	if err != nil {
 		settled()
 		if ctx.Err() == nil {
@@ -235,6 +242,21 @@ func (p *Pool) Acquire(ctx context.Context, req Request) (got *VM, retErr error)
 	vm.settled = settled
 	return p.counted(vm, nil)
 }
+
+// restoreFor restores a VM for a pod, which is left time to boot one if that hangs.
+func (p *Pool) restoreFor(ctx context.Context, snap *snapshot.Snapshot, req Request) (*VM, error) {
+	within, cancel := context.WithTimeout(ctx, p.cfg.ReadyLimit/restoreShare)
+	defer cancel()
+	vm, err := p.restore(within, snap, req)
+	if err != nil && ctx.Err() == nil && within.Err() != nil {
+		p.blame(ctx, snap.Key, err)
+	}
+	return vm, err
+}
+
+// restoreShare is the part of the time to make a VM ready that its restore may take
+// while a pod waits.
+const restoreShare = 3
 
 // begin notes that a pod came, and holds the refill back until done is called.
 func (p *Pool) begin() (done func()) {
@@ -282,8 +304,11 @@ func (p *Pool) counted(vm *VM, err error) (*VM, error) {
 }
 
 // take takes the oldest ready VM out of the pool, of the current snapshot if there
-// is one.
+// is one; and none if that snapshot was changed.
 func (p *Pool) take() *VM {
+	if _, err := p.cfg.Store.Peek(p.key); errdefs.IsDataLoss(err) {
+		return nil
+	}
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	for len(p.ready) > 0 && p.ctx.Err() == nil {

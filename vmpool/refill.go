@@ -47,6 +47,7 @@ func (p *Pool) Close() error {
 // run makes the pool as large as it should be, whenever something changes.
 func (p *Pool) run() {
 	for p.ctx.Err() == nil {
+		p.lookAtMemory(p.ctx)
 		snap, err := p.snapshot()
 		if err != nil {
 			p.failed(err)
@@ -65,19 +66,36 @@ func (p *Pool) run() {
 
 // snapshot finds the base snapshot, or makes it, unless a failure says wait.
 func (p *Pool) snapshot() (*snapshot.Snapshot, error) {
-	if snap, err := p.cfg.Store.Peek(p.key); err == nil {
+	snap, err := p.cfg.Store.Peek(p.key)
+	if err == nil {
 		return snap, nil
 	}
+	p.dropIf(err)
 	if p.paused() {
 		return nil, nil
 	}
-	snap, err := p.cfg.Store.Make(p.ctx, p.cfg.Inputs, p.makeSnapshot)
+	_, err = p.cfg.Store.Find(p.ctx, p.cfg.Inputs)
+	p.dropIf(err)
+	snap, err = p.cfg.Store.Make(p.ctx, p.cfg.Inputs, p.makeSnapshot)
 	if err != nil {
 		failCounter.WithValues("snapshot").Inc()
 		return nil, err
 	}
 	p.putInUse(snap)
 	return snap, nil
+}
+
+// dropIf ends all ready VMs if err says that the snapshot was damaged: they map its
+// memory, and see what is changed in it.
+func (p *Pool) dropIf(err error) {
+	if !errdefs.IsDataLoss(err) {
+		return
+	}
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	for len(p.ready) > 0 {
+		p.letGo(p.pull(0))
+	}
 }
 
 // failed notes a failure and the pause that it costs.
@@ -112,6 +130,9 @@ func (p *Pool) nextLook() time.Duration {
 	defer p.mu.Unlock()
 	now := time.Now()
 	next := now.Add(time.Hour)
+	if p.cfg.Available != nil && p.cfg.Demand.Max > 0 && !p.drained {
+		next = now.Add(memoryLook)
+	}
 	for _, arrivals := range [][]time.Time{p.arrivals, p.asked} {
 		if at := p.cfg.Demand.Next(arrivals, now); !at.IsZero() && at.Before(next) {
 			next = at
@@ -129,7 +150,8 @@ func (p *Pool) target() int {
 		return 0
 	}
 	now := time.Now()
-	return min(max(p.cfg.Demand.Target(p.arrivals, now), p.cfg.Demand.Target(p.asked, now)), p.limit())
+	want := max(p.cfg.Demand.Target(p.arrivals, now), p.cfg.Demand.Target(p.asked, now))
+	return p.fitMemory(min(want, p.limit()))
 }
 
 // limit is how many VMs may be ready.
@@ -250,6 +272,9 @@ func (p *Pool) makeReady(ctx context.Context, snap *snapshot.Snapshot) (_ *VM, r
 	}
 	if err := vm.Pause(ctx); err != nil {
 		return nil, fmt.Errorf("pause a restored VM: %w", err)
+	}
+	if _, err := p.cfg.Store.Peek(p.key); errdefs.IsDataLoss(err) {
+		return nil, fmt.Errorf("a VM was made ready: %w", err)
 	}
 	vm.rec.Ready = true
 	readyTimer.UpdateSince(vm.Made)

@@ -64,6 +64,9 @@ type Config struct {
 	// ConsoleLogLimit bounds the log of a guest's console.
 	ConsoleLogLimit Value `toml:"console_log_limit"`
 
+	// ClockSync is how often a guest's clock is compared with the host's; "0" never.
+	ClockSync Value `toml:"clock_sync"`
+
 	// Cgroup runs each VMM in a cgroup of its own, below the pod's.
 	Cgroup Value `toml:"cgroup"`
 	// CgroupParent is the group below which VMMs run that are no pod's yet, or whose
@@ -99,6 +102,9 @@ type Pool struct {
 	// MaxMemory bounds what ready VMs may hold together; 0 stands for a tenth of the
 	// host's.
 	MaxMemory Value `toml:"max_memory"`
+	// ReserveMemory is what must stay available on the host: with less the pool does
+	// not grow, and with half of it lets its VMs go. 0 stands for a twentieth of the host's.
+	ReserveMemory Value `toml:"reserve_memory"`
 	// Parallel is how many are made ready at a time; 0 stands for half the host's
 	// processors.
 	Parallel Value `toml:"parallel"`
@@ -185,6 +191,7 @@ func Default() *Config {
 		ImageCacheLimit:         "20GiB",
 		Prebuild:                PrebuildUsed,
 		ConsoleLogLimit:         "1MiB",
+		ClockSync:               "1m",
 		Cgroup:                  true,
 		CgroupParent:            "/cloudhv",
 		Annotations:             []string{"io.cloudhv.*", "io.katacontainers.config.hypervisor.*"},
@@ -203,7 +210,7 @@ func defaultBuilder() RootFSBuilder {
 
 func defaultPool() Pool {
 	return Pool{
-		Restore: true, Min: 1, Max: 16, MaxMemory: "0", Parallel: 0, WarmUp: WarmUpAuto, Memory: "10m", Window: "5s", TemplateDir: "",
+		Restore: true, Min: 1, Max: 16, MaxMemory: "0", ReserveMemory: "0", Parallel: 0, WarmUp: WarmUpAuto, Memory: "10m", Window: "5s", TemplateDir: "",
 	}
 }
 

@@ -106,6 +106,8 @@ func TestValidateNamesFieldValueAndRemedy(t *testing.T) {
 		"prebuild":                {func(c *Config) { c.Prebuild = "sometimes" }, []string{`prebuild = "sometimes"`, `"used", "always" or "never"`}},
 		"console too small":       {func(c *Config) { c.ConsoleLogLimit = "1" }, []string{`console_log_limit = "1"`}},
 		"duration without unit":   {func(c *Config) { c.Timeouts = map[string]any{"boot": "60"} }, []string{`timeouts.boot = "60"`, `"30s"`}},
+		"clock":                   {func(c *Config) { c.ClockSync = "often" }, []string{`clock_sync = "often"`, `"30s"`}},
+		"reserve of memory":       {func(c *Config) { c.Pool = map[string]any{"reserve_memory": "lots"} }, []string{`pool.reserve_memory = "lots"`}},
 		"duration of nothing":     {func(c *Config) { c.Timeouts = Timeouts{PowerOff: "0s"} }, []string{`timeouts.power_off = "0s"`}},
 		"kernel parameter":        {func(c *Config) { c.KernelParams = []string{"a\nb"} }, []string{"kernel_params"}},
 		"foreign annotation":      {func(c *Config) { c.Annotations = []string{"*"} }, []string{`annotations = "*"`}},
@@ -140,6 +142,28 @@ func TestValidateReportsAllTogether(t *testing.T) {
 	require.NotContains(t, err.Error(), "\n")
 	require.NotNil(t, s)
 	require.Equal(t, "/var/lib/cloudhv", s.CacheDir, "what is right can still be used")
+}
+
+func TestClockSync(t *testing.T) {
+	t.Parallel()
+	for value, want := range map[Value]time.Duration{"1m": time.Minute, "0": 0, 0: 0, "500ms": 500 * time.Millisecond} {
+		c := valid(t)
+		c.ClockSync = value
+		s, err := c.Validate(testHost)
+		require.NoError(t, err)
+		require.Equal(t, want, s.ClockSync)
+	}
+}
+
+func TestReserveOfMemory(t *testing.T) {
+	t.Parallel()
+	for value, want := range map[Value]int64{"0": testHost.Memory / 20, "1GiB": 1 << 30} {
+		c := valid(t)
+		c.Pool = map[string]any{"reserve_memory": value}
+		s, err := c.Validate(testHost)
+		require.NoError(t, err)
+		require.Equal(t, want, s.Pool.ReserveMemory)
+	}
 }
 
 func TestSizes(t *testing.T) {

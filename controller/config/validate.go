@@ -70,12 +70,14 @@ type Settings struct {
 	ImageCacheLimit          int64
 	Prebuild                 string
 	ConsoleLogLimit          int64
-	Cgroup                   bool
-	CgroupParent             string
-	Annotations              []string
-	UnprivilegedPorts        bool
-	UnprivilegedICMP         bool
-	Debug                    bool
+	// ClockSync is 0 for never.
+	ClockSync         time.Duration
+	Cgroup            bool
+	CgroupParent      string
+	Annotations       []string
+	UnprivilegedPorts bool
+	UnprivilegedICMP  bool
+	Debug             bool
 
 	BuilderBinary    string
 	BuilderMemory    int64
@@ -93,6 +95,7 @@ type PoolSettings struct {
 	Restore         bool
 	Min, Max        int
 	MaxMemory       int64
+	ReserveMemory   int64
 	Parallel        int
 	WarmUp          string
 	Horizon, Window time.Duration
@@ -253,6 +256,7 @@ func (v *validator) limits(c *Config, s *Settings) {
 	s.ImageCacheLimit = v.atLeast("image_cache_limit", c.ImageCacheLimit, 0)
 	s.Prebuild = v.oneOf("prebuild", c.Prebuild, PrebuildUsed, PrebuildAlways, PrebuildNever)
 	s.ConsoleLogLimit = v.atLeast("console_log_limit", c.ConsoleLogLimit, minConsole)
+	s.ClockSync = v.durationOrNever("clock_sync", c.ClockSync)
 	s.BootParallel = v.count("boot_parallel", c.BootParallel, 0, maxBootParallel)
 }
 
@@ -276,6 +280,10 @@ func (v *validator) pool(p Pool, s *Settings, host HostInfo) {
 	if out.MaxMemory == 0 {
 		out.MaxMemory = host.Memory / 10
 	}
+	out.ReserveMemory = v.atLeast("pool.reserve_memory", p.ReserveMemory, 0)
+	if out.ReserveMemory == 0 {
+		out.ReserveMemory = host.Memory / 20
+	}
 	out.Parallel = v.count("pool.parallel", p.Parallel, 0, maxBootParallel)
 	out.WarmUp = v.oneOf("pool.warm_up", p.WarmUp, WarmUpAuto, WarmUpAlways, WarmUpNever)
 	out.Horizon = v.duration("pool.memory", p.Memory)
@@ -294,6 +302,14 @@ func (v *validator) duration(field string, value Value) time.Duration {
 		return 30 * time.Second
 	}
 	return d
+}
+
+// durationOrNever is 0 for "0".
+func (v *validator) durationOrNever(field string, value Value) time.Duration {
+	if text := fmt.Sprint(value); text == "0" {
+		return 0
+	}
+	return v.duration(field, value)
 }
 
 func (v *validator) timeouts(t Timeouts, s *Settings) {

@@ -12,6 +12,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"strings"
 	"time"
 
 	"github.com/containerd/errdefs"
@@ -27,10 +28,15 @@ const (
 	BusyboxRef = "localhost/chv/busybox:latest"
 	HelperRef  = "localhost/chv/helper:latest"
 	NastyRef   = "localhost/chv/nasty:latest"
+	ClonesRef  = "localhost/chv/clones:latest"
 )
 
-// HelperPath is where the helper is in the images that have it.
-const HelperPath = "/bin/helper"
+// HelperPath is where the helper is in the images that have it, CWhoPath where the
+// C program is in that of Clones.
+const (
+	HelperPath = "/bin/helper"
+	CWhoPath   = "/bin/cwho"
+)
 
 // epoch is the time of all files that have no special one.
 var epoch = time.Unix(1_700_000_000, 0)
@@ -97,12 +103,24 @@ func Pause() (v1.Image, error) {
 // Helper is Busybox and the tests' helper, with a working directory, a user
 // and an environment of its own.
 func Helper(helper []byte) (v1.Image, error) {
+	return withHelper(helper, nil)
+}
+
+// Clones is Helper and the C program of BuildCWho.
+func Clones(helper, cwho []byte) (v1.Image, error) {
+	return withHelper(helper, map[string][]byte{CWhoPath: cwho})
+}
+
+func withHelper(helper []byte, programs map[string][]byte) (v1.Image, error) {
 	base, err := busyboxLayer()
 	if err != nil {
 		return nil, err
 	}
 	a := newArchive()
 	a.file("bin/helper", 0o755, helper)
+	for path, data := range programs {
+		a.file(strings.TrimPrefix(path, "/"), 0o755, data)
+	}
 	a.dir("work", 0o777)
 	return build([]*archive{base, a}, v1.Config{
 		Cmd:        []string{HelperPath},
@@ -125,6 +143,19 @@ func BuildHelper(repo, dir string) ([]byte, error) {
 	}
 	if b, err := cmd.CombinedOutput(); err != nil {
 		return nil, fmt.Errorf("building the helper: %w\n%s", err, b)
+	}
+	return os.ReadFile(out)
+}
+
+// BuildCWho compiles the C program that prints random bytes with the host's compiler,
+// static, and returns its bytes. The program is put into dir.
+func BuildCWho(repo, dir string) ([]byte, error) {
+	out := filepath.Join(dir, "cwho")
+	cmd := exec.Command("gcc", "-static", "-O2", "-Wall", "-Werror", "-o", out, "e2e/testimage/cwho/cwho.c")
+	cmd.Dir = repo
+	cmd.Env = append(os.Environ(), "PATH="+os.Getenv("PATH")+":"+filepath.Join(repo, "build", "host", "bin"))
+	if b, err := cmd.CombinedOutput(); err != nil {
+		return nil, fmt.Errorf("compiling cwho.c: %w\n%s", err, b)
 	}
 	return os.ReadFile(out)
 }

@@ -7,7 +7,7 @@ package api
 
 // Version is the version of this API. Host and agent refuse each other when
 // theirs differ: both come from the same build.
-const Version = 1
+const Version = 2
 
 // Guest ports. A port is what a stream of the transport is dialled to: a vsock
 // port, or the number in the preamble of a stream over virtio-serial.

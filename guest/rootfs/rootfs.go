@@ -63,9 +63,11 @@ var directories = []struct {
 	{"/tmp", dirMode},
 }
 
-// Programs of the image look up names of users. A container's own come from its own image.
+// Programs of the image look up names of users. A container's own come from its own image. The
+// machine ID is the agent's to mount.
 var texts = []struct{ path, content string }{
 	{"/etc/group", "root:x:0:\nnogroup:x:65534:\n"},
+	{"/etc/machine-id", ""},
 	{"/etc/passwd", "root:x:0:0:root:/:/bin/false\nnobody:x:65534:65534:nobody:/:/bin/false\n"},
 }
 

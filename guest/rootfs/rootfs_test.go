@@ -89,21 +89,22 @@ func TestImageReadsBack(t *testing.T) {
 		return nil
 	}))
 	assert.Equal(t, map[string]fs.FileMode{
-		".":          fs.ModeDir | 0o755,
-		"bin":        fs.ModeDir | 0o755,
-		"bin/crun":   0o755,
-		"dev":        fs.ModeDir | 0o755,
-		"etc":        fs.ModeDir | 0o755,
-		"etc/group":  0o644,
-		"etc/passwd": 0o644,
-		"init":       0o755,
-		"mnt":        fs.ModeDir | 0o755,
-		"proc":       fs.ModeDir | 0o555,
-		"run":        fs.ModeDir | 0o755,
-		"sbin":       fs.ModeDir | 0o755,
-		"sbin/init":  fs.ModeSymlink | 0o777,
-		"sys":        fs.ModeDir | 0o555,
-		"tmp":        fs.ModeDir | 0o755,
+		".":              fs.ModeDir | 0o755,
+		"bin":            fs.ModeDir | 0o755,
+		"bin/crun":       0o755,
+		"dev":            fs.ModeDir | 0o755,
+		"etc":            fs.ModeDir | 0o755,
+		"etc/group":      0o644,
+		"etc/machine-id": 0o644,
+		"etc/passwd":     0o644,
+		"init":           0o755,
+		"mnt":            fs.ModeDir | 0o755,
+		"proc":           fs.ModeDir | 0o555,
+		"run":            fs.ModeDir | 0o755,
+		"sbin":           fs.ModeDir | 0o755,
+		"sbin/init":      fs.ModeSymlink | 0o777,
+		"sys":            fs.ModeDir | 0o555,
+		"tmp":            fs.ModeDir | 0o755,
 	}, modes)
 
 	for guest, host := range map[string]string{"init": in.Agent, "bin/crun": in.Runtime, "sbin/init": in.Agent} {
@@ -142,7 +143,7 @@ func TestCreateReportsWhatIsInTheImage(t *testing.T) {
 		sizes[e.Path] = e.Size
 	}
 	assert.Equal(t, map[string]int64{
-		"/etc/group": 27, "/etc/passwd": 70, "/init": 15120, "/bin/crun": 20120,
+		"/etc/group": 27, "/etc/machine-id": 0, "/etc/passwd": 70, "/init": 15120, "/bin/crun": 20120,
 	}, sizes)
 }
 

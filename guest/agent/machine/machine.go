@@ -42,7 +42,11 @@ type Config struct {
 
 // System are the changes to the VM that a test cannot allow.
 type System interface {
+	Now() time.Time
 	SetClock(time.Time) error
+	// StepClock adds to the clock at once, SlewClock little by little.
+	StepClock(by time.Duration) error
+	SlewClock(by time.Duration) error
 	AddEntropy([]byte) error
 	// PowerOff does not return if it succeeds.
 	PowerOff() error
@@ -136,7 +140,7 @@ func (s *Service) Configure(ctx context.Context, r *guestv1.ConfigureRequest) (*
 	}
 	s.state.configured = true
 	s.steps = steps
-	log.G(ctx).WithField("sandbox", r.GetPodId()).Info("configured")
+	log.G(ctx).WithField("sandbox", r.GetPodId()).WithField("machine_id", readMachineID()).Info("configured")
 	return &guestv1.ConfigureResponse{Steps: steps}, nil
 }
 

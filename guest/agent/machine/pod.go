@@ -72,7 +72,7 @@ func (p Pod) Placeholder() (remove func() error, _ error) {
 // forget undoes write and mountShm, as far as they went.
 func (p Pod) forget() error {
 	var errs []error
-	for _, mount := range []string{p.Shm(), "/etc/machine-id"} {
+	for _, mount := range []string{p.Shm(), machineIDPath} {
 		err := unix.Unmount(mount, unix.MNT_DETACH)
 		if err != nil && !errors.Is(err, unix.EINVAL) && !errors.Is(err, unix.ENOENT) {
 			errs = append(errs, fmt.Errorf("unmount %s: %w", mount, err))
@@ -87,12 +87,23 @@ func (p Pod) machineID(id string) error {
 	if err := writeFile(path, []byte(id+"\n")); err != nil {
 		return err
 	}
-	// The root file system is read-only. An image that has the file gets it replaced.
-	err := unix.Mount(path, "/etc/machine-id", "", unix.MS_BIND, "")
-	if err != nil && !errors.Is(err, unix.ENOENT) {
+	// The root file system is read-only.
+	if err := unix.Mount(path, machineIDPath, "", unix.MS_BIND, ""); err != nil {
 		return fmt.Errorf("bind machine-id: %w", err)
 	}
 	return nil
+}
+
+// machineIDPath is where programs look for the machine's identity.
+const machineIDPath = "/etc/machine-id"
+
+// readMachineID is what they find.
+func readMachineID() string {
+	id, err := os.ReadFile(machineIDPath)
+	if err != nil {
+		return err.Error()
+	}
+	return string(bytes.TrimSpace(id))
 }
 
 // makeHosts writes the lines that Kubernetes writes.

@@ -21,15 +21,6 @@ type VM struct{}
 
 var _ System = VM{}
 
-// SetClock sets the time of day.
-func (VM) SetClock(t time.Time) error {
-	ts := unix.NsecToTimespec(t.UnixNano())
-	if err := unix.ClockSettime(unix.CLOCK_REALTIME, &ts); err != nil {
-		return fmt.Errorf("set clock: %w", err)
-	}
-	return nil
-}
-
 const (
 	rndAddEntropy = 0x40085203
 	rndReseedCRNG = 0x5207

@@ -290,7 +290,7 @@ type ConfigureRequest struct {
 	Hosts []byte `protobuf:"bytes,3,opt,name=hosts,proto3" json:"hosts,omitempty"`
 	// resolv_conf is the content of /etc/resolv.conf.
 	ResolvConf []byte `protobuf:"bytes,4,opt,name=resolv_conf,json=resolvConf,proto3" json:"resolv_conf,omitempty"`
-	// clock is the host's time when the request was made.
+	// clock is the host's time when the request was sent.
 	Clock *timestamppb.Timestamp `protobuf:"bytes,5,opt,name=clock,proto3" json:"clock,omitempty"`
 	// entropy is 32 to 512 bytes from the host's generator, credited to the guest's.
 	Entropy    []byte       `protobuf:"bytes,6,opt,name=entropy,proto3" json:"entropy,omitempty"`
@@ -488,6 +488,107 @@ func (x *ConfigureResponse) GetSteps() []*Step {
 	return nil
 }
 
+type SyncClockRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// offset_nsec is added to the clock: at once where it is large, and else by making
+	// the clock go faster or slower for a while, so that it never goes back by little.
+	// It replaces what is left of an earlier one. 0 changes nothing.
+	OffsetNsec    int64 `protobuf:"zigzag64,1,opt,name=offset_nsec,json=offsetNsec,proto3" json:"offset_nsec,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *SyncClockRequest) Reset() {
+	*x = SyncClockRequest{}
+	mi := &file_guest_api_v1_guest_proto_msgTypes[4]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *SyncClockRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*SyncClockRequest) ProtoMessage() {}
+
+func (x *SyncClockRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_guest_api_v1_guest_proto_msgTypes[4]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use SyncClockRequest.ProtoReflect.Descriptor instead.
+func (*SyncClockRequest) Descriptor() ([]byte, []int) {
+	return file_guest_api_v1_guest_proto_rawDescGZIP(), []int{4}
+}
+
+func (x *SyncClockRequest) GetOffsetNsec() int64 {
+	if x != nil {
+		return x.OffsetNsec
+	}
+	return 0
+}
+
+type SyncClockResponse struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// clock is the VM's time after that.
+	Clock *timestamppb.Timestamp `protobuf:"bytes,1,opt,name=clock,proto3" json:"clock,omitempty"`
+	// stepped is true if the clock was set at once.
+	Stepped       bool `protobuf:"varint,2,opt,name=stepped,proto3" json:"stepped,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *SyncClockResponse) Reset() {
+	*x = SyncClockResponse{}
+	mi := &file_guest_api_v1_guest_proto_msgTypes[5]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *SyncClockResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*SyncClockResponse) ProtoMessage() {}
+
+func (x *SyncClockResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_guest_api_v1_guest_proto_msgTypes[5]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use SyncClockResponse.ProtoReflect.Descriptor instead.
+func (*SyncClockResponse) Descriptor() ([]byte, []int) {
+	return file_guest_api_v1_guest_proto_rawDescGZIP(), []int{5}
+}
+
+func (x *SyncClockResponse) GetClock() *timestamppb.Timestamp {
+	if x != nil {
+		return x.Clock
+	}
+	return nil
+}
+
+func (x *SyncClockResponse) GetStepped() bool {
+	if x != nil {
+		return x.Stepped
+	}
+	return false
+}
+
 type Step struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Name          string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
@@ -498,7 +599,7 @@ type Step struct {
 
 func (x *Step) Reset() {
 	*x = Step{}
-	mi := &file_guest_api_v1_guest_proto_msgTypes[4]
+	mi := &file_guest_api_v1_guest_proto_msgTypes[6]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -510,7 +611,7 @@ func (x *Step) String() string {
 func (*Step) ProtoMessage() {}
 
 func (x *Step) ProtoReflect() protoreflect.Message {
-	mi := &file_guest_api_v1_guest_proto_msgTypes[4]
+	mi := &file_guest_api_v1_guest_proto_msgTypes[6]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -523,7 +624,7 @@ func (x *Step) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Step.ProtoReflect.Descriptor instead.
 func (*Step) Descriptor() ([]byte, []int) {
-	return file_guest_api_v1_guest_proto_rawDescGZIP(), []int{4}
+	return file_guest_api_v1_guest_proto_rawDescGZIP(), []int{6}
 }
 
 func (x *Step) GetName() string {
@@ -556,7 +657,7 @@ type Interface struct {
 
 func (x *Interface) Reset() {
 	*x = Interface{}
-	mi := &file_guest_api_v1_guest_proto_msgTypes[5]
+	mi := &file_guest_api_v1_guest_proto_msgTypes[7]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -568,7 +669,7 @@ func (x *Interface) String() string {
 func (*Interface) ProtoMessage() {}
 
 func (x *Interface) ProtoReflect() protoreflect.Message {
-	mi := &file_guest_api_v1_guest_proto_msgTypes[5]
+	mi := &file_guest_api_v1_guest_proto_msgTypes[7]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -581,7 +682,7 @@ func (x *Interface) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Interface.ProtoReflect.Descriptor instead.
 func (*Interface) Descriptor() ([]byte, []int) {
-	return file_guest_api_v1_guest_proto_rawDescGZIP(), []int{5}
+	return file_guest_api_v1_guest_proto_rawDescGZIP(), []int{7}
 }
 
 func (x *Interface) GetName() string {
@@ -632,7 +733,7 @@ type Neighbor struct {
 
 func (x *Neighbor) Reset() {
 	*x = Neighbor{}
-	mi := &file_guest_api_v1_guest_proto_msgTypes[6]
+	mi := &file_guest_api_v1_guest_proto_msgTypes[8]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -644,7 +745,7 @@ func (x *Neighbor) String() string {
 func (*Neighbor) ProtoMessage() {}
 
 func (x *Neighbor) ProtoReflect() protoreflect.Message {
-	mi := &file_guest_api_v1_guest_proto_msgTypes[6]
+	mi := &file_guest_api_v1_guest_proto_msgTypes[8]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -657,7 +758,7 @@ func (x *Neighbor) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Neighbor.ProtoReflect.Descriptor instead.
 func (*Neighbor) Descriptor() ([]byte, []int) {
-	return file_guest_api_v1_guest_proto_rawDescGZIP(), []int{6}
+	return file_guest_api_v1_guest_proto_rawDescGZIP(), []int{8}
 }
 
 func (x *Neighbor) GetAddress() string {
@@ -710,7 +811,7 @@ type Route struct {
 
 func (x *Route) Reset() {
 	*x = Route{}
-	mi := &file_guest_api_v1_guest_proto_msgTypes[7]
+	mi := &file_guest_api_v1_guest_proto_msgTypes[9]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -722,7 +823,7 @@ func (x *Route) String() string {
 func (*Route) ProtoMessage() {}
 
 func (x *Route) ProtoReflect() protoreflect.Message {
-	mi := &file_guest_api_v1_guest_proto_msgTypes[7]
+	mi := &file_guest_api_v1_guest_proto_msgTypes[9]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -735,7 +836,7 @@ func (x *Route) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Route.ProtoReflect.Descriptor instead.
 func (*Route) Descriptor() ([]byte, []int) {
-	return file_guest_api_v1_guest_proto_rawDescGZIP(), []int{7}
+	return file_guest_api_v1_guest_proto_rawDescGZIP(), []int{9}
 }
 
 func (x *Route) GetDestination() string {
@@ -825,7 +926,7 @@ type ResizeRequest struct {
 
 func (x *ResizeRequest) Reset() {
 	*x = ResizeRequest{}
-	mi := &file_guest_api_v1_guest_proto_msgTypes[8]
+	mi := &file_guest_api_v1_guest_proto_msgTypes[10]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -837,7 +938,7 @@ func (x *ResizeRequest) String() string {
 func (*ResizeRequest) ProtoMessage() {}
 
 func (x *ResizeRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_guest_api_v1_guest_proto_msgTypes[8]
+	mi := &file_guest_api_v1_guest_proto_msgTypes[10]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -850,7 +951,7 @@ func (x *ResizeRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ResizeRequest.ProtoReflect.Descriptor instead.
 func (*ResizeRequest) Descriptor() ([]byte, []int) {
-	return file_guest_api_v1_guest_proto_rawDescGZIP(), []int{8}
+	return file_guest_api_v1_guest_proto_rawDescGZIP(), []int{10}
 }
 
 func (x *ResizeRequest) GetVcpus() uint32 {
@@ -877,7 +978,7 @@ type ResizeResponse struct {
 
 func (x *ResizeResponse) Reset() {
 	*x = ResizeResponse{}
-	mi := &file_guest_api_v1_guest_proto_msgTypes[9]
+	mi := &file_guest_api_v1_guest_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -889,7 +990,7 @@ func (x *ResizeResponse) String() string {
 func (*ResizeResponse) ProtoMessage() {}
 
 func (x *ResizeResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_guest_api_v1_guest_proto_msgTypes[9]
+	mi := &file_guest_api_v1_guest_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -902,7 +1003,7 @@ func (x *ResizeResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ResizeResponse.ProtoReflect.Descriptor instead.
 func (*ResizeResponse) Descriptor() ([]byte, []int) {
-	return file_guest_api_v1_guest_proto_rawDescGZIP(), []int{9}
+	return file_guest_api_v1_guest_proto_rawDescGZIP(), []int{11}
 }
 
 func (x *ResizeResponse) GetVcpusOnline() uint32 {
@@ -927,7 +1028,7 @@ type PowerOffRequest struct {
 
 func (x *PowerOffRequest) Reset() {
 	*x = PowerOffRequest{}
-	mi := &file_guest_api_v1_guest_proto_msgTypes[10]
+	mi := &file_guest_api_v1_guest_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -939,7 +1040,7 @@ func (x *PowerOffRequest) String() string {
 func (*PowerOffRequest) ProtoMessage() {}
 
 func (x *PowerOffRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_guest_api_v1_guest_proto_msgTypes[10]
+	mi := &file_guest_api_v1_guest_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -952,7 +1053,7 @@ func (x *PowerOffRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PowerOffRequest.ProtoReflect.Descriptor instead.
 func (*PowerOffRequest) Descriptor() ([]byte, []int) {
-	return file_guest_api_v1_guest_proto_rawDescGZIP(), []int{10}
+	return file_guest_api_v1_guest_proto_rawDescGZIP(), []int{12}
 }
 
 // RootFS says what a container's root file system is made of.
@@ -967,7 +1068,7 @@ type RootFS struct {
 
 func (x *RootFS) Reset() {
 	*x = RootFS{}
-	mi := &file_guest_api_v1_guest_proto_msgTypes[11]
+	mi := &file_guest_api_v1_guest_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -979,7 +1080,7 @@ func (x *RootFS) String() string {
 func (*RootFS) ProtoMessage() {}
 
 func (x *RootFS) ProtoReflect() protoreflect.Message {
-	mi := &file_guest_api_v1_guest_proto_msgTypes[11]
+	mi := &file_guest_api_v1_guest_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -992,7 +1093,7 @@ func (x *RootFS) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RootFS.ProtoReflect.Descriptor instead.
 func (*RootFS) Descriptor() ([]byte, []int) {
-	return file_guest_api_v1_guest_proto_rawDescGZIP(), []int{11}
+	return file_guest_api_v1_guest_proto_rawDescGZIP(), []int{13}
 }
 
 func (x *RootFS) GetImageSerial() string {
@@ -1019,7 +1120,7 @@ type File struct {
 
 func (x *File) Reset() {
 	*x = File{}
-	mi := &file_guest_api_v1_guest_proto_msgTypes[12]
+	mi := &file_guest_api_v1_guest_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1031,7 +1132,7 @@ func (x *File) String() string {
 func (*File) ProtoMessage() {}
 
 func (x *File) ProtoReflect() protoreflect.Message {
-	mi := &file_guest_api_v1_guest_proto_msgTypes[12]
+	mi := &file_guest_api_v1_guest_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1044,7 +1145,7 @@ func (x *File) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use File.ProtoReflect.Descriptor instead.
 func (*File) Descriptor() ([]byte, []int) {
-	return file_guest_api_v1_guest_proto_rawDescGZIP(), []int{12}
+	return file_guest_api_v1_guest_proto_rawDescGZIP(), []int{14}
 }
 
 func (x *File) GetDestination() string {
@@ -1104,7 +1205,7 @@ type Stdio struct {
 
 func (x *Stdio) Reset() {
 	*x = Stdio{}
-	mi := &file_guest_api_v1_guest_proto_msgTypes[13]
+	mi := &file_guest_api_v1_guest_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1116,7 +1217,7 @@ func (x *Stdio) String() string {
 func (*Stdio) ProtoMessage() {}
 
 func (x *Stdio) ProtoReflect() protoreflect.Message {
-	mi := &file_guest_api_v1_guest_proto_msgTypes[13]
+	mi := &file_guest_api_v1_guest_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1129,7 +1230,7 @@ func (x *Stdio) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Stdio.ProtoReflect.Descriptor instead.
 func (*Stdio) Descriptor() ([]byte, []int) {
-	return file_guest_api_v1_guest_proto_rawDescGZIP(), []int{13}
+	return file_guest_api_v1_guest_proto_rawDescGZIP(), []int{15}
 }
 
 func (x *Stdio) GetStdin() string {
@@ -1181,7 +1282,7 @@ type CreateRequest struct {
 
 func (x *CreateRequest) Reset() {
 	*x = CreateRequest{}
-	mi := &file_guest_api_v1_guest_proto_msgTypes[14]
+	mi := &file_guest_api_v1_guest_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1193,7 +1294,7 @@ func (x *CreateRequest) String() string {
 func (*CreateRequest) ProtoMessage() {}
 
 func (x *CreateRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_guest_api_v1_guest_proto_msgTypes[14]
+	mi := &file_guest_api_v1_guest_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1206,7 +1307,7 @@ func (x *CreateRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CreateRequest.ProtoReflect.Descriptor instead.
 func (*CreateRequest) Descriptor() ([]byte, []int) {
-	return file_guest_api_v1_guest_proto_rawDescGZIP(), []int{14}
+	return file_guest_api_v1_guest_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *CreateRequest) GetId() string {
@@ -1278,7 +1379,7 @@ type WarmUpRequest struct {
 
 func (x *WarmUpRequest) Reset() {
 	*x = WarmUpRequest{}
-	mi := &file_guest_api_v1_guest_proto_msgTypes[15]
+	mi := &file_guest_api_v1_guest_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1290,7 +1391,7 @@ func (x *WarmUpRequest) String() string {
 func (*WarmUpRequest) ProtoMessage() {}
 
 func (x *WarmUpRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_guest_api_v1_guest_proto_msgTypes[15]
+	mi := &file_guest_api_v1_guest_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1303,7 +1404,7 @@ func (x *WarmUpRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WarmUpRequest.ProtoReflect.Descriptor instead.
 func (*WarmUpRequest) Descriptor() ([]byte, []int) {
-	return file_guest_api_v1_guest_proto_rawDescGZIP(), []int{15}
+	return file_guest_api_v1_guest_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *WarmUpRequest) GetSpec() []byte {
@@ -1331,7 +1432,7 @@ type CreateResponse struct {
 
 func (x *CreateResponse) Reset() {
 	*x = CreateResponse{}
-	mi := &file_guest_api_v1_guest_proto_msgTypes[16]
+	mi := &file_guest_api_v1_guest_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1343,7 +1444,7 @@ func (x *CreateResponse) String() string {
 func (*CreateResponse) ProtoMessage() {}
 
 func (x *CreateResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_guest_api_v1_guest_proto_msgTypes[16]
+	mi := &file_guest_api_v1_guest_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1356,7 +1457,7 @@ func (x *CreateResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CreateResponse.ProtoReflect.Descriptor instead.
 func (*CreateResponse) Descriptor() ([]byte, []int) {
-	return file_guest_api_v1_guest_proto_rawDescGZIP(), []int{16}
+	return file_guest_api_v1_guest_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *CreateResponse) GetPid() uint32 {
@@ -1383,7 +1484,7 @@ type StartRequest struct {
 
 func (x *StartRequest) Reset() {
 	*x = StartRequest{}
-	mi := &file_guest_api_v1_guest_proto_msgTypes[17]
+	mi := &file_guest_api_v1_guest_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1395,7 +1496,7 @@ func (x *StartRequest) String() string {
 func (*StartRequest) ProtoMessage() {}
 
 func (x *StartRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_guest_api_v1_guest_proto_msgTypes[17]
+	mi := &file_guest_api_v1_guest_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1408,7 +1509,7 @@ func (x *StartRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StartRequest.ProtoReflect.Descriptor instead.
 func (*StartRequest) Descriptor() ([]byte, []int) {
-	return file_guest_api_v1_guest_proto_rawDescGZIP(), []int{17}
+	return file_guest_api_v1_guest_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *StartRequest) GetId() string {
@@ -1434,7 +1535,7 @@ type StartResponse struct {
 
 func (x *StartResponse) Reset() {
 	*x = StartResponse{}
-	mi := &file_guest_api_v1_guest_proto_msgTypes[18]
+	mi := &file_guest_api_v1_guest_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1446,7 +1547,7 @@ func (x *StartResponse) String() string {
 func (*StartResponse) ProtoMessage() {}
 
 func (x *StartResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_guest_api_v1_guest_proto_msgTypes[18]
+	mi := &file_guest_api_v1_guest_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1459,7 +1560,7 @@ func (x *StartResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StartResponse.ProtoReflect.Descriptor instead.
 func (*StartResponse) Descriptor() ([]byte, []int) {
-	return file_guest_api_v1_guest_proto_rawDescGZIP(), []int{18}
+	return file_guest_api_v1_guest_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *StartResponse) GetPid() uint32 {
@@ -1482,7 +1583,7 @@ type ExecRequest struct {
 
 func (x *ExecRequest) Reset() {
 	*x = ExecRequest{}
-	mi := &file_guest_api_v1_guest_proto_msgTypes[19]
+	mi := &file_guest_api_v1_guest_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1494,7 +1595,7 @@ func (x *ExecRequest) String() string {
 func (*ExecRequest) ProtoMessage() {}
 
 func (x *ExecRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_guest_api_v1_guest_proto_msgTypes[19]
+	mi := &file_guest_api_v1_guest_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1507,7 +1608,7 @@ func (x *ExecRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExecRequest.ProtoReflect.Descriptor instead.
 func (*ExecRequest) Descriptor() ([]byte, []int) {
-	return file_guest_api_v1_guest_proto_rawDescGZIP(), []int{19}
+	return file_guest_api_v1_guest_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *ExecRequest) GetId() string {
@@ -1548,7 +1649,7 @@ type DeleteRequest struct {
 
 func (x *DeleteRequest) Reset() {
 	*x = DeleteRequest{}
-	mi := &file_guest_api_v1_guest_proto_msgTypes[20]
+	mi := &file_guest_api_v1_guest_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1560,7 +1661,7 @@ func (x *DeleteRequest) String() string {
 func (*DeleteRequest) ProtoMessage() {}
 
 func (x *DeleteRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_guest_api_v1_guest_proto_msgTypes[20]
+	mi := &file_guest_api_v1_guest_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1573,7 +1674,7 @@ func (x *DeleteRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DeleteRequest.ProtoReflect.Descriptor instead.
 func (*DeleteRequest) Descriptor() ([]byte, []int) {
-	return file_guest_api_v1_guest_proto_rawDescGZIP(), []int{20}
+	return file_guest_api_v1_guest_proto_rawDescGZIP(), []int{22}
 }
 
 func (x *DeleteRequest) GetId() string {
@@ -1601,7 +1702,7 @@ type DeleteResponse struct {
 
 func (x *DeleteResponse) Reset() {
 	*x = DeleteResponse{}
-	mi := &file_guest_api_v1_guest_proto_msgTypes[21]
+	mi := &file_guest_api_v1_guest_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1613,7 +1714,7 @@ func (x *DeleteResponse) String() string {
 func (*DeleteResponse) ProtoMessage() {}
 
 func (x *DeleteResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_guest_api_v1_guest_proto_msgTypes[21]
+	mi := &file_guest_api_v1_guest_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1626,7 +1727,7 @@ func (x *DeleteResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DeleteResponse.ProtoReflect.Descriptor instead.
 func (*DeleteResponse) Descriptor() ([]byte, []int) {
-	return file_guest_api_v1_guest_proto_rawDescGZIP(), []int{21}
+	return file_guest_api_v1_guest_proto_rawDescGZIP(), []int{23}
 }
 
 func (x *DeleteResponse) GetPid() uint32 {
@@ -1663,7 +1764,7 @@ type KillRequest struct {
 
 func (x *KillRequest) Reset() {
 	*x = KillRequest{}
-	mi := &file_guest_api_v1_guest_proto_msgTypes[22]
+	mi := &file_guest_api_v1_guest_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1675,7 +1776,7 @@ func (x *KillRequest) String() string {
 func (*KillRequest) ProtoMessage() {}
 
 func (x *KillRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_guest_api_v1_guest_proto_msgTypes[22]
+	mi := &file_guest_api_v1_guest_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1688,7 +1789,7 @@ func (x *KillRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use KillRequest.ProtoReflect.Descriptor instead.
 func (*KillRequest) Descriptor() ([]byte, []int) {
-	return file_guest_api_v1_guest_proto_rawDescGZIP(), []int{22}
+	return file_guest_api_v1_guest_proto_rawDescGZIP(), []int{24}
 }
 
 func (x *KillRequest) GetId() string {
@@ -1731,7 +1832,7 @@ type ResizePtyRequest struct {
 
 func (x *ResizePtyRequest) Reset() {
 	*x = ResizePtyRequest{}
-	mi := &file_guest_api_v1_guest_proto_msgTypes[23]
+	mi := &file_guest_api_v1_guest_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1743,7 +1844,7 @@ func (x *ResizePtyRequest) String() string {
 func (*ResizePtyRequest) ProtoMessage() {}
 
 func (x *ResizePtyRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_guest_api_v1_guest_proto_msgTypes[23]
+	mi := &file_guest_api_v1_guest_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1756,7 +1857,7 @@ func (x *ResizePtyRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ResizePtyRequest.ProtoReflect.Descriptor instead.
 func (*ResizePtyRequest) Descriptor() ([]byte, []int) {
-	return file_guest_api_v1_guest_proto_rawDescGZIP(), []int{23}
+	return file_guest_api_v1_guest_proto_rawDescGZIP(), []int{25}
 }
 
 func (x *ResizePtyRequest) GetId() string {
@@ -1796,7 +1897,7 @@ type PauseRequest struct {
 
 func (x *PauseRequest) Reset() {
 	*x = PauseRequest{}
-	mi := &file_guest_api_v1_guest_proto_msgTypes[24]
+	mi := &file_guest_api_v1_guest_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1808,7 +1909,7 @@ func (x *PauseRequest) String() string {
 func (*PauseRequest) ProtoMessage() {}
 
 func (x *PauseRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_guest_api_v1_guest_proto_msgTypes[24]
+	mi := &file_guest_api_v1_guest_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1821,7 +1922,7 @@ func (x *PauseRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PauseRequest.ProtoReflect.Descriptor instead.
 func (*PauseRequest) Descriptor() ([]byte, []int) {
-	return file_guest_api_v1_guest_proto_rawDescGZIP(), []int{24}
+	return file_guest_api_v1_guest_proto_rawDescGZIP(), []int{26}
 }
 
 func (x *PauseRequest) GetId() string {
@@ -1840,7 +1941,7 @@ type ResumeRequest struct {
 
 func (x *ResumeRequest) Reset() {
 	*x = ResumeRequest{}
-	mi := &file_guest_api_v1_guest_proto_msgTypes[25]
+	mi := &file_guest_api_v1_guest_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1852,7 +1953,7 @@ func (x *ResumeRequest) String() string {
 func (*ResumeRequest) ProtoMessage() {}
 
 func (x *ResumeRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_guest_api_v1_guest_proto_msgTypes[25]
+	mi := &file_guest_api_v1_guest_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1865,7 +1966,7 @@ func (x *ResumeRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ResumeRequest.ProtoReflect.Descriptor instead.
 func (*ResumeRequest) Descriptor() ([]byte, []int) {
-	return file_guest_api_v1_guest_proto_rawDescGZIP(), []int{25}
+	return file_guest_api_v1_guest_proto_rawDescGZIP(), []int{27}
 }
 
 func (x *ResumeRequest) GetId() string {
@@ -1886,7 +1987,7 @@ type UpdateRequest struct {
 
 func (x *UpdateRequest) Reset() {
 	*x = UpdateRequest{}
-	mi := &file_guest_api_v1_guest_proto_msgTypes[26]
+	mi := &file_guest_api_v1_guest_proto_msgTypes[28]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1898,7 +1999,7 @@ func (x *UpdateRequest) String() string {
 func (*UpdateRequest) ProtoMessage() {}
 
 func (x *UpdateRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_guest_api_v1_guest_proto_msgTypes[26]
+	mi := &file_guest_api_v1_guest_proto_msgTypes[28]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1911,7 +2012,7 @@ func (x *UpdateRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UpdateRequest.ProtoReflect.Descriptor instead.
 func (*UpdateRequest) Descriptor() ([]byte, []int) {
-	return file_guest_api_v1_guest_proto_rawDescGZIP(), []int{26}
+	return file_guest_api_v1_guest_proto_rawDescGZIP(), []int{28}
 }
 
 func (x *UpdateRequest) GetId() string {
@@ -1937,7 +2038,7 @@ type StatsRequest struct {
 
 func (x *StatsRequest) Reset() {
 	*x = StatsRequest{}
-	mi := &file_guest_api_v1_guest_proto_msgTypes[27]
+	mi := &file_guest_api_v1_guest_proto_msgTypes[29]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1949,7 +2050,7 @@ func (x *StatsRequest) String() string {
 func (*StatsRequest) ProtoMessage() {}
 
 func (x *StatsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_guest_api_v1_guest_proto_msgTypes[27]
+	mi := &file_guest_api_v1_guest_proto_msgTypes[29]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1962,7 +2063,7 @@ func (x *StatsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StatsRequest.ProtoReflect.Descriptor instead.
 func (*StatsRequest) Descriptor() ([]byte, []int) {
-	return file_guest_api_v1_guest_proto_rawDescGZIP(), []int{27}
+	return file_guest_api_v1_guest_proto_rawDescGZIP(), []int{29}
 }
 
 func (x *StatsRequest) GetId() string {
@@ -1988,7 +2089,7 @@ type StatsResponse struct {
 
 func (x *StatsResponse) Reset() {
 	*x = StatsResponse{}
-	mi := &file_guest_api_v1_guest_proto_msgTypes[28]
+	mi := &file_guest_api_v1_guest_proto_msgTypes[30]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2000,7 +2101,7 @@ func (x *StatsResponse) String() string {
 func (*StatsResponse) ProtoMessage() {}
 
 func (x *StatsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_guest_api_v1_guest_proto_msgTypes[28]
+	mi := &file_guest_api_v1_guest_proto_msgTypes[30]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2013,7 +2114,7 @@ func (x *StatsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StatsResponse.ProtoReflect.Descriptor instead.
 func (*StatsResponse) Descriptor() ([]byte, []int) {
-	return file_guest_api_v1_guest_proto_rawDescGZIP(), []int{28}
+	return file_guest_api_v1_guest_proto_rawDescGZIP(), []int{30}
 }
 
 func (x *StatsResponse) GetCpu() *CPUStats {
@@ -2072,7 +2173,7 @@ type CPUStats struct {
 
 func (x *CPUStats) Reset() {
 	*x = CPUStats{}
-	mi := &file_guest_api_v1_guest_proto_msgTypes[29]
+	mi := &file_guest_api_v1_guest_proto_msgTypes[31]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2084,7 +2185,7 @@ func (x *CPUStats) String() string {
 func (*CPUStats) ProtoMessage() {}
 
 func (x *CPUStats) ProtoReflect() protoreflect.Message {
-	mi := &file_guest_api_v1_guest_proto_msgTypes[29]
+	mi := &file_guest_api_v1_guest_proto_msgTypes[31]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2097,7 +2198,7 @@ func (x *CPUStats) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CPUStats.ProtoReflect.Descriptor instead.
 func (*CPUStats) Descriptor() ([]byte, []int) {
-	return file_guest_api_v1_guest_proto_rawDescGZIP(), []int{29}
+	return file_guest_api_v1_guest_proto_rawDescGZIP(), []int{31}
 }
 
 func (x *CPUStats) GetUsageUsec() uint64 {
@@ -2163,7 +2264,7 @@ type MemoryStats struct {
 
 func (x *MemoryStats) Reset() {
 	*x = MemoryStats{}
-	mi := &file_guest_api_v1_guest_proto_msgTypes[30]
+	mi := &file_guest_api_v1_guest_proto_msgTypes[32]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2175,7 +2276,7 @@ func (x *MemoryStats) String() string {
 func (*MemoryStats) ProtoMessage() {}
 
 func (x *MemoryStats) ProtoReflect() protoreflect.Message {
-	mi := &file_guest_api_v1_guest_proto_msgTypes[30]
+	mi := &file_guest_api_v1_guest_proto_msgTypes[32]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2188,7 +2289,7 @@ func (x *MemoryStats) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use MemoryStats.ProtoReflect.Descriptor instead.
 func (*MemoryStats) Descriptor() ([]byte, []int) {
-	return file_guest_api_v1_guest_proto_rawDescGZIP(), []int{30}
+	return file_guest_api_v1_guest_proto_rawDescGZIP(), []int{32}
 }
 
 func (x *MemoryStats) GetUsage() uint64 {
@@ -2278,7 +2379,7 @@ type PidsStats struct {
 
 func (x *PidsStats) Reset() {
 	*x = PidsStats{}
-	mi := &file_guest_api_v1_guest_proto_msgTypes[31]
+	mi := &file_guest_api_v1_guest_proto_msgTypes[33]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2290,7 +2391,7 @@ func (x *PidsStats) String() string {
 func (*PidsStats) ProtoMessage() {}
 
 func (x *PidsStats) ProtoReflect() protoreflect.Message {
-	mi := &file_guest_api_v1_guest_proto_msgTypes[31]
+	mi := &file_guest_api_v1_guest_proto_msgTypes[33]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2303,7 +2404,7 @@ func (x *PidsStats) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PidsStats.ProtoReflect.Descriptor instead.
 func (*PidsStats) Descriptor() ([]byte, []int) {
-	return file_guest_api_v1_guest_proto_rawDescGZIP(), []int{31}
+	return file_guest_api_v1_guest_proto_rawDescGZIP(), []int{33}
 }
 
 func (x *PidsStats) GetCurrent() uint64 {
@@ -2334,7 +2435,7 @@ type IOStats struct {
 
 func (x *IOStats) Reset() {
 	*x = IOStats{}
-	mi := &file_guest_api_v1_guest_proto_msgTypes[32]
+	mi := &file_guest_api_v1_guest_proto_msgTypes[34]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2346,7 +2447,7 @@ func (x *IOStats) String() string {
 func (*IOStats) ProtoMessage() {}
 
 func (x *IOStats) ProtoReflect() protoreflect.Message {
-	mi := &file_guest_api_v1_guest_proto_msgTypes[32]
+	mi := &file_guest_api_v1_guest_proto_msgTypes[34]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2359,7 +2460,7 @@ func (x *IOStats) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use IOStats.ProtoReflect.Descriptor instead.
 func (*IOStats) Descriptor() ([]byte, []int) {
-	return file_guest_api_v1_guest_proto_rawDescGZIP(), []int{32}
+	return file_guest_api_v1_guest_proto_rawDescGZIP(), []int{34}
 }
 
 func (x *IOStats) GetMajor() uint64 {
@@ -2413,7 +2514,7 @@ type PidsRequest struct {
 
 func (x *PidsRequest) Reset() {
 	*x = PidsRequest{}
-	mi := &file_guest_api_v1_guest_proto_msgTypes[33]
+	mi := &file_guest_api_v1_guest_proto_msgTypes[35]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2425,7 +2526,7 @@ func (x *PidsRequest) String() string {
 func (*PidsRequest) ProtoMessage() {}
 
 func (x *PidsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_guest_api_v1_guest_proto_msgTypes[33]
+	mi := &file_guest_api_v1_guest_proto_msgTypes[35]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2438,7 +2539,7 @@ func (x *PidsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PidsRequest.ProtoReflect.Descriptor instead.
 func (*PidsRequest) Descriptor() ([]byte, []int) {
-	return file_guest_api_v1_guest_proto_rawDescGZIP(), []int{33}
+	return file_guest_api_v1_guest_proto_rawDescGZIP(), []int{35}
 }
 
 func (x *PidsRequest) GetId() string {
@@ -2458,7 +2559,7 @@ type PidsResponse struct {
 
 func (x *PidsResponse) Reset() {
 	*x = PidsResponse{}
-	mi := &file_guest_api_v1_guest_proto_msgTypes[34]
+	mi := &file_guest_api_v1_guest_proto_msgTypes[36]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2470,7 +2571,7 @@ func (x *PidsResponse) String() string {
 func (*PidsResponse) ProtoMessage() {}
 
 func (x *PidsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_guest_api_v1_guest_proto_msgTypes[34]
+	mi := &file_guest_api_v1_guest_proto_msgTypes[36]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2483,7 +2584,7 @@ func (x *PidsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PidsResponse.ProtoReflect.Descriptor instead.
 func (*PidsResponse) Descriptor() ([]byte, []int) {
-	return file_guest_api_v1_guest_proto_rawDescGZIP(), []int{34}
+	return file_guest_api_v1_guest_proto_rawDescGZIP(), []int{36}
 }
 
 func (x *PidsResponse) GetProcesses() []*Process {
@@ -2504,7 +2605,7 @@ type Process struct {
 
 func (x *Process) Reset() {
 	*x = Process{}
-	mi := &file_guest_api_v1_guest_proto_msgTypes[35]
+	mi := &file_guest_api_v1_guest_proto_msgTypes[37]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2516,7 +2617,7 @@ func (x *Process) String() string {
 func (*Process) ProtoMessage() {}
 
 func (x *Process) ProtoReflect() protoreflect.Message {
-	mi := &file_guest_api_v1_guest_proto_msgTypes[35]
+	mi := &file_guest_api_v1_guest_proto_msgTypes[37]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2529,7 +2630,7 @@ func (x *Process) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Process.ProtoReflect.Descriptor instead.
 func (*Process) Descriptor() ([]byte, []int) {
-	return file_guest_api_v1_guest_proto_rawDescGZIP(), []int{35}
+	return file_guest_api_v1_guest_proto_rawDescGZIP(), []int{37}
 }
 
 func (x *Process) GetPid() uint32 {
@@ -2556,7 +2657,7 @@ type StateRequest struct {
 
 func (x *StateRequest) Reset() {
 	*x = StateRequest{}
-	mi := &file_guest_api_v1_guest_proto_msgTypes[36]
+	mi := &file_guest_api_v1_guest_proto_msgTypes[38]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2568,7 +2669,7 @@ func (x *StateRequest) String() string {
 func (*StateRequest) ProtoMessage() {}
 
 func (x *StateRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_guest_api_v1_guest_proto_msgTypes[36]
+	mi := &file_guest_api_v1_guest_proto_msgTypes[38]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2581,7 +2682,7 @@ func (x *StateRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StateRequest.ProtoReflect.Descriptor instead.
 func (*StateRequest) Descriptor() ([]byte, []int) {
-	return file_guest_api_v1_guest_proto_rawDescGZIP(), []int{36}
+	return file_guest_api_v1_guest_proto_rawDescGZIP(), []int{38}
 }
 
 func (x *StateRequest) GetId() string {
@@ -2610,7 +2711,7 @@ type StateResponse struct {
 
 func (x *StateResponse) Reset() {
 	*x = StateResponse{}
-	mi := &file_guest_api_v1_guest_proto_msgTypes[37]
+	mi := &file_guest_api_v1_guest_proto_msgTypes[39]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2622,7 +2723,7 @@ func (x *StateResponse) String() string {
 func (*StateResponse) ProtoMessage() {}
 
 func (x *StateResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_guest_api_v1_guest_proto_msgTypes[37]
+	mi := &file_guest_api_v1_guest_proto_msgTypes[39]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2635,7 +2736,7 @@ func (x *StateResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StateResponse.ProtoReflect.Descriptor instead.
 func (*StateResponse) Descriptor() ([]byte, []int) {
-	return file_guest_api_v1_guest_proto_rawDescGZIP(), []int{37}
+	return file_guest_api_v1_guest_proto_rawDescGZIP(), []int{39}
 }
 
 func (x *StateResponse) GetPid() uint32 {
@@ -2676,7 +2777,7 @@ type WaitRequest struct {
 
 func (x *WaitRequest) Reset() {
 	*x = WaitRequest{}
-	mi := &file_guest_api_v1_guest_proto_msgTypes[38]
+	mi := &file_guest_api_v1_guest_proto_msgTypes[40]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2688,7 +2789,7 @@ func (x *WaitRequest) String() string {
 func (*WaitRequest) ProtoMessage() {}
 
 func (x *WaitRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_guest_api_v1_guest_proto_msgTypes[38]
+	mi := &file_guest_api_v1_guest_proto_msgTypes[40]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2701,7 +2802,7 @@ func (x *WaitRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WaitRequest.ProtoReflect.Descriptor instead.
 func (*WaitRequest) Descriptor() ([]byte, []int) {
-	return file_guest_api_v1_guest_proto_rawDescGZIP(), []int{38}
+	return file_guest_api_v1_guest_proto_rawDescGZIP(), []int{40}
 }
 
 func (x *WaitRequest) GetId() string {
@@ -2730,7 +2831,7 @@ type WaitResponse struct {
 
 func (x *WaitResponse) Reset() {
 	*x = WaitResponse{}
-	mi := &file_guest_api_v1_guest_proto_msgTypes[39]
+	mi := &file_guest_api_v1_guest_proto_msgTypes[41]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2742,7 +2843,7 @@ func (x *WaitResponse) String() string {
 func (*WaitResponse) ProtoMessage() {}
 
 func (x *WaitResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_guest_api_v1_guest_proto_msgTypes[39]
+	mi := &file_guest_api_v1_guest_proto_msgTypes[41]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2755,7 +2856,7 @@ func (x *WaitResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WaitResponse.ProtoReflect.Descriptor instead.
 func (*WaitResponse) Descriptor() ([]byte, []int) {
-	return file_guest_api_v1_guest_proto_rawDescGZIP(), []int{39}
+	return file_guest_api_v1_guest_proto_rawDescGZIP(), []int{41}
 }
 
 func (x *WaitResponse) GetExitStatus() uint32 {
@@ -2822,7 +2923,13 @@ const file_guest_api_v1_guest_proto_rawDesc = "" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
 	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"A\n" +
 	"\x11ConfigureResponse\x12,\n" +
-	"\x05steps\x18\x01 \x03(\v2\x16.cloudhv.guest.v1.StepR\x05steps\".\n" +
+	"\x05steps\x18\x01 \x03(\v2\x16.cloudhv.guest.v1.StepR\x05steps\"3\n" +
+	"\x10SyncClockRequest\x12\x1f\n" +
+	"\voffset_nsec\x18\x01 \x01(\x12R\n" +
+	"offsetNsec\"_\n" +
+	"\x11SyncClockResponse\x120\n" +
+	"\x05clock\x18\x01 \x01(\v2\x1a.google.protobuf.TimestampR\x05clock\x12\x18\n" +
+	"\astepped\x18\x02 \x01(\bR\astepped\".\n" +
 	"\x04Step\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x12\n" +
 	"\x04usec\x18\x02 \x01(\x04R\x04usec\"\x9b\x01\n" +
@@ -3005,11 +3112,12 @@ const file_guest_api_v1_guest_proto_rawDesc = "" +
 	"\x0eSTATUS_CREATED\x10\x01\x12\x12\n" +
 	"\x0eSTATUS_RUNNING\x10\x02\x12\x12\n" +
 	"\x0eSTATUS_STOPPED\x10\x03\x12\x11\n" +
-	"\rSTATUS_PAUSED\x10\x042\x8f\x03\n" +
+	"\rSTATUS_PAUSED\x10\x042\xe5\x03\n" +
 	"\aMachine\x12E\n" +
 	"\x04Info\x12\x1d.cloudhv.guest.v1.InfoRequest\x1a\x1e.cloudhv.guest.v1.InfoResponse\x12T\n" +
 	"\tConfigure\x12\".cloudhv.guest.v1.ConfigureRequest\x1a#.cloudhv.guest.v1.ConfigureResponse\x12S\n" +
-	"\bRehearse\x12\".cloudhv.guest.v1.ConfigureRequest\x1a#.cloudhv.guest.v1.ConfigureResponse\x12K\n" +
+	"\bRehearse\x12\".cloudhv.guest.v1.ConfigureRequest\x1a#.cloudhv.guest.v1.ConfigureResponse\x12T\n" +
+	"\tSyncClock\x12\".cloudhv.guest.v1.SyncClockRequest\x1a#.cloudhv.guest.v1.SyncClockResponse\x12K\n" +
 	"\x06Resize\x12\x1f.cloudhv.guest.v1.ResizeRequest\x1a .cloudhv.guest.v1.ResizeResponse\x12E\n" +
 	"\bPowerOff\x12!.cloudhv.guest.v1.PowerOffRequest\x1a\x16.google.protobuf.Empty2\xdd\a\n" +
 	"\x04Task\x12K\n" +
@@ -3041,7 +3149,7 @@ func file_guest_api_v1_guest_proto_rawDescGZIP() []byte {
 }
 
 var file_guest_api_v1_guest_proto_enumTypes = make([]protoimpl.EnumInfo, 2)
-var file_guest_api_v1_guest_proto_msgTypes = make([]protoimpl.MessageInfo, 42)
+var file_guest_api_v1_guest_proto_msgTypes = make([]protoimpl.MessageInfo, 44)
 var file_guest_api_v1_guest_proto_goTypes = []any{
 	(PidNamespace)(0),             // 0: cloudhv.guest.v1.PidNamespace
 	(Status)(0),                   // 1: cloudhv.guest.v1.Status
@@ -3049,113 +3157,118 @@ var file_guest_api_v1_guest_proto_goTypes = []any{
 	(*InfoResponse)(nil),          // 3: cloudhv.guest.v1.InfoResponse
 	(*ConfigureRequest)(nil),      // 4: cloudhv.guest.v1.ConfigureRequest
 	(*ConfigureResponse)(nil),     // 5: cloudhv.guest.v1.ConfigureResponse
-	(*Step)(nil),                  // 6: cloudhv.guest.v1.Step
-	(*Interface)(nil),             // 7: cloudhv.guest.v1.Interface
-	(*Neighbor)(nil),              // 8: cloudhv.guest.v1.Neighbor
-	(*Route)(nil),                 // 9: cloudhv.guest.v1.Route
-	(*ResizeRequest)(nil),         // 10: cloudhv.guest.v1.ResizeRequest
-	(*ResizeResponse)(nil),        // 11: cloudhv.guest.v1.ResizeResponse
-	(*PowerOffRequest)(nil),       // 12: cloudhv.guest.v1.PowerOffRequest
-	(*RootFS)(nil),                // 13: cloudhv.guest.v1.RootFS
-	(*File)(nil),                  // 14: cloudhv.guest.v1.File
-	(*Stdio)(nil),                 // 15: cloudhv.guest.v1.Stdio
-	(*CreateRequest)(nil),         // 16: cloudhv.guest.v1.CreateRequest
-	(*WarmUpRequest)(nil),         // 17: cloudhv.guest.v1.WarmUpRequest
-	(*CreateResponse)(nil),        // 18: cloudhv.guest.v1.CreateResponse
-	(*StartRequest)(nil),          // 19: cloudhv.guest.v1.StartRequest
-	(*StartResponse)(nil),         // 20: cloudhv.guest.v1.StartResponse
-	(*ExecRequest)(nil),           // 21: cloudhv.guest.v1.ExecRequest
-	(*DeleteRequest)(nil),         // 22: cloudhv.guest.v1.DeleteRequest
-	(*DeleteResponse)(nil),        // 23: cloudhv.guest.v1.DeleteResponse
-	(*KillRequest)(nil),           // 24: cloudhv.guest.v1.KillRequest
-	(*ResizePtyRequest)(nil),      // 25: cloudhv.guest.v1.ResizePtyRequest
-	(*PauseRequest)(nil),          // 26: cloudhv.guest.v1.PauseRequest
-	(*ResumeRequest)(nil),         // 27: cloudhv.guest.v1.ResumeRequest
-	(*UpdateRequest)(nil),         // 28: cloudhv.guest.v1.UpdateRequest
-	(*StatsRequest)(nil),          // 29: cloudhv.guest.v1.StatsRequest
-	(*StatsResponse)(nil),         // 30: cloudhv.guest.v1.StatsResponse
-	(*CPUStats)(nil),              // 31: cloudhv.guest.v1.CPUStats
-	(*MemoryStats)(nil),           // 32: cloudhv.guest.v1.MemoryStats
-	(*PidsStats)(nil),             // 33: cloudhv.guest.v1.PidsStats
-	(*IOStats)(nil),               // 34: cloudhv.guest.v1.IOStats
-	(*PidsRequest)(nil),           // 35: cloudhv.guest.v1.PidsRequest
-	(*PidsResponse)(nil),          // 36: cloudhv.guest.v1.PidsResponse
-	(*Process)(nil),               // 37: cloudhv.guest.v1.Process
-	(*StateRequest)(nil),          // 38: cloudhv.guest.v1.StateRequest
-	(*StateResponse)(nil),         // 39: cloudhv.guest.v1.StateResponse
-	(*WaitRequest)(nil),           // 40: cloudhv.guest.v1.WaitRequest
-	(*WaitResponse)(nil),          // 41: cloudhv.guest.v1.WaitResponse
-	nil,                           // 42: cloudhv.guest.v1.ConfigureRequest.SysctlsEntry
-	nil,                           // 43: cloudhv.guest.v1.MemoryStats.StatEntry
-	(*timestamppb.Timestamp)(nil), // 44: google.protobuf.Timestamp
-	(*emptypb.Empty)(nil),         // 45: google.protobuf.Empty
+	(*SyncClockRequest)(nil),      // 6: cloudhv.guest.v1.SyncClockRequest
+	(*SyncClockResponse)(nil),     // 7: cloudhv.guest.v1.SyncClockResponse
+	(*Step)(nil),                  // 8: cloudhv.guest.v1.Step
+	(*Interface)(nil),             // 9: cloudhv.guest.v1.Interface
+	(*Neighbor)(nil),              // 10: cloudhv.guest.v1.Neighbor
+	(*Route)(nil),                 // 11: cloudhv.guest.v1.Route
+	(*ResizeRequest)(nil),         // 12: cloudhv.guest.v1.ResizeRequest
+	(*ResizeResponse)(nil),        // 13: cloudhv.guest.v1.ResizeResponse
+	(*PowerOffRequest)(nil),       // 14: cloudhv.guest.v1.PowerOffRequest
+	(*RootFS)(nil),                // 15: cloudhv.guest.v1.RootFS
+	(*File)(nil),                  // 16: cloudhv.guest.v1.File
+	(*Stdio)(nil),                 // 17: cloudhv.guest.v1.Stdio
+	(*CreateRequest)(nil),         // 18: cloudhv.guest.v1.CreateRequest
+	(*WarmUpRequest)(nil),         // 19: cloudhv.guest.v1.WarmUpRequest
+	(*CreateResponse)(nil),        // 20: cloudhv.guest.v1.CreateResponse
+	(*StartRequest)(nil),          // 21: cloudhv.guest.v1.StartRequest
+	(*StartResponse)(nil),         // 22: cloudhv.guest.v1.StartResponse
+	(*ExecRequest)(nil),           // 23: cloudhv.guest.v1.ExecRequest
+	(*DeleteRequest)(nil),         // 24: cloudhv.guest.v1.DeleteRequest
+	(*DeleteResponse)(nil),        // 25: cloudhv.guest.v1.DeleteResponse
+	(*KillRequest)(nil),           // 26: cloudhv.guest.v1.KillRequest
+	(*ResizePtyRequest)(nil),      // 27: cloudhv.guest.v1.ResizePtyRequest
+	(*PauseRequest)(nil),          // 28: cloudhv.guest.v1.PauseRequest
+	(*ResumeRequest)(nil),         // 29: cloudhv.guest.v1.ResumeRequest
+	(*UpdateRequest)(nil),         // 30: cloudhv.guest.v1.UpdateRequest
+	(*StatsRequest)(nil),          // 31: cloudhv.guest.v1.StatsRequest
+	(*StatsResponse)(nil),         // 32: cloudhv.guest.v1.StatsResponse
+	(*CPUStats)(nil),              // 33: cloudhv.guest.v1.CPUStats
+	(*MemoryStats)(nil),           // 34: cloudhv.guest.v1.MemoryStats
+	(*PidsStats)(nil),             // 35: cloudhv.guest.v1.PidsStats
+	(*IOStats)(nil),               // 36: cloudhv.guest.v1.IOStats
+	(*PidsRequest)(nil),           // 37: cloudhv.guest.v1.PidsRequest
+	(*PidsResponse)(nil),          // 38: cloudhv.guest.v1.PidsResponse
+	(*Process)(nil),               // 39: cloudhv.guest.v1.Process
+	(*StateRequest)(nil),          // 40: cloudhv.guest.v1.StateRequest
+	(*StateResponse)(nil),         // 41: cloudhv.guest.v1.StateResponse
+	(*WaitRequest)(nil),           // 42: cloudhv.guest.v1.WaitRequest
+	(*WaitResponse)(nil),          // 43: cloudhv.guest.v1.WaitResponse
+	nil,                           // 44: cloudhv.guest.v1.ConfigureRequest.SysctlsEntry
+	nil,                           // 45: cloudhv.guest.v1.MemoryStats.StatEntry
+	(*timestamppb.Timestamp)(nil), // 46: google.protobuf.Timestamp
+	(*emptypb.Empty)(nil),         // 47: google.protobuf.Empty
 }
 var file_guest_api_v1_guest_proto_depIdxs = []int32{
-	44, // 0: cloudhv.guest.v1.ConfigureRequest.clock:type_name -> google.protobuf.Timestamp
-	7,  // 1: cloudhv.guest.v1.ConfigureRequest.interfaces:type_name -> cloudhv.guest.v1.Interface
-	9,  // 2: cloudhv.guest.v1.ConfigureRequest.routes:type_name -> cloudhv.guest.v1.Route
-	42, // 3: cloudhv.guest.v1.ConfigureRequest.sysctls:type_name -> cloudhv.guest.v1.ConfigureRequest.SysctlsEntry
-	6,  // 4: cloudhv.guest.v1.ConfigureResponse.steps:type_name -> cloudhv.guest.v1.Step
-	8,  // 5: cloudhv.guest.v1.Interface.neighbors:type_name -> cloudhv.guest.v1.Neighbor
-	13, // 6: cloudhv.guest.v1.CreateRequest.rootfs:type_name -> cloudhv.guest.v1.RootFS
-	14, // 7: cloudhv.guest.v1.CreateRequest.files:type_name -> cloudhv.guest.v1.File
-	15, // 8: cloudhv.guest.v1.CreateRequest.stdio:type_name -> cloudhv.guest.v1.Stdio
-	0,  // 9: cloudhv.guest.v1.CreateRequest.pid_namespace:type_name -> cloudhv.guest.v1.PidNamespace
-	6,  // 10: cloudhv.guest.v1.CreateResponse.steps:type_name -> cloudhv.guest.v1.Step
-	15, // 11: cloudhv.guest.v1.ExecRequest.stdio:type_name -> cloudhv.guest.v1.Stdio
-	44, // 12: cloudhv.guest.v1.DeleteResponse.exited_at:type_name -> google.protobuf.Timestamp
-	31, // 13: cloudhv.guest.v1.StatsResponse.cpu:type_name -> cloudhv.guest.v1.CPUStats
-	32, // 14: cloudhv.guest.v1.StatsResponse.memory:type_name -> cloudhv.guest.v1.MemoryStats
-	33, // 15: cloudhv.guest.v1.StatsResponse.pids:type_name -> cloudhv.guest.v1.PidsStats
-	34, // 16: cloudhv.guest.v1.StatsResponse.io:type_name -> cloudhv.guest.v1.IOStats
-	43, // 17: cloudhv.guest.v1.MemoryStats.stat:type_name -> cloudhv.guest.v1.MemoryStats.StatEntry
-	37, // 18: cloudhv.guest.v1.PidsResponse.processes:type_name -> cloudhv.guest.v1.Process
-	1,  // 19: cloudhv.guest.v1.StateResponse.status:type_name -> cloudhv.guest.v1.Status
-	44, // 20: cloudhv.guest.v1.StateResponse.exited_at:type_name -> google.protobuf.Timestamp
-	44, // 21: cloudhv.guest.v1.WaitResponse.exited_at:type_name -> google.protobuf.Timestamp
-	2,  // 22: cloudhv.guest.v1.Machine.Info:input_type -> cloudhv.guest.v1.InfoRequest
-	4,  // 23: cloudhv.guest.v1.Machine.Configure:input_type -> cloudhv.guest.v1.ConfigureRequest
-	4,  // 24: cloudhv.guest.v1.Machine.Rehearse:input_type -> cloudhv.guest.v1.ConfigureRequest
-	10, // 25: cloudhv.guest.v1.Machine.Resize:input_type -> cloudhv.guest.v1.ResizeRequest
-	12, // 26: cloudhv.guest.v1.Machine.PowerOff:input_type -> cloudhv.guest.v1.PowerOffRequest
-	16, // 27: cloudhv.guest.v1.Task.Create:input_type -> cloudhv.guest.v1.CreateRequest
-	19, // 28: cloudhv.guest.v1.Task.Start:input_type -> cloudhv.guest.v1.StartRequest
-	21, // 29: cloudhv.guest.v1.Task.Exec:input_type -> cloudhv.guest.v1.ExecRequest
-	22, // 30: cloudhv.guest.v1.Task.Delete:input_type -> cloudhv.guest.v1.DeleteRequest
-	24, // 31: cloudhv.guest.v1.Task.Kill:input_type -> cloudhv.guest.v1.KillRequest
-	25, // 32: cloudhv.guest.v1.Task.ResizePty:input_type -> cloudhv.guest.v1.ResizePtyRequest
-	26, // 33: cloudhv.guest.v1.Task.Pause:input_type -> cloudhv.guest.v1.PauseRequest
-	27, // 34: cloudhv.guest.v1.Task.Resume:input_type -> cloudhv.guest.v1.ResumeRequest
-	28, // 35: cloudhv.guest.v1.Task.Update:input_type -> cloudhv.guest.v1.UpdateRequest
-	29, // 36: cloudhv.guest.v1.Task.Stats:input_type -> cloudhv.guest.v1.StatsRequest
-	35, // 37: cloudhv.guest.v1.Task.Pids:input_type -> cloudhv.guest.v1.PidsRequest
-	38, // 38: cloudhv.guest.v1.Task.State:input_type -> cloudhv.guest.v1.StateRequest
-	40, // 39: cloudhv.guest.v1.Task.Wait:input_type -> cloudhv.guest.v1.WaitRequest
-	17, // 40: cloudhv.guest.v1.Task.WarmUp:input_type -> cloudhv.guest.v1.WarmUpRequest
-	3,  // 41: cloudhv.guest.v1.Machine.Info:output_type -> cloudhv.guest.v1.InfoResponse
-	5,  // 42: cloudhv.guest.v1.Machine.Configure:output_type -> cloudhv.guest.v1.ConfigureResponse
-	5,  // 43: cloudhv.guest.v1.Machine.Rehearse:output_type -> cloudhv.guest.v1.ConfigureResponse
-	11, // 44: cloudhv.guest.v1.Machine.Resize:output_type -> cloudhv.guest.v1.ResizeResponse
-	45, // 45: cloudhv.guest.v1.Machine.PowerOff:output_type -> google.protobuf.Empty
-	18, // 46: cloudhv.guest.v1.Task.Create:output_type -> cloudhv.guest.v1.CreateResponse
-	20, // 47: cloudhv.guest.v1.Task.Start:output_type -> cloudhv.guest.v1.StartResponse
-	45, // 48: cloudhv.guest.v1.Task.Exec:output_type -> google.protobuf.Empty
-	23, // 49: cloudhv.guest.v1.Task.Delete:output_type -> cloudhv.guest.v1.DeleteResponse
-	45, // 50: cloudhv.guest.v1.Task.Kill:output_type -> google.protobuf.Empty
-	45, // 51: cloudhv.guest.v1.Task.ResizePty:output_type -> google.protobuf.Empty
-	45, // 52: cloudhv.guest.v1.Task.Pause:output_type -> google.protobuf.Empty
-	45, // 53: cloudhv.guest.v1.Task.Resume:output_type -> google.protobuf.Empty
-	45, // 54: cloudhv.guest.v1.Task.Update:output_type -> google.protobuf.Empty
-	30, // 55: cloudhv.guest.v1.Task.Stats:output_type -> cloudhv.guest.v1.StatsResponse
-	36, // 56: cloudhv.guest.v1.Task.Pids:output_type -> cloudhv.guest.v1.PidsResponse
-	39, // 57: cloudhv.guest.v1.Task.State:output_type -> cloudhv.guest.v1.StateResponse
-	41, // 58: cloudhv.guest.v1.Task.Wait:output_type -> cloudhv.guest.v1.WaitResponse
-	45, // 59: cloudhv.guest.v1.Task.WarmUp:output_type -> google.protobuf.Empty
-	41, // [41:60] is the sub-list for method output_type
-	22, // [22:41] is the sub-list for method input_type
-	22, // [22:22] is the sub-list for extension type_name
-	22, // [22:22] is the sub-list for extension extendee
-	0,  // [0:22] is the sub-list for field type_name
+	46, // 0: cloudhv.guest.v1.ConfigureRequest.clock:type_name -> google.protobuf.Timestamp
+	9,  // 1: cloudhv.guest.v1.ConfigureRequest.interfaces:type_name -> cloudhv.guest.v1.Interface
+	11, // 2: cloudhv.guest.v1.ConfigureRequest.routes:type_name -> cloudhv.guest.v1.Route
+	44, // 3: cloudhv.guest.v1.ConfigureRequest.sysctls:type_name -> cloudhv.guest.v1.ConfigureRequest.SysctlsEntry
+	8,  // 4: cloudhv.guest.v1.ConfigureResponse.steps:type_name -> cloudhv.guest.v1.Step
+	46, // 5: cloudhv.guest.v1.SyncClockResponse.clock:type_name -> google.protobuf.Timestamp
+	10, // 6: cloudhv.guest.v1.Interface.neighbors:type_name -> cloudhv.guest.v1.Neighbor
+	15, // 7: cloudhv.guest.v1.CreateRequest.rootfs:type_name -> cloudhv.guest.v1.RootFS
+	16, // 8: cloudhv.guest.v1.CreateRequest.files:type_name -> cloudhv.guest.v1.File
+	17, // 9: cloudhv.guest.v1.CreateRequest.stdio:type_name -> cloudhv.guest.v1.Stdio
+	0,  // 10: cloudhv.guest.v1.CreateRequest.pid_namespace:type_name -> cloudhv.guest.v1.PidNamespace
+	8,  // 11: cloudhv.guest.v1.CreateResponse.steps:type_name -> cloudhv.guest.v1.Step
+	17, // 12: cloudhv.guest.v1.ExecRequest.stdio:type_name -> cloudhv.guest.v1.Stdio
+	46, // 13: cloudhv.guest.v1.DeleteResponse.exited_at:type_name -> google.protobuf.Timestamp
+	33, // 14: cloudhv.guest.v1.StatsResponse.cpu:type_name -> cloudhv.guest.v1.CPUStats
+	34, // 15: cloudhv.guest.v1.StatsResponse.memory:type_name -> cloudhv.guest.v1.MemoryStats
+	35, // 16: cloudhv.guest.v1.StatsResponse.pids:type_name -> cloudhv.guest.v1.PidsStats
+	36, // 17: cloudhv.guest.v1.StatsResponse.io:type_name -> cloudhv.guest.v1.IOStats
+	45, // 18: cloudhv.guest.v1.MemoryStats.stat:type_name -> cloudhv.guest.v1.MemoryStats.StatEntry
+	39, // 19: cloudhv.guest.v1.PidsResponse.processes:type_name -> cloudhv.guest.v1.Process
+	1,  // 20: cloudhv.guest.v1.StateResponse.status:type_name -> cloudhv.guest.v1.Status
+	46, // 21: cloudhv.guest.v1.StateResponse.exited_at:type_name -> google.protobuf.Timestamp
+	46, // 22: cloudhv.guest.v1.WaitResponse.exited_at:type_name -> google.protobuf.Timestamp
+	2,  // 23: cloudhv.guest.v1.Machine.Info:input_type -> cloudhv.guest.v1.InfoRequest
+	4,  // 24: cloudhv.guest.v1.Machine.Configure:input_type -> cloudhv.guest.v1.ConfigureRequest
+	4,  // 25: cloudhv.guest.v1.Machine.Rehearse:input_type -> cloudhv.guest.v1.ConfigureRequest
+	6,  // 26: cloudhv.guest.v1.Machine.SyncClock:input_type -> cloudhv.guest.v1.SyncClockRequest
+	12, // 27: cloudhv.guest.v1.Machine.Resize:input_type -> cloudhv.guest.v1.ResizeRequest
+	14, // 28: cloudhv.guest.v1.Machine.PowerOff:input_type -> cloudhv.guest.v1.PowerOffRequest
+	18, // 29: cloudhv.guest.v1.Task.Create:input_type -> cloudhv.guest.v1.CreateRequest
+	21, // 30: cloudhv.guest.v1.Task.Start:input_type -> cloudhv.guest.v1.StartRequest
+	23, // 31: cloudhv.guest.v1.Task.Exec:input_type -> cloudhv.guest.v1.ExecRequest
+	24, // 32: cloudhv.guest.v1.Task.Delete:input_type -> cloudhv.guest.v1.DeleteRequest
+	26, // 33: cloudhv.guest.v1.Task.Kill:input_type -> cloudhv.guest.v1.KillRequest
+	27, // 34: cloudhv.guest.v1.Task.ResizePty:input_type -> cloudhv.guest.v1.ResizePtyRequest
+	28, // 35: cloudhv.guest.v1.Task.Pause:input_type -> cloudhv.guest.v1.PauseRequest
+	29, // 36: cloudhv.guest.v1.Task.Resume:input_type -> cloudhv.guest.v1.ResumeRequest
+	30, // 37: cloudhv.guest.v1.Task.Update:input_type -> cloudhv.guest.v1.UpdateRequest
+	31, // 38: cloudhv.guest.v1.Task.Stats:input_type -> cloudhv.guest.v1.StatsRequest
+	37, // 39: cloudhv.guest.v1.Task.Pids:input_type -> cloudhv.guest.v1.PidsRequest
+	40, // 40: cloudhv.guest.v1.Task.State:input_type -> cloudhv.guest.v1.StateRequest
+	42, // 41: cloudhv.guest.v1.Task.Wait:input_type -> cloudhv.guest.v1.WaitRequest
+	19, // 42: cloudhv.guest.v1.Task.WarmUp:input_type -> cloudhv.guest.v1.WarmUpRequest
+	3,  // 43: cloudhv.guest.v1.Machine.Info:output_type -> cloudhv.guest.v1.InfoResponse
+	5,  // 44: cloudhv.guest.v1.Machine.Configure:output_type -> cloudhv.guest.v1.ConfigureResponse
+	5,  // 45: cloudhv.guest.v1.Machine.Rehearse:output_type -> cloudhv.guest.v1.ConfigureResponse
+	7,  // 46: cloudhv.guest.v1.Machine.SyncClock:output_type -> cloudhv.guest.v1.SyncClockResponse
+	13, // 47: cloudhv.guest.v1.Machine.Resize:output_type -> cloudhv.guest.v1.ResizeResponse
+	47, // 48: cloudhv.guest.v1.Machine.PowerOff:output_type -> google.protobuf.Empty
+	20, // 49: cloudhv.guest.v1.Task.Create:output_type -> cloudhv.guest.v1.CreateResponse
+	22, // 50: cloudhv.guest.v1.Task.Start:output_type -> cloudhv.guest.v1.StartResponse
+	47, // 51: cloudhv.guest.v1.Task.Exec:output_type -> google.protobuf.Empty
+	25, // 52: cloudhv.guest.v1.Task.Delete:output_type -> cloudhv.guest.v1.DeleteResponse
+	47, // 53: cloudhv.guest.v1.Task.Kill:output_type -> google.protobuf.Empty
+	47, // 54: cloudhv.guest.v1.Task.ResizePty:output_type -> google.protobuf.Empty
+	47, // 55: cloudhv.guest.v1.Task.Pause:output_type -> google.protobuf.Empty
+	47, // 56: cloudhv.guest.v1.Task.Resume:output_type -> google.protobuf.Empty
+	47, // 57: cloudhv.guest.v1.Task.Update:output_type -> google.protobuf.Empty
+	32, // 58: cloudhv.guest.v1.Task.Stats:output_type -> cloudhv.guest.v1.StatsResponse
+	38, // 59: cloudhv.guest.v1.Task.Pids:output_type -> cloudhv.guest.v1.PidsResponse
+	41, // 60: cloudhv.guest.v1.Task.State:output_type -> cloudhv.guest.v1.StateResponse
+	43, // 61: cloudhv.guest.v1.Task.Wait:output_type -> cloudhv.guest.v1.WaitResponse
+	47, // 62: cloudhv.guest.v1.Task.WarmUp:output_type -> google.protobuf.Empty
+	43, // [43:63] is the sub-list for method output_type
+	23, // [23:43] is the sub-list for method input_type
+	23, // [23:23] is the sub-list for extension type_name
+	23, // [23:23] is the sub-list for extension extendee
+	0,  // [0:23] is the sub-list for field type_name
 }
 
 func init() { file_guest_api_v1_guest_proto_init() }
@@ -3169,7 +3282,7 @@ func file_guest_api_v1_guest_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_guest_api_v1_guest_proto_rawDesc), len(file_guest_api_v1_guest_proto_rawDesc)),
 			NumEnums:      2,
-			NumMessages:   42,
+			NumMessages:   44,
 			NumExtensions: 0,
 			NumServices:   2,
 		},

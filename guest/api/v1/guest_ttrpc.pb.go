@@ -12,6 +12,7 @@ type MachineService interface {
 	Info(context.Context, *InfoRequest) (*InfoResponse, error)
 	Configure(context.Context, *ConfigureRequest) (*ConfigureResponse, error)
 	Rehearse(context.Context, *ConfigureRequest) (*ConfigureResponse, error)
+	SyncClock(context.Context, *SyncClockRequest) (*SyncClockResponse, error)
 	Resize(context.Context, *ResizeRequest) (*ResizeResponse, error)
 	PowerOff(context.Context, *PowerOffRequest) (*emptypb.Empty, error)
 }
@@ -39,6 +40,13 @@ func RegisterMachineService(srv *ttrpc.Server, svc MachineService) {
 					return nil, err
 				}
 				return svc.Rehearse(ctx, &req)
+			},
+			"SyncClock": func(ctx context.Context, unmarshal func(interface{}) error) (interface{}, error) {
+				var req SyncClockRequest
+				if err := unmarshal(&req); err != nil {
+					return nil, err
+				}
+				return svc.SyncClock(ctx, &req)
 			},
 			"Resize": func(ctx context.Context, unmarshal func(interface{}) error) (interface{}, error) {
 				var req ResizeRequest
@@ -87,6 +95,14 @@ func (c *machineClient) Configure(ctx context.Context, req *ConfigureRequest) (*
 func (c *machineClient) Rehearse(ctx context.Context, req *ConfigureRequest) (*ConfigureResponse, error) {
 	var resp ConfigureResponse
 	if err := c.client.Call(ctx, "cloudhv.guest.v1.Machine", "Rehearse", req, &resp); err != nil {
+		return nil, err
+	}
+	return &resp, nil
+}
+
+func (c *machineClient) SyncClock(ctx context.Context, req *SyncClockRequest) (*SyncClockResponse, error) {
+	var resp SyncClockResponse
+	if err := c.client.Call(ctx, "cloudhv.guest.v1.Machine", "SyncClock", req, &resp); err != nil {
 		return nil, err
 	}
 	return &resp, nil
