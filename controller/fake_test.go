@@ -64,6 +64,9 @@ type fakeDriver struct {
 
 // vmFaults make a machine's methods fail.
 type vmFaults struct {
+	// keeps is how much memory the guest does not give back below.
+	keeps int64
+
 	nic, resize, disk, unplug error
 	// diskStays makes a failed AddDisk leave the disk.
 	diskStays bool
@@ -188,6 +191,7 @@ type fakeMachine struct {
 
 	mu         sync.Mutex
 	size       vmm.Size
+	asked      int // how many Resizes there were
 	nics       []string
 	disks      map[string]int
 	configured *guestv1.ConfigureRequest
@@ -347,6 +351,11 @@ func (v *fakeVM) Resize(_ context.Context, size vmm.Size) error {
 	}
 	v.mu.Lock()
 	defer v.mu.Unlock()
+	v.asked++
+	if keeps := v.driver.vm.keeps; size.MemoryBytes < keeps {
+		v.size = vmm.Size{VCPUs: size.VCPUs, MemoryBytes: keeps}
+		return &vmm.KeptError{MemoryBytes: keeps, Wanted: size.MemoryBytes}
+	}
 	v.size = size
 	return nil
 }

@@ -162,14 +162,14 @@ const guestHZ = 100
 // hostTSC is measured once.
 var hostTSC = sync.OnceValue(tscKHz)
 
-// kernelParams is the guest kernel's command line. One processor starts; the
-// agent brings the others on line when the pod asks for them.
+// kernelParams is the guest kernel's command line. Config.Size's processors start;
+// the agent brings others on line when the pod asks for them.
 func kernelParams(cfg vmm.Config, accel string) string {
 	params := []string{
 		"console=ttyS0", "quiet", "panic=-1",
 		"root=/dev/vda", "rootfstype=erofs", "ro", "init=/init",
 		// noreplace-smp: no patching of kernel text when a second processor comes.
-		"maxcpus=1", "noreplace-smp", "memhp_default_state=online",
+		fmt.Sprintf("maxcpus=%d", cfg.Size.VCPUs), "noreplace-smp", "memhp_default_state=online",
 		"random.trust_cpu=on", "rcupdate.rcu_expedited=1",
 	}
 	if accel == accelTCG {

@@ -198,26 +198,26 @@ func TestMemoryWait(t *testing.T) {
 	m := &Memory{boot: 128 * mib, total: 110 * mib, now: now.Load}
 	now.Store(110 * mib)
 	require.EqualValues(t, 128*mib, m.plugged())
-	require.NoError(t, m.Wait(t.Context(), 128*mib))
+	require.NoError(t, m.Wait(t.Context(), 128*mib, configureLimit))
 
 	// Growth that is on its way is waited for.
 	time.AfterFunc(50*time.Millisecond, func() { now.Store(494 * mib) })
-	require.NoError(t, m.Wait(t.Context(), 512*mib))
+	require.NoError(t, m.Wait(t.Context(), 512*mib, configureLimit))
 
 	// A shrinking that does not begin is not waited for.
 	began := time.Now()
-	require.NoError(t, m.Wait(t.Context(), 128*mib))
-	require.Less(t, time.Since(began), memoryLimit)
+	require.NoError(t, m.Wait(t.Context(), 128*mib, configureLimit))
+	require.Less(t, time.Since(began), configureLimit)
 
 	// One that has begun is.
 	time.AfterFunc(20*time.Millisecond, func() { now.Store(300 * mib) })
 	time.AfterFunc(2*memoryStart, func() { now.Store(110 * mib) })
-	require.NoError(t, m.Wait(t.Context(), 128*mib))
+	require.NoError(t, m.Wait(t.Context(), 128*mib, configureLimit))
 	require.EqualValues(t, 110*mib, now.Load())
 
 	ctx, cancel := context.WithTimeout(t.Context(), 30*time.Millisecond)
 	defer cancel()
-	require.ErrorIs(t, m.Wait(ctx, 1<<40), context.DeadlineExceeded)
+	require.ErrorIs(t, m.Wait(ctx, 1<<40, configureLimit), context.DeadlineExceeded)
 }
 
 func TestEntropyArg(t *testing.T) {

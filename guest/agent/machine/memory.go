@@ -21,8 +21,10 @@ import (
 )
 
 const (
-	// memoryLimit bounds a wait for memory.
-	memoryLimit = 5 * time.Second
+	// configureLimit and resizeLimit bound a wait for memory: a pod's start does not
+	// wait long for what comes anyway.
+	configureLimit = 5 * time.Second
+	resizeLimit    = 25 * time.Second
 	// memoryStart is how long a shrinking may take to begin: the VMM may not have
 	// been asked yet.
 	memoryStart = 200 * time.Millisecond
@@ -99,9 +101,9 @@ func (m *Memory) plugged() uint64 {
 }
 
 // Wait returns when the kernel has want bytes of RAM, or no more than them if it
-// had more. It fails with ErrDeadlineExceeded after a few seconds.
-func (m *Memory) Wait(ctx context.Context, want uint64) error {
-	wctx, cancel := context.WithTimeout(ctx, memoryLimit)
+// had more. It fails with ErrDeadlineExceeded after the limit.
+func (m *Memory) Wait(ctx context.Context, want uint64, limit time.Duration) error {
+	wctx, cancel := context.WithTimeout(ctx, limit)
 	defer cancel()
 	began, start := time.Now(), m.plugged()
 	err := uevent.Await(wctx, memoryAgain, func() (bool, error) {
@@ -116,7 +118,7 @@ func (m *Memory) Wait(ctx context.Context, want uint64) error {
 		return have >= start && time.Since(began) > memoryStart, nil
 	}, "memory")
 	if errors.Is(err, context.DeadlineExceeded) && ctx.Err() == nil {
-		return fmt.Errorf("%d bytes of RAM wanted, %d there after %v: %w", want, m.plugged(), memoryLimit, context.DeadlineExceeded)
+		return fmt.Errorf("%d bytes of RAM wanted, %d there after %v: %w", want, m.plugged(), limit, context.DeadlineExceeded)
 	}
 	return err
 }
