@@ -64,8 +64,7 @@ type fakeDriver struct {
 
 // vmFaults make a machine's methods fail.
 type vmFaults struct {
-	// keeps is how much memory the guest does not give back below.
-	keeps int64
+	keeps int64 // the memory of which the guest gives back nothing
 
 	nic, resize, disk, unplug error
 	// diskStays makes a failed AddDisk leave the disk.
