@@ -30,7 +30,7 @@ func hostRelease(t *testing.T) string {
 // TestInsideMachine is the half of point 2 that a pod's machine decides.
 func TestInsideMachine(t *testing.T) {
 	forHandlers(t, func(t *testing.T, h string) {
-		const memory = 384 << 20
+		const memory = 640 << 20
 		p := newPod(t, h, func(cfg *runtimeapi.PodSandboxConfig) {
 			cfg.Hostname = "a-name-of-its-own"
 			cfg.Linux.Resources = &runtimeapi.LinuxContainerResources{CpuPeriod: 100_000, CpuQuota: 200_000, CpuShares: 2048, MemoryLimitInBytes: memory}

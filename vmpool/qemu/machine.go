@@ -169,7 +169,10 @@ func kernelParams(cfg vmm.Config, accel string) string {
 		"console=ttyS0", "quiet", "panic=-1",
 		"root=/dev/vda", "rootfstype=erofs", "ro", "init=/init",
 		// noreplace-smp: no patching of kernel text when a second processor comes.
-		fmt.Sprintf("maxcpus=%d", cfg.Size.VCPUs), "noreplace-smp", "memhp_default_state=online",
+		fmt.Sprintf("maxcpus=%d", cfg.Size.VCPUs), "noreplace-smp",
+		// auto-movable: the kernel puts nothing of its own into memory that is plugged, up to
+		// three times what it has booted with, so that all of that can be given back.
+		"memhp_default_state=online", "memory_hotplug.online_policy=auto-movable",
 		"random.trust_cpu=on", "rcupdate.rcu_expedited=1",
 	}
 	if accel == accelTCG {
