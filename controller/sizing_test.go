@@ -152,3 +152,46 @@ func TestSizingUpdated(t *testing.T) {
 	_, err = s.with(cri(0, 5, -5), nil)
 	require.ErrorIs(t, err, errdefs.ErrInvalidArgument)
 }
+
+// TestDocumentedSizes are the examples of docs/sizing.md, in its order.
+func TestDocumentedSizes(t *testing.T) {
+	t.Parallel()
+	cfg := sizingConfig()
+	cfg.DefaultVCPUs, cfg.MaxVCPUs = 8, 8
+	cfg.DefaultMemory, cfg.BaseMemory, cfg.MaxMemory = 512*mib, 512*mib, 32<<30
+	for i, tc := range []struct {
+		pod         *runtime.LinuxContainerResources
+		overhead    int64
+		annotations map[string]string
+		containers  []limits
+		memory      int64 // in MiB, 0 where the pod or the last container is refused
+		vcpus       int
+	}{
+		{memory: 512, vcpus: 8},
+		{pod: cri(256*mib, 50000, 0), containers: []limits{{memory: 1 << 40}}, memory: 512, vcpus: 1},
+		{pod: cri(1024*mib, 250000, 0), containers: []limits{{}}, memory: 1088, vcpus: 3},
+		{pod: cri(1024*mib, 0, 0), overhead: 160 * mib, memory: 1184, vcpus: 8},
+		{annotations: map[string]string{"io.cloudhv.default_memory": "1GiB", "io.cloudhv.default_vcpus": "2"}, memory: 1024, vcpus: 2},
+		{pod: cri(2048*mib, 0, 0), annotations: map[string]string{"io.cloudhv.default_memory": "1GiB"}, memory: 2112, vcpus: 8},
+		{containers: []limits{{memory: 300 * mib}}, memory: 512, vcpus: 8},
+		{containers: []limits{{memory: 700 * mib}}, memory: 764, vcpus: 8},
+		{containers: []limits{{memory: 700 * mib}, {memory: 500 * mib}}, memory: 1264, vcpus: 8},
+		{containers: []limits{{memory: 700 * mib}, {}}, memory: 1212, vcpus: 8},
+		{annotations: map[string]string{"io.cloudhv.default_vcpus": "1"}, containers: []limits{{quota: 150000}}, memory: 512, vcpus: 2},
+		{annotations: map[string]string{"io.cloudhv.default_vcpus": "1"}, containers: []limits{{quota: 150000}, {quota: 200000}}, memory: 512, vcpus: 4},
+		{annotations: map[string]string{"io.cloudhv.default_maxmemory": "1GiB"}, containers: []limits{{memory: 1536 * mib}}},
+		{pod: cri(2048*mib, 0, 0), annotations: map[string]string{"io.cloudhv.default_maxmemory": "1GiB"}},
+	} {
+		o, err := parseAnnotations(tc.annotations, cfg)
+		require.NoError(t, err)
+		s, err := newSizing(cfg, o, tc.pod, cri(tc.overhead, 0, 0))
+		require.NoError(t, err)
+		size, err := s.size(tc.containers)
+		if tc.memory == 0 {
+			require.ErrorIs(t, err, errdefs.ErrInvalidArgument, "%d", i)
+			continue
+		}
+		require.NoError(t, err, "%d", i)
+		require.Equal(t, vmm.Size{VCPUs: tc.vcpus, MemoryBytes: tc.memory * mib}, size, "%d", i)
+	}
+}
