@@ -31,8 +31,8 @@ type updatedResources struct {
 
 // Update resizes the sandbox's VM when the pod's resources have changed, up or
 // down. Other fields of a sandbox mean nothing to a VM. If the guest
-// does not give back memory in time the error is ErrUnavailable and the VM stays
-// as large as it was.
+// cannot do without the memory the error is ErrFailedPrecondition, and if it does not
+// give it back in time ErrUnavailable; the VM stays as large as it was.
 func (c *Controller) Update(ctx context.Context, id string, info sandbox.Sandbox, fields ...string) error {
 	ctx = withPod(ctx, id)
 	p, err := c.get(id)
@@ -166,10 +166,11 @@ func (c *Controller) resizeVM(ctx context.Context, vm vmm.VM, from, to vmm.Size,
 	if to == grown {
 		return to, nil
 	}
-	// The guest lets go of vCPUs before they are taken away; memory it can let
-	// go only when it is asked for.
-	if err := c.resizeGuest(ctx, vm, vmm.Size{VCPUs: to.VCPUs}); err != nil {
-		return grown, err
+	// The guest lets go of vCPUs before they are taken away; memory it can let go only
+	// when it is asked for. Asked for more than it can do without it would kill.
+	if err := c.prepareShrink(ctx, vm, to); err != nil {
+		grown.VCPUs = to.VCPUs // some may be off line
+		return grown, fmt.Errorf("the guest keeps memory in use: %w", err)
 	}
 	err := vm.Resize(ctx, to)
 	var kept *vmm.KeptError

@@ -98,6 +98,18 @@ func TestUpdateThatTheGuestRefuses(t *testing.T) {
 	require.EqualValues(t, 1024*mib, rec.sizing().Memory)
 	require.False(t, rec.Resizing)
 
+	// One that the guest could not do without is not even asked of the VMM.
+	n.driver.vm.keeps = 0
+	m.agent.resize = errdefs.ErrFailedPrecondition
+	asked := m.asked
+	err = update(512*mib, 0)
+	require.ErrorIs(t, err, errdefs.ErrFailedPrecondition)
+	require.ErrorContains(t, err, "the guest keeps memory in use")
+	require.EqualValues(t, 512*mib+64*mib, m.resized[len(m.resized)-1].GetShrinkToBytes())
+	require.Equal(t, asked, m.asked)
+	require.Equal(t, before, p.snapshot().Size)
+	m.agent.resize = nil
+
 	// A little that the guest's kernel cannot give is told, and no error.
 	n.driver.vm.keeps = 590 * mib
 	require.NoError(t, update(512*mib, 100000))

@@ -237,6 +237,11 @@ func (s *Service) waitMemory(ctx context.Context, want uint64, limit time.Durati
 func (s *Service) Resize(ctx context.Context, r *guestv1.ResizeRequest) (*guestv1.ResizeResponse, error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	if to := r.GetShrinkToBytes(); to != 0 {
+		if err := s.cfg.Memory.CheckShrink(to); err != nil {
+			return nil, err
+		}
+	}
 	if n := r.GetVcpus(); n != 0 {
 		if n > maxVCPUs {
 			return nil, fmt.Errorf("%d vCPUs: at most %d: %w", n, maxVCPUs, errdefs.ErrInvalidArgument)

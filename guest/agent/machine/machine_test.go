@@ -220,6 +220,28 @@ func TestMemoryWait(t *testing.T) {
 	require.ErrorIs(t, m.Wait(ctx, 1<<40, configureLimit), context.DeadlineExceeded)
 }
 
+// A shrinking that the kernel would kill for is refused.
+func TestCheckShrink(t *testing.T) {
+	t.Parallel()
+	const mib = 1 << 20
+	available := uint64(500 * mib)
+	m := &Memory{
+		boot: 512 * mib, total: 490 * mib,
+		now: func() uint64 { return 1002 * mib }, available: func() uint64 { return available },
+	}
+	require.NoError(t, m.CheckShrink(2048*mib), "a growth")
+	require.NoError(t, m.CheckShrink(600*mib))
+	require.ErrorIs(t, m.CheckShrink(512*mib), errdefs.ErrFailedPrecondition, "nothing would be left")
+	available = 200 * mib
+	require.ErrorIs(t, m.CheckShrink(600*mib), errdefs.ErrFailedPrecondition)
+	require.NoError(t, m.CheckShrink(1000*mib))
+
+	require.EqualValues(t, 2048<<10, parseAvailable("MemTotal:  9 kB\nMemAvailable:       2048 kB\nX: 1 kB\n"))
+	require.Zero(t, parseAvailable("MemTotal: 9 kB\n"))
+	require.Zero(t, parseAvailable("MemAvailable: lots kB\n"))
+	require.Zero(t, parseAvailable("MemAvailable: 99999999999999999999 kB\n"))
+}
+
 func TestEntropyArg(t *testing.T) {
 	t.Parallel()
 	require.Equal(t, "18000000"+"03000000"+"010203", hex.EncodeToString(entropyArg([]byte{1, 2, 3})))
