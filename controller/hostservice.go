@@ -51,7 +51,7 @@ func (h *HostService) Resize(ctx context.Context, req *hostv1.ResizeRequest) (*e
 	for _, l := range req.GetContainers() {
 		containers = append(containers, limits{memory: l.GetMemoryBytes(), quota: l.GetCpuQuota(), period: l.GetCpuPeriod()})
 	}
-	if err := h.c.fitContainers(ctx, req.GetSandboxId(), containers, req.GetShrink()); err != nil {
+	if err := h.c.fitContainers(ctx, req.GetSandboxId(), containers, req.GetShrinkMemory(), req.GetShrinkVcpus()); err != nil {
 		return nil, errgrpc.ToGRPC(err)
 	}
 	return &emptypb.Empty{}, nil

@@ -70,9 +70,9 @@ func concernsExtensions(fields []string) bool {
 	})
 }
 
-// fitContainers makes the VM as large as the pod's containers want it, and smaller
-// only if that is allowed.
-func (c *Controller) fitContainers(ctx context.Context, id string, containers []limits, shrink bool) error {
+// fitContainers makes the VM as large as the pod's containers want it, and its memory
+// or number of vCPUs smaller only if that is allowed.
+func (c *Controller) fitContainers(ctx context.Context, id string, containers []limits, shrinkMemory, shrinkVCPUs bool) error {
 	p, err := c.get(id)
 	if err != nil {
 		return err
@@ -80,8 +80,11 @@ func (c *Controller) fitContainers(ctx context.Context, id string, containers []
 	return c.resize(ctx, p, func(rec *record) (sizing, vmm.Size, error) {
 		s := rec.sizing()
 		size, err := s.size(containers)
-		if !shrink {
-			size = larger(size, rec.Size)
+		if !shrinkMemory {
+			size.MemoryBytes = max(size.MemoryBytes, rec.Size.MemoryBytes)
+		}
+		if !shrinkVCPUs {
+			size.VCPUs = max(size.VCPUs, rec.Size.VCPUs)
 		}
 		return s, size, err
 	})

@@ -145,7 +145,7 @@ func TestUpdateCutShort(t *testing.T) {
 
 // resizeFor asks as a shim does.
 func (n *node) resizeFor(id string, shrink bool, containers ...limits) error {
-	req := &hostv1.ResizeRequest{SandboxId: id, Shrink: shrink}
+	req := &hostv1.ResizeRequest{SandboxId: id, ShrinkMemory: shrink, ShrinkVcpus: shrink}
 	for _, l := range containers {
 		req.Containers = append(req.Containers, &hostv1.Limits{MemoryBytes: l.memory, CpuQuota: l.quota, CpuPeriod: l.period})
 	}

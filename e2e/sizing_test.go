@@ -142,7 +142,9 @@ func TestContainersSizeTheVM(t *testing.T) {
 	require.NoError(t, p.n.StopContainer(testContext(t), two.id, time.Minute))
 	require.NoError(t, p.n.RemoveContainer(testContext(t), two.id))
 	one.requireSize(hostVCPUs(), (200+512)*mib)
-	require.NoError(t, one.update(200*mib, 60000))
+	require.NoError(t, one.update(0, 60000))
+	one.requireSize(hostVCPUs(), (200+512)*mib)
+	require.NoError(t, one.update(190*mib, 0))
 	one.requireSize(hostVCPUs(), base)
 
 	id, err := p.n.CreateContainer(testContext(t), p.id, p.cfg, limited("huge", 1<<40))

@@ -127,7 +127,7 @@ func (s *service) guestCreate(r *wirev1.CreateTaskRequest) (*guestv1.CreateReque
 		return nil, fmt.Errorf("container %q: process.terminal is %t, and the request says %t: want the same: %w",
 			r.Id, c.Spec.Process.Terminal, r.Terminal, errdefs.ErrInvalidArgument)
 	}
-	s.sizer.set(r.Id, limitsOf(r.Id, c.Spec.Linux.Resources, nil))
+	s.sizer.set(r.Id, limitsOf(r.Id, c.Spec.Linux.Resources, s.sizer.get(r.Id)))
 	files, err := guestspec.ReadFiles(c.Binds)
 	if err != nil {
 		return nil, fmt.Errorf("container %q cannot run in a VM: %w", r.Id, err)

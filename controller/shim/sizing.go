@@ -43,17 +43,25 @@ func (z *sizer) lock(ctx context.Context) (unlock func(), _ error) {
 	}
 }
 
-// set notes a container's limits; nil forgets it. It returns those before.
-func (z *sizer) set(id string, l *hostv1.Limits) (before *hostv1.Limits) {
+// set notes a container's limits; nil forgets it.
+func (z *sizer) set(id string, l *hostv1.Limits) {
 	z.mu.Lock()
 	defer z.mu.Unlock()
-	before = z.limits[id]
 	if l == nil {
 		delete(z.limits, id)
 	} else {
 		z.limits[id] = l
 	}
-	return before
+}
+
+// get gives a container's limits; one that is not known has none.
+func (z *sizer) get(id string) *hostv1.Limits {
+	z.mu.Lock()
+	defer z.mu.Unlock()
+	if l := z.limits[id]; l != nil {
+		return l
+	}
+	return &hostv1.Limits{ContainerId: id}
 }
 
 // all are the limits of all containers, in the order of their IDs, and whether
@@ -70,12 +78,9 @@ func (z *sizer) all() (all []*hostv1.Limits, limited bool) {
 }
 
 // limitsOf are the limits that resources state; for what they do not mention those
-// of before, which may be nil, go on.
+// of before go on.
 func limitsOf(id string, res *specs.LinuxResources, before *hostv1.Limits) *hostv1.Limits {
-	l := &hostv1.Limits{ContainerId: id}
-	if before != nil {
-		l.MemoryBytes, l.CpuQuota, l.CpuPeriod = before.MemoryBytes, before.CpuQuota, before.CpuPeriod
-	}
+	l := &hostv1.Limits{ContainerId: id, MemoryBytes: before.MemoryBytes, CpuQuota: before.CpuQuota, CpuPeriod: before.CpuPeriod}
 	if res == nil {
 		return l
 	}
@@ -104,12 +109,12 @@ func (s *service) growVM(ctx context.Context) error {
 	if _, limited := s.sizer.all(); !limited {
 		return nil
 	}
-	return s.askResize(ctx, false)
+	return s.askResize(ctx, &hostv1.ResizeRequest{})
 }
 
 // resizeFor makes the VM as large as the containers want it when one of them gets
 // other limits, and then does update. If that fails the VM and the limits are as
-// before.
+// before. What the update leaves alone is not made smaller for it.
 func (s *service) resizeFor(ctx context.Context, id string, res *specs.LinuxResources, update func() error) error {
 	unlock, err := s.sizer.lock(ctx)
 	if err != nil {
@@ -121,35 +126,38 @@ func (s *service) resizeFor(ctx context.Context, id string, res *specs.LinuxReso
 			s.sizer.set(id, nil) // it has been deleted meanwhile
 		}
 	}()
-	_, was := s.sizer.all()
-	before := s.sizer.set(id, nil)
-	s.sizer.set(id, limitsOf(id, res, before))
-	_, is := s.sizer.all()
-	if was || is {
-		if err := s.askResize(ctx, true); err != nil {
-			s.sizer.set(id, before)
-			return err
-		}
+	before := s.sizer.get(id)
+	now := limitsOf(id, res, before)
+	req := &hostv1.ResizeRequest{
+		ShrinkMemory: now.MemoryBytes != before.MemoryBytes,
+		ShrinkVcpus:  now.CpuQuota != before.CpuQuota || now.CpuPeriod != before.CpuPeriod && now.CpuQuota > 0,
+	}
+	if !req.ShrinkMemory && !req.ShrinkVcpus {
+		return update()
+	}
+	s.sizer.set(id, now)
+	if err := s.askResize(ctx, req); err != nil {
+		s.sizer.set(id, before)
+		return err
 	}
 	if err = update(); err == nil {
 		return nil
 	}
 	s.sizer.set(id, before)
-	if was || is {
-		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), undoLimit)
-		defer cancel()
-		if undoErr := s.askResize(ctx, true); undoErr != nil {
-			log.G(ctx).WithError(undoErr).WithField("container", id).Warn("the VM is not as large as before an update that failed")
-		}
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), undoLimit)
+	defer cancel()
+	if undoErr := s.askResize(ctx, req); undoErr != nil {
+		log.G(ctx).WithError(undoErr).WithField("container", id).Warn("the VM is not as large as before an update that failed")
 	}
 	return err
 }
 
 // askResize asks the plugin for a VM of the size that all containers want.
-func (s *service) askResize(ctx context.Context, shrink bool) error {
-	all, _ := s.sizer.all()
+func (s *service) askResize(ctx context.Context, req *hostv1.ResizeRequest) error {
+	req.SandboxId = s.cfg.SandboxID
+	req.Containers, _ = s.sizer.all()
 	err := s.askHost(ctx, func(ctx context.Context, host hostv1.HostService) error {
-		_, err := host.Resize(ctx, &hostv1.ResizeRequest{SandboxId: s.cfg.SandboxID, Containers: all, Shrink: shrink})
+		_, err := host.Resize(ctx, req)
 		return err
 	})
 	if err != nil {

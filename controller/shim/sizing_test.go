@@ -5,6 +5,7 @@ package shim
 
 import (
 	"fmt"
+	"strings"
 	"sync"
 	"testing"
 
@@ -40,7 +41,13 @@ func (d *fakeDaemon) asked() []string {
 		for _, l := range r.Containers {
 			text += fmt.Sprintf("%s=%d/%d ", l.ContainerId, l.MemoryBytes, l.CpuQuota)
 		}
-		out = append(out, fmt.Sprintf("%sshrink=%t", text, r.Shrink))
+		if r.ShrinkMemory {
+			text += "memory "
+		}
+		if r.ShrinkVcpus {
+			text += "vcpus "
+		}
+		out = append(out, strings.TrimSpace(text))
 	}
 	return out
 }
@@ -59,7 +66,7 @@ func TestLimitsAreTold(t *testing.T) {
 	assert.Empty(t, p.daemon.asked(), "without a limit there is nothing to say")
 	require.NoError(t, p.limited("one", 100))
 	require.NoError(t, p.limited("two", 200))
-	assert.Equal(t, []string{"free=0/0 one=100/0 shrink=false", "free=0/0 one=100/0 two=200/0 shrink=false"}, p.daemon.asked())
+	assert.Equal(t, []string{"free=0/0 one=100/0", "free=0/0 one=100/0 two=200/0"}, p.daemon.asked())
 
 	_, err := p.client.Start(ctx, &taskapi.StartRequest{ID: "one"})
 	require.NoError(t, err)
@@ -72,8 +79,8 @@ func TestLimitsAreTold(t *testing.T) {
 	require.NoError(t, p.update("one", `{"memory":{"limit":-1},"cpu":{"quota":-1}}`))
 	require.NoError(t, p.update("one", `{"pids":{"limit":5}}`))
 	assert.Equal(t, []string{
-		"free=0/0 one=50/7 two=200/0 shrink=true", "free=0/0 one=50/8 shrink=true", "free=0/0 one=0/0 shrink=true",
-	}, p.daemon.asked()[2:], "and nothing when there is none any more")
+		"free=0/0 one=50/7 two=200/0 memory vcpus", "free=0/0 one=50/8 vcpus", "free=0/0 one=0/0 memory vcpus",
+	}, p.daemon.asked()[2:], "and nothing for an update that is not about them")
 }
 
 // A VM that cannot be large enough has no such container.
@@ -119,7 +126,7 @@ func TestAnUpdateThatFails(t *testing.T) {
 	err = p.update("c", `{"memory":{"limit":50}}`)
 	require.ErrorIs(t, err, errdefs.ErrFailedPrecondition)
 	asked := p.daemon.asked()
-	require.Equal(t, []string{"c=50/0 shrink=true", "c=100/0 shrink=true"}, asked[len(asked)-2:], "the VM is made as large as it was")
+	require.Equal(t, []string{"c=50/0 memory", "c=100/0 memory"}, asked[len(asked)-2:], "the VM is made as large as it was")
 }
 
 // Requests come one after the other, and the last one has them all.

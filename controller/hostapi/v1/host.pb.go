@@ -132,9 +132,10 @@ type ResizeRequest struct {
 	SandboxId string                 `protobuf:"bytes,1,opt,name=sandbox_id,json=sandboxId,proto3" json:"sandbox_id,omitempty"`
 	// containers are all that the pod has, those that are being created too.
 	Containers []*Limits `protobuf:"bytes,2,rep,name=containers,proto3" json:"containers,omitempty"`
-	// shrink lets the VM also become smaller. If the guest does not give its memory
-	// back that is an error, and the VM is as large as before.
-	Shrink        bool `protobuf:"varint,3,opt,name=shrink,proto3" json:"shrink,omitempty"`
+	// shrink_memory and shrink_vcpus let the VM also become smaller. If the guest does
+	// not give its memory back that is an error, and the VM is as large as before.
+	ShrinkMemory  bool `protobuf:"varint,3,opt,name=shrink_memory,json=shrinkMemory,proto3" json:"shrink_memory,omitempty"`
+	ShrinkVcpus   bool `protobuf:"varint,4,opt,name=shrink_vcpus,json=shrinkVcpus,proto3" json:"shrink_vcpus,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -183,9 +184,16 @@ func (x *ResizeRequest) GetContainers() []*Limits {
 	return nil
 }
 
-func (x *ResizeRequest) GetShrink() bool {
+func (x *ResizeRequest) GetShrinkMemory() bool {
 	if x != nil {
-		return x.Shrink
+		return x.ShrinkMemory
+	}
+	return false
+}
+
+func (x *ResizeRequest) GetShrinkVcpus() bool {
+	if x != nil {
+		return x.ShrinkVcpus
 	}
 	return false
 }
@@ -437,14 +445,15 @@ const file_controller_hostapi_v1_host_proto_rawDesc = "" +
 	"sandbox_id\x18\x01 \x01(\tR\tsandboxId\x12!\n" +
 	"\fcontainer_id\x18\x02 \x01(\tR\vcontainerId\"9\n" +
 	"\x14AttachRootFSResponse\x12!\n" +
-	"\fimage_serial\x18\x01 \x01(\tR\vimageSerial\"\x7f\n" +
+	"\fimage_serial\x18\x01 \x01(\tR\vimageSerial\"\xaf\x01\n" +
 	"\rResizeRequest\x12\x1d\n" +
 	"\n" +
 	"sandbox_id\x18\x01 \x01(\tR\tsandboxId\x127\n" +
 	"\n" +
 	"containers\x18\x02 \x03(\v2\x17.cloudhv.host.v1.LimitsR\n" +
-	"containers\x12\x16\n" +
-	"\x06shrink\x18\x03 \x01(\bR\x06shrink\"\x8a\x01\n" +
+	"containers\x12#\n" +
+	"\rshrink_memory\x18\x03 \x01(\bR\fshrinkMemory\x12!\n" +
+	"\fshrink_vcpus\x18\x04 \x01(\bR\vshrinkVcpus\"\x8a\x01\n" +
 	"\x06Limits\x12!\n" +
 	"\fcontainer_id\x18\x01 \x01(\tR\vcontainerId\x12!\n" +
 	"\fmemory_bytes\x18\x02 \x01(\x03R\vmemoryBytes\x12\x1b\n" +
