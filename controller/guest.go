@@ -197,9 +197,19 @@ func (c *Controller) resizeGuest(ctx context.Context, vm vmm.VM, size vmm.Size) 
 	return c.askResize(ctx, vm, &guestv1.ResizeRequest{Vcpus: uint32(size.VCPUs), MemoryBytes: uint64(size.MemoryBytes)})
 }
 
-// prepareShrink has the agent let go of vCPUs. It refuses if it cannot do without the memory.
-func (c *Controller) prepareShrink(ctx context.Context, vm vmm.VM, to vmm.Size) error {
-	return c.askResize(ctx, vm, &guestv1.ResizeRequest{Vcpus: uint32(to.VCPUs), ShrinkToBytes: uint64(to.MemoryBytes)})
+// prepareShrink has the agent let go of vCPUs. It refuses if it cannot do without
+// memory that is to go.
+func (c *Controller) prepareShrink(ctx context.Context, vm vmm.VM, from, to vmm.Size) error {
+	req := &guestv1.ResizeRequest{Vcpus: uint32(to.VCPUs)}
+	if to.MemoryBytes == from.MemoryBytes {
+		return c.askResize(ctx, vm, req)
+	}
+	req.ShrinkToBytes = uint64(to.MemoryBytes)
+	err := c.askResize(ctx, vm, req)
+	if errdefs.IsFailedPrecondition(err) {
+		return fmt.Errorf("the guest keeps memory in use: %w", err)
+	}
+	return err
 }
 
 func (c *Controller) askResize(ctx context.Context, vm vmm.VM, req *guestv1.ResizeRequest) error {

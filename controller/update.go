@@ -171,9 +171,9 @@ func (c *Controller) resizeVM(ctx context.Context, vm vmm.VM, from, to vmm.Size,
 	}
 	// The guest lets go of vCPUs before they are taken away; memory it can let go only
 	// when it is asked for. Asked for more than it can do without it would kill.
-	if err := c.prepareShrink(ctx, vm, to); err != nil {
+	if err := c.prepareShrink(ctx, vm, grown, to); err != nil {
 		grown.VCPUs = to.VCPUs // some may be off line
-		return grown, fmt.Errorf("the guest keeps memory in use: %w", err)
+		return grown, err
 	}
 	err := vm.Resize(ctx, to)
 	var kept *vmm.KeptError
