@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"maps"
+	"math"
 	"slices"
 	"strconv"
 	"strings"
@@ -14,50 +15,83 @@ import (
 	"github.com/containerd/errdefs"
 
 	"github.com/cloudhv/containerd-cloudhv/controller/config"
+	"github.com/cloudhv/containerd-cloudhv/vmpool/vmm"
 )
 
 const (
-	// ownPrefix begins our annotations; each falls back to Kata's of the same
-	// name under kataPrefix.
+	// ownPrefix begins our annotations; each falls back to the same name under
+	// longPrefix, which this project's predecessor had, and then to Kata's under
+	// kataPrefix. Values under those two are written as Kata's documentation has it.
 	ownPrefix  = "io.cloudhv."
+	longPrefix = "io.cloudhv.config.hypervisor."
 	kataPrefix = "io.katacontainers.config.hypervisor."
+)
+
+// Names of annotations, behind a prefix.
+const (
+	annotVCPUs        = "default_vcpus"
+	annotMemory       = "default_memory"
+	annotMaxVCPUs     = "default_max_vcpus"
+	annotMaxMemory    = "default_maxmemory"
+	annotMemoryLimit  = "memory_limit" // another name of annotMaxMemory
+	annotKernelParams = "kernel_params"
+	annotVirtioMem    = "enable_virtio_mem"
 )
 
 // overrides are what a pod's annotations change. Zero means not said.
 type overrides struct {
-	// vcpus and memory are the size of a pod that states no limit.
-	vcpus  int
-	memory int64
+	// vcpus and memory are the size of a pod that states no limit, maxVCPUs and
+	// maxMemory the bounds up to which the pod may grow.
+	vcpus, maxVCPUs   int
+	memory, maxMemory int64
+	// fixedMemory is true for a VM without virtio-mem.
+	fixedMemory bool
 	// kernelParams are appended to the guest kernel's command line.
 	kernelParams []string
+	// said are the annotations themselves, by name.
+	said map[string]annotation
 }
 
-// annotationParsers are the annotations by their name behind the prefix. Kata
-// says if the value is written as Kata's documentation has it.
-var annotationParsers = map[string]func(o *overrides, value string, kata bool) error{
-	"default_vcpus": func(o *overrides, value string, _ bool) error {
-		n, err := strconv.ParseUint(value, 10, 8)
-		if err != nil || n == 0 {
-			return errors.New("must be a whole number of vCPUs, at least 1")
+// ownBoot is true if the VM must be booted for this pod alone.
+func (o *overrides) ownBoot() bool { return o.fixedMemory || len(o.kernelParams) > 0 }
+
+// annotation is one as the pod has it.
+type annotation struct{ key, value string }
+
+func (a annotation) String() string { return fmt.Sprintf("annotation %s = %q", a.key, a.value) }
+
+// parsing is what a value is parsed with.
+type parsing struct {
+	cfg *config.Settings
+	// kata says that the value is written as Kata's documentation has it.
+	kata bool
+}
+
+// annotationParsers are the annotations by their name behind the prefix.
+var annotationParsers = map[string]func(p parsing, o *overrides, value string) error{
+	annotVCPUs: func(p parsing, o *overrides, value string) (err error) {
+		o.vcpus, err = p.vcpus(value)
+		return err
+	},
+	annotMaxVCPUs: func(p parsing, o *overrides, value string) (err error) {
+		o.maxVCPUs, err = p.vcpus(value)
+		return err
+	},
+	annotMemory: func(p parsing, o *overrides, value string) (err error) {
+		o.memory, err = p.memory(value, vmm.MinMemory)
+		return err
+	},
+	annotMaxMemory:   parseMaxMemory,
+	annotMemoryLimit: parseMaxMemory,
+	annotVirtioMem: func(_ parsing, o *overrides, value string) error {
+		on, err := strconv.ParseBool(value)
+		if err != nil {
+			return errors.New("must be true or false")
 		}
-		o.vcpus = int(n)
+		o.fixedMemory = !on
 		return nil
 	},
-	"default_memory": func(o *overrides, value string, kata bool) error {
-		if kata {
-			value += "MiB"
-		}
-		n, err := config.ParseSize(value)
-		if err != nil || n <= 0 {
-			if kata {
-				return errors.New("must be a whole number of MiB")
-			}
-			return errors.New(`must be a size such as "512MiB"`)
-		}
-		o.memory = n
-		return nil
-	},
-	"kernel_params": func(o *overrides, value string, _ bool) error {
+	annotKernelParams: func(_ parsing, o *overrides, value string) error {
 		if strings.ContainsFunc(value, func(r rune) bool { return r < ' ' || r > '~' }) || len(value) > 1024 {
 			return errors.New("must be at most 1024 printable ASCII characters")
 		}
@@ -66,37 +100,74 @@ var annotationParsers = map[string]func(o *overrides, value string, kata bool) e
 	},
 }
 
+func parseMaxMemory(p parsing, o *overrides, value string) (err error) {
+	o.maxMemory, err = p.memory(value, p.cfg.BaseMemory)
+	return err
+}
+
+// vcpus reads a number of vCPUs. Kata's may be a fraction, which is rounded up.
+func (p parsing) vcpus(value string) (int, error) {
+	n, err := strconv.ParseFloat(value, 64)
+	if !p.kata {
+		var whole uint64
+		whole, err = strconv.ParseUint(value, 10, 31)
+		n = float64(whole)
+	}
+	if n = math.Ceil(n); err != nil || !(n >= 1 && n <= float64(p.cfg.MaxVCPUs)) {
+		return 0, fmt.Errorf("must be a whole number of vCPUs from 1 to %d (max_vcpus)", p.cfg.MaxVCPUs)
+	}
+	return int(n), nil
+}
+
+// memory reads a size of at least so many bytes. Kata's is a number of MiB.
+func (p parsing) memory(value string, least int64) (int64, error) {
+	if p.kata {
+		value += "MiB"
+	}
+	n, err := config.ParseSize(value)
+	if err == nil && n >= least && n <= p.cfg.MaxMemory {
+		return n, nil
+	}
+	if p.kata {
+		return 0, fmt.Errorf("must be a whole number of MiB from %d to %d (max_memory)", (least+1<<20-1)>>20, p.cfg.MaxMemory>>20)
+	}
+	return 0, fmt.Errorf("must be a size from %q to %q (max_memory), such as %q",
+		config.FormatSize(least), config.FormatSize(p.cfg.MaxMemory), "512MiB")
+}
+
 // parseAnnotations reads a pod's annotations. One of ours that is unknown, has a
 // wrong value or is not on the node's allow-list is refused; so are Kata's if we
 // know them. Kata's others mean nothing here. All errors come together.
-func parseAnnotations(annotations map[string]string, allowed []string) (overrides, error) {
-	var (
-		o    overrides
-		errs []error
-	)
-	refuse := func(key, value, why string) {
-		errs = append(errs, fmt.Errorf("annotation %s = %q: %s: %w", key, value, why, errdefs.ErrInvalidArgument))
+func parseAnnotations(annotations map[string]string, cfg *config.Settings) (overrides, error) {
+	o := overrides{said: map[string]annotation{}}
+	var errs []error
+	refuse := func(a annotation, why string) {
+		errs = append(errs, fmt.Errorf("%s: %s: %w", a, why, errdefs.ErrInvalidArgument))
 	}
-	// Kata's come first, so that ours win.
-	for _, prefix := range []string{kataPrefix, ownPrefix} {
+	// Ours come last, so that they win.
+	for _, prefix := range []string{kataPrefix, longPrefix, ownPrefix} {
 		for _, key := range slices.Sorted(maps.Keys(annotations)) {
 			name, ok := strings.CutPrefix(key, prefix)
-			if !ok {
+			if !ok || prefix == ownPrefix && strings.HasPrefix(key, longPrefix) {
 				continue
 			}
-			value := annotations[key]
+			a := annotation{key, annotations[key]}
 			parse := annotationParsers[name]
 			switch {
 			case parse == nil && prefix == kataPrefix:
 				continue
 			case parse == nil:
-				refuse(key, value, "no such annotation; there are "+strings.Join(annotationNames(), ", "))
-			case !isAllowed(key, allowed):
-				refuse(key, value, "this node's configuration does not allow it (annotations)")
+				refuse(a, "no such annotation; there are "+strings.Join(annotationNames(), ", "))
+			case !isAllowed(key, cfg.Annotations):
+				refuse(a, "this node's configuration does not allow it (annotations)")
 			default:
-				if err := parse(&o, value, prefix == kataPrefix); err != nil {
-					refuse(key, value, err.Error())
+				if err := parse(parsing{cfg: cfg, kata: prefix != ownPrefix}, &o, a.value); err != nil {
+					refuse(a, err.Error())
 				}
+				if name == annotMemoryLimit {
+					name = annotMaxMemory
+				}
+				o.said[name] = a
 			}
 		}
 	}

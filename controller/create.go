@@ -18,8 +18,6 @@ import (
 	"github.com/containerd/log"
 	"github.com/containerd/typeurl/v2"
 	runtime "k8s.io/cri-api/pkg/apis/runtime/v1"
-
-	"github.com/cloudhv/containerd-cloudhv/vmpool/vmm"
 )
 
 // sandboxID is what may name a directory whose sockets' paths fit the kernel.
@@ -32,6 +30,8 @@ type startConfig struct {
 	resolvConf   []byte
 	sysctls      map[string]string
 	kernelParams []string
+	// ownBoot is true if no VM of the pool will do.
+	ownBoot bool
 }
 
 // Create checks the pod's configuration and records the sandbox. On a host or
@@ -111,13 +111,17 @@ func podConfig(options typeurl.Any) (*runtime.PodSandboxConfig, error) {
 // plan turns a pod's configuration into a record and what Start needs. All
 // that is wrong with it is reported together.
 func (c *Controller) plan(id, ns string, pc *runtime.PodSandboxConfig, co *sandbox.CreateOptions) (record, *startConfig, error) {
-	overrides, annotErr := parseAnnotations(mergeAnnotations(pc.GetAnnotations(), co.Annotations), c.cfg.Annotations)
-	size, sizeErr := podSize(c.cfg, overrides, pc.GetLinux().GetResources(), pc.GetLinux().GetOverhead())
+	overrides, annotErr := parseAnnotations(mergeAnnotations(pc.GetAnnotations(), co.Annotations), c.cfg)
+	sizing, limitErr := newSizing(c.cfg, overrides, pc.GetLinux().GetResources(), pc.GetLinux().GetOverhead())
+	size, sizeErr := sizing.size(nil)
+	if limitErr != nil {
+		sizeErr = limitErr
+	}
 	start, fileErr := c.podFiles(pc)
 	if err := errors.Join(checkPod(pc), annotErr, sizeErr, fileErr); err != nil {
 		return record{}, nil, err
 	}
-	start.kernelParams = overrides.kernelParams
+	start.kernelParams, start.ownBoot = overrides.kernelParams, overrides.ownBoot()
 	rec := record{
 		ID:         id,
 		Namespace:  ns,
@@ -126,9 +130,13 @@ func (c *Controller) plan(id, ns string, pc *runtime.PodSandboxConfig, co *sandb
 		CreatedAt:  now(),
 		NetNS:      co.NetNSPath,
 		Size:       size,
-		Max:        vmm.Size{VCPUs: c.cfg.MaxVCPUs, MemoryBytes: c.cfg.MaxMemory},
+		Max:        sizing.Max,
+		Sizing:     &sizing,
 		Hypervisor: c.driver.Name(),
 		Scratch:    c.scratch.path(id),
+	}
+	if sizing.FixedMemory != "" {
+		rec.Max.MemoryBytes = size.MemoryBytes
 	}
 	if c.cfg.Cgroup {
 		rec.Cgroup = cgroupPath(c.cfg.CgroupParent, pc.GetLinux().GetCgroupParent(), id)

@@ -64,6 +64,8 @@ type fakeDriver struct {
 
 // vmFaults make a machine's methods fail.
 type vmFaults struct {
+	keeps int64 // the memory of which the guest gives back nothing
+
 	nic, resize, disk, unplug error
 	// diskStays makes a failed AddDisk leave the disk.
 	diskStays bool
@@ -191,6 +193,7 @@ type fakeMachine struct {
 
 	mu         sync.Mutex
 	size       vmm.Size
+	asked      int // how many Resizes there were
 	nics       []string
 	disks      map[string]int
 	configured *guestv1.ConfigureRequest
@@ -350,6 +353,11 @@ func (v *fakeVM) Resize(_ context.Context, size vmm.Size) error {
 	}
 	v.mu.Lock()
 	defer v.mu.Unlock()
+	v.asked++
+	if keeps := v.driver.vm.keeps; size.MemoryBytes < keeps {
+		v.size = vmm.Size{VCPUs: size.VCPUs, MemoryBytes: keeps}
+		return &vmm.KeptError{MemoryBytes: keeps, Wanted: size.MemoryBytes}
+	}
 	v.size = size
 	return nil
 }

@@ -191,11 +191,28 @@ func (c *Controller) configureGuest(ctx context.Context, vm vmm.VM, req *guestv1
 
 // resizeGuest tells the agent the size of its VM.
 func (c *Controller) resizeGuest(ctx context.Context, vm vmm.VM, size vmm.Size) error {
+	return c.askResize(ctx, vm, &guestv1.ResizeRequest{Vcpus: uint32(size.VCPUs), MemoryBytes: uint64(size.MemoryBytes)})
+}
+
+// prepareShrink has the agent let go of vCPUs. It refuses if it cannot do without
+// memory that is to go.
+func (c *Controller) prepareShrink(ctx context.Context, vm vmm.VM, from, to vmm.Size) error {
+	req := &guestv1.ResizeRequest{Vcpus: uint32(to.VCPUs)}
+	if to.MemoryBytes == from.MemoryBytes {
+		return c.askResize(ctx, vm, req)
+	}
+	req.ShrinkToBytes = uint64(to.MemoryBytes)
+	err := c.askResize(ctx, vm, req)
+	if errdefs.IsFailedPrecondition(err) {
+		return fmt.Errorf("the guest keeps memory in use: %w", err)
+	}
+	return err
+}
+
+func (c *Controller) askResize(ctx context.Context, vm vmm.VM, req *guestv1.ResizeRequest) error {
 	_, err := callGuest(ctx, vm, c.cfg.HotPlugTimeout,
 		func(ctx context.Context, m guestv1.MachineService) (*guestv1.ResizeResponse, error) {
-			return m.Resize(ctx, &guestv1.ResizeRequest{
-				Vcpus: uint32(size.VCPUs), MemoryBytes: uint64(size.MemoryBytes),
-			})
+			return m.Resize(ctx, req)
 		})
 	return err
 }

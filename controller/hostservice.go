@@ -13,6 +13,7 @@ import (
 	"github.com/containerd/containerd/v2/pkg/namespaces"
 	"github.com/containerd/errdefs"
 	"github.com/containerd/errdefs/pkg/errgrpc"
+	"google.golang.org/protobuf/types/known/emptypb"
 
 	hostv1 "github.com/cloudhv/containerd-cloudhv/controller/hostapi/v1"
 	"github.com/cloudhv/containerd-cloudhv/controller/rootfs"
@@ -41,6 +42,19 @@ func (h *HostService) AttachRootFS(ctx context.Context, req *hostv1.AttachRootFS
 	}
 	rootfsTimer.UpdateSince(begin)
 	return &hostv1.AttachRootFSResponse{ImageSerial: serial}, nil
+}
+
+// Resize implements hostv1.HostService.
+func (h *HostService) Resize(ctx context.Context, req *hostv1.ResizeRequest) (*emptypb.Empty, error) {
+	ctx = withPod(ctx, req.GetSandboxId())
+	containers := make([]limits, 0, len(req.GetContainers()))
+	for _, l := range req.GetContainers() {
+		containers = append(containers, limits{memory: l.GetMemoryBytes(), quota: l.GetCpuQuota(), period: l.GetCpuPeriod()})
+	}
+	if err := h.c.fitContainers(ctx, req.GetSandboxId(), containers, req.GetShrinkMemory(), req.GetShrinkVcpus()); err != nil {
+		return nil, errgrpc.ToGRPC(err)
+	}
+	return &emptypb.Empty{}, nil
 }
 
 // attachRootFS makes the container's image a disk of the sandbox's VM, once a

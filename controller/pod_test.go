@@ -5,126 +5,22 @@ package controller
 
 import (
 	"context"
-	"encoding/json"
 	"fmt"
-	"math"
 	"os"
 	"path/filepath"
 	"strings"
 	"sync"
 	"testing"
 
-	"github.com/containerd/containerd/v2/core/sandbox"
 	"github.com/containerd/errdefs"
 	"github.com/containerd/errdefs/pkg/errgrpc"
-	"github.com/containerd/typeurl/v2"
 	"github.com/stretchr/testify/require"
 	"golang.org/x/sys/unix"
-	"google.golang.org/protobuf/types/known/anypb"
 	runtime "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	"github.com/cloudhv/containerd-cloudhv/controller/config"
 	hostv1 "github.com/cloudhv/containerd-cloudhv/controller/hostapi/v1"
-	"github.com/cloudhv/containerd-cloudhv/vmpool/vmm"
 )
-
-func TestPodSize(t *testing.T) {
-	t.Parallel()
-	cfg := &config.Settings{
-		DefaultVCPUs: 1, MaxVCPUs: 4, DefaultMemory: 256 << 20, MaxMemory: 2 << 30, BaseMemory: 128 << 20, MemoryOverhead: 64 << 20,
-	}
-	const mib = 1 << 20
-	res := func(memory, quota, period int64) *runtime.LinuxContainerResources {
-		return &runtime.LinuxContainerResources{MemoryLimitInBytes: memory, CpuQuota: quota, CpuPeriod: period}
-	}
-	for name, tc := range map[string]struct {
-		o             overrides
-		res, overhead *runtime.LinuxContainerResources
-		vcpus         int
-		memory        int64
-		bad           string
-	}{
-		"nothing said":                {vcpus: 1, memory: 256 * mib},
-		"no limits":                   {res: res(0, -1, 100000), vcpus: 1, memory: 256 * mib},
-		"limits":                      {res: res(512*mib, 200000, 100000), vcpus: 2, memory: 576 * mib},
-		"rounded up":                  {res: res(512*mib+1, 100001, 100000), vcpus: 2, memory: 580 * mib},
-		"a fraction of a processor":   {res: res(0, 1000, 100000), vcpus: 1, memory: 256 * mib},
-		"default period":              {res: res(0, 300000, 0), vcpus: 3, memory: 256 * mib},
-		"another period":              {res: res(0, 30000, 10000), vcpus: 3, memory: 256 * mib},
-		"overhead of the class":       {res: res(512*mib, 0, 0), overhead: res(100*mib, 0, 0), vcpus: 1, memory: 612 * mib},
-		"overhead without a limit":    {overhead: res(100*mib, 0, 0), vcpus: 1, memory: 256 * mib},
-		"less than a guest needs":     {res: res(4*mib, 0, 0), vcpus: 1, memory: 128 * mib},
-		"annotations":                 {o: overrides{vcpus: 3, memory: 300 * mib}, vcpus: 3, memory: 300 * mib},
-		"limits win over annotations": {o: overrides{vcpus: 3, memory: 300 * mib}, res: res(512*mib, 200000, 0), vcpus: 2, memory: 576 * mib},
-		"all there is":                {res: res(2<<30-64*mib, 400000, 0), vcpus: 4, memory: 2 << 30},
-		"too much memory":             {res: res(2<<30, 0, 0), bad: "max_memory"},
-		"memory overflows":            {res: res(math.MaxInt64, 0, 0), bad: "max_memory"},
-		"too many vcpus":              {res: res(0, 400001, 0), bad: "5 vCPUs"},
-		"quota overflows":             {res: res(0, math.MaxInt64, 1), bad: "max_vcpus"},
-		"annotation asks too much":    {o: overrides{vcpus: 200}, bad: "max_vcpus"},
-		"negative period":             {res: res(0, 1, -1), bad: "cpu_period"},
-		"both wrong":                  {res: res(4<<30, 900000, 0), bad: "max_memory"},
-	} {
-		t.Run(name, func(t *testing.T) {
-			t.Parallel()
-			size, err := podSize(cfg, tc.o, tc.res, tc.overhead)
-			if tc.bad != "" {
-				require.ErrorIs(t, err, errdefs.ErrInvalidArgument)
-				require.ErrorContains(t, err, tc.bad)
-				return
-			}
-			require.NoError(t, err)
-			require.Equal(t, vmm.Size{VCPUs: tc.vcpus, MemoryBytes: tc.memory}, size)
-		})
-	}
-}
-
-func TestAnnotations(t *testing.T) {
-	t.Parallel()
-	all := []string{"io.cloudhv.*", "io.katacontainers.config.hypervisor.*"}
-	for name, tc := range map[string]struct {
-		annotations map[string]string
-		allowed     []string
-		want        overrides
-		bad         []string
-	}{
-		"none":   {nil, all, overrides{}, nil},
-		"others": {map[string]string{"kubernetes.io/x": "y", "io.cloudhvx": "z"}, all, overrides{}, nil},
-		"ours": {map[string]string{
-			"io.cloudhv.default_vcpus": "2", "io.cloudhv.default_memory": "1GiB", "io.cloudhv.kernel_params": "a=b  c",
-		}, all, overrides{vcpus: 2, memory: 1 << 30, kernelParams: []string{"a=b", "c"}}, nil},
-		"kata's": {map[string]string{
-			kataPrefix + "default_vcpus": "2", kataPrefix + "default_memory": "1024",
-		}, all, overrides{vcpus: 2, memory: 1 << 30}, nil},
-		"ours win":             {map[string]string{kataPrefix + "default_vcpus": "2", "io.cloudhv.default_vcpus": "3"}, all, overrides{vcpus: 3}, nil},
-		"kata's that we lack":  {map[string]string{kataPrefix + "enable_iommu": "true"}, all, overrides{}, nil},
-		"ours that is unknown": {map[string]string{"io.cloudhv.vcpu": "2"}, all, overrides{}, []string{"io.cloudhv.vcpu", "io.cloudhv.default_vcpus"}},
-		"a wrong number":       {map[string]string{"io.cloudhv.default_vcpus": "0"}, all, overrides{}, []string{`= "0"`, "at least 1"}},
-		"a wrong size":         {map[string]string{"io.cloudhv.default_memory": "1G"}, all, overrides{}, []string{`= "1G"`, "512MiB"}},
-		"kata's unit":          {map[string]string{kataPrefix + "default_memory": "1GiB"}, all, overrides{}, []string{"MiB"}},
-		"a control character":  {map[string]string{"io.cloudhv.kernel_params": "a\nb"}, all, overrides{}, []string{"printable"}},
-		"not allowed":          {map[string]string{"io.cloudhv.default_vcpus": "2"}, nil, overrides{}, []string{"does not allow"}},
-		"one is allowed":       {map[string]string{"io.cloudhv.default_vcpus": "2"}, []string{"io.cloudhv.default_vcpus"}, overrides{vcpus: 2}, nil},
-		"another is allowed":   {map[string]string{"io.cloudhv.default_vcpus": "2"}, []string{"io.cloudhv.default_memory"}, overrides{}, []string{"does not allow"}},
-		"all errors together": {map[string]string{
-			"io.cloudhv.default_vcpus": "x", "io.cloudhv.default_memory": "y",
-		}, all, overrides{}, []string{"default_vcpus", "default_memory"}},
-	} {
-		t.Run(name, func(t *testing.T) {
-			t.Parallel()
-			got, err := parseAnnotations(tc.annotations, tc.allowed)
-			if tc.bad == nil {
-				require.NoError(t, err)
-				require.Equal(t, tc.want, got)
-				return
-			}
-			require.ErrorIs(t, err, errdefs.ErrInvalidArgument)
-			for _, w := range tc.bad {
-				require.ErrorContains(t, err, w)
-			}
-		})
-	}
-}
 
 func TestCgroupPath(t *testing.T) {
 	t.Parallel()
@@ -196,61 +92,6 @@ func FuzzPrintable(f *testing.F) {
 			t.Fatalf("%q", got)
 		}
 	})
-}
-
-// extension is how CRI passes updated resources; the type's name is its own.
-func extension(t *testing.T, res, overhead *runtime.LinuxContainerResources) sandbox.Sandbox {
-	t.Helper()
-	data, err := json.Marshal(updatedResources{Overhead: overhead, Resources: res})
-	require.NoError(t, err)
-	return sandbox.Sandbox{Extensions: map[string]typeurl.Any{resourcesKey: criAny(data)}}
-}
-
-func criAny(data []byte) typeurl.Any {
-	return &anypb.Any{TypeUrl: "github.com/containerd/cri/pkg/server/podsandbox/UpdatedResources", Value: data}
-}
-
-func TestUpdateResizesTheVM(t *testing.T) {
-	n := newNode(t)
-	p := n.run("a")
-	m := n.driver.only(t)
-	const mib = 1 << 20
-	update := func(memory, quota int64) error {
-		return n.Update(n.ctx(), "a", extension(t, &runtime.LinuxContainerResources{MemoryLimitInBytes: memory, CpuQuota: quota}, nil), "extensions")
-	}
-	require.NoError(t, update(1024*mib, 300000))
-	require.Equal(t, vmm.Size{VCPUs: 3, MemoryBytes: 1088 * mib}, m.size)
-	require.Equal(t, m.size, p.snapshot().Size)
-	require.Len(t, m.resized, 1, "the guest follows a growth")
-
-	require.NoError(t, update(1024*mib, 300000))
-	require.Len(t, m.resized, 1, "nothing to do")
-
-	require.NoError(t, update(512*mib, 400000))
-	require.Equal(t, vmm.Size{VCPUs: 4, MemoryBytes: 576 * mib}, m.size)
-	require.Equal(t, vmm.Size{VCPUs: 4, MemoryBytes: 576 * mib}, p.snapshot().Size)
-
-	require.NoError(t, update(0, 100000))
-	require.Equal(t, vmm.Size{VCPUs: 1, MemoryBytes: 576 * mib}, m.size, "what is not said stays")
-
-	require.ErrorIs(t, update(100<<30, 0), errdefs.ErrInvalidArgument)
-	require.ErrorIs(t, update(0, 900000), errdefs.ErrInvalidArgument)
-	require.Equal(t, vmm.Size{VCPUs: 1, MemoryBytes: 576 * mib}, m.size)
-
-	n.driver.vm.resize = errInjected
-	require.ErrorIs(t, update(1024*mib, 0), errInjected)
-	n.driver.vm.resize = nil
-	m.agent.resize = errdefs.ErrUnavailable
-	require.ErrorIs(t, update(128*mib, 0), errdefs.ErrUnavailable)
-	require.Equal(t, int64(576*mib), p.snapshot().Size.MemoryBytes)
-
-	require.NoError(t, n.Update(n.ctx(), "a", sandbox.Sandbox{}, "labels"))
-	require.NoError(t, n.Update(n.ctx(), "a", extension(t, nil, nil), "labels"))
-	bad := sandbox.Sandbox{Extensions: map[string]typeurl.Any{resourcesKey: criAny([]byte("{"))}}
-	require.ErrorIs(t, n.Update(n.ctx(), "a", bad), errdefs.ErrInvalidArgument)
-	m.agent.resize = nil
-	require.NoError(t, n.Stop(n.ctx(), "a"))
-	require.ErrorIs(t, update(1024*mib, 0), errdefs.ErrUnavailable)
 }
 
 func TestAttachRootFSOnceAVM(t *testing.T) {

@@ -78,7 +78,8 @@ func (c *Controller) openPool(dirs vmpool.Config) error {
 	}
 	machine := vmm.Config{
 		Kernel: c.cfg.Kernel, RootFS: c.cfg.Image, KernelParams: c.cfg.KernelParams, ConsoleLimit: c.cfg.ConsoleLogLimit,
-		Size: vmm.Size{VCPUs: 1, MemoryBytes: c.cfg.BaseMemory},
+		// So many vCPUs are on line in the snapshot: most pods have no CPU limit.
+		Size: vmm.Size{VCPUs: c.cfg.DefaultVCPUs, MemoryBytes: c.cfg.BaseMemory},
 		Max:  vmm.Size{VCPUs: c.cfg.MaxVCPUs, MemoryBytes: c.cfg.MaxMemory},
 	}
 	inputs, err := c.snapshotInputs(&machine)
@@ -211,7 +212,7 @@ func rehearsal() *guestv1.ConfigureRequest {
 // acquire takes a VM from the pool for a sandbox, whose record then names it. It
 // returns false if one must be booted.
 func (c *Controller) acquire(ctx context.Context, p *pod, watch *stopwatch) (bool, error) {
-	if c.pool == nil || len(p.start.kernelParams) > 0 {
+	if c.pool == nil || p.start.ownBoot {
 		return false, nil
 	}
 	var vm *vmpool.VM

@@ -45,9 +45,12 @@ type record struct {
 	Cgroup string `json:"cgroup,omitempty"`
 	// Scratch is the path of the VM's writable disk.
 	Scratch string `json:"scratch,omitempty"`
-	// Size is the VM's, Max its bound.
-	Size vmm.Size `json:"size"`
-	Max  vmm.Size `json:"max"`
+	// Size is the VM's, Max its bound, Sizing what decides it; see sizing.go.
+	Size   vmm.Size `json:"size"`
+	Max    vmm.Size `json:"max"`
+	Sizing *sizing  `json:"sizing,omitempty"`
+	// Resizing is true while the VM gets another size: it need not have this one.
+	Resizing bool `json:"resizing,omitempty"`
 
 	Hypervisor string `json:"hypervisor,omitempty"`
 	// VM is set once the VMM runs, Shim once the shim does.
@@ -77,6 +80,14 @@ type podName struct {
 type guestInfo struct {
 	Agent  string `json:"agent,omitempty"`
 	Kernel string `json:"kernel,omitempty"`
+}
+
+// sizing is Sizing or, in a record that has none yet, what keeps the VM as it is.
+func (r *record) sizing() sizing {
+	if r.Sizing != nil {
+		return *r.Sizing
+	}
+	return sizing{Default: r.Size, Base: vmm.MinMemory, Max: r.Max, MaxVCPUsBy: "max_vcpus", MaxMemoryBy: "max_memory"}
 }
 
 // save writes the record durably and in one step.

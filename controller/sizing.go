@@ -4,6 +4,7 @@
 package controller
 
 import (
+	"cmp"
 	"errors"
 	"fmt"
 	"math"
@@ -20,66 +21,180 @@ import (
 // Memory: the pod's limit, which is what kubelet adds up from its containers
 // (linux.resources.memory_limit_in_bytes), plus an overhead for the guest's
 // kernel and agent: that of the RuntimeClass (linux.overhead), or else
-// memory_overhead. The sum is rounded up to what virtio-mem plugs at a time, and
-// is at least base_memory. A pod without a limit gets default_memory, or what its
-// annotation says.
+// memory_overhead. A pod without a limit begins with default_memory, or what its
+// annotation says, and grows with its containers: to the sum of their limits plus
+// the overhead or, if one of them has none, plus that default, which those
+// without one then share. The result is rounded up to what virtio-mem plugs at a
+// time, and is at least base_memory.
 //
 // vCPUs: the pod's CPU limit (cpu_quota over cpu_period), rounded up. A pod
-// without one gets default_vcpus, or what its annotation says. The VMM's own
-// work is bounded by the pod's cgroup, and not by giving it a processor.
+// without one begins with default_vcpus, or what its annotation says, and grows
+// to the sum of its containers' limits, up to its maximum: a limit of processor
+// time is no promise of any. The VMM's own work is bounded by the pod's cgroup, and
+// not by giving it a processor.
 //
-// What exceeds max_memory or max_vcpus is refused, never cut down.
+// A limit of the pod goes before those of its containers, which may be more
+// together: its cgroup on the host has it too.
+//
+// What exceeds max_memory or max_vcpus, or the pod's own annotation of that kind, is
+// refused, never cut down.
 
 // defaultPeriod is the kernel's CFS period, in microseconds.
 const defaultPeriod = 100000
 
-// podSize computes the size of a VM. Resources and overhead may be nil. Errors
-// wrap ErrInvalidArgument.
-func podSize(cfg *config.Settings, o overrides, res, overhead *runtime.LinuxContainerResources) (vmm.Size, error) {
-	vcpus, cpuErr := podVCPUs(cfg, o, res)
-	memory, memErr := podMemory(cfg, o, res, overhead)
+// sizing is what decides the size of a pod's VM, beside its containers. It is
+// recorded with the pod, which another configuration does not resize.
+type sizing struct {
+	// Memory is the pod's limit in bytes, without the Overhead; VCPUs is its CPU
+	// limit, rounded up. 0 is none.
+	Memory   int64 `json:"memory,omitempty"`
+	VCPUs    int   `json:"vcpus,omitempty"`
+	Overhead int64 `json:"overhead,omitempty"`
+	// Default is what a pod without a limit begins with, Base the least memory.
+	Default vmm.Size `json:"default"`
+	Base    int64    `json:"base"`
+	// Max is the bound, and MaxBy tell the option or annotation that sets it.
+	Max         vmm.Size `json:"max"`
+	MaxVCPUsBy  string   `json:"max_vcpus_by"`
+	MaxMemoryBy string   `json:"max_memory_by"`
+	// FixedMemory names the annotation by which the memory stays as it is at first.
+	FixedMemory string `json:"fixed_memory,omitempty"`
+}
+
+// limits are those of a container; 0 or less is none. The period is in
+// microseconds, 0 is the kernel's.
+type limits struct {
+	memory, quota int64
+	period        uint64
+}
+
+// newSizing reads what a pod says of its size. Resources and overhead may be nil.
+// Errors wrap ErrInvalidArgument.
+func newSizing(cfg *config.Settings, o overrides, res, overhead *runtime.LinuxContainerResources) (sizing, error) {
+	s := sizing{
+		Overhead:   cfg.MemoryOverhead,
+		Default:    vmm.Size{VCPUs: cfg.DefaultVCPUs, MemoryBytes: cfg.DefaultMemory},
+		Base:       cfg.BaseMemory,
+		Max:        vmm.Size{VCPUs: cfg.MaxVCPUs, MemoryBytes: cfg.MaxMemory},
+		MaxVCPUsBy: "max_vcpus", MaxMemoryBy: "max_memory",
+	}
+	if o.maxVCPUs > 0 {
+		s.Max.VCPUs, s.MaxVCPUsBy = o.maxVCPUs, o.said[annotMaxVCPUs].key
+		s.Default.VCPUs = min(s.Default.VCPUs, o.maxVCPUs)
+	}
+	if o.maxMemory > 0 {
+		s.Max.MemoryBytes, s.MaxMemoryBy = o.maxMemory/config.Granule*config.Granule, o.said[annotMaxMemory].key
+		s.Default.MemoryBytes = min(s.Default.MemoryBytes, s.Max.MemoryBytes)
+	}
+	if o.fixedMemory {
+		s.FixedMemory = o.said[annotVirtioMem].key
+	}
+	var errs []error
+	if s.Default.VCPUs = cmp.Or(o.vcpus, s.Default.VCPUs); s.Default.VCPUs > s.Max.VCPUs {
+		errs = append(errs, fmt.Errorf("%s: must be from 1 to %d (%s): %w",
+			o.said[annotVCPUs], s.Max.VCPUs, s.MaxVCPUsBy, errdefs.ErrInvalidArgument))
+	}
+	if s.Default.MemoryBytes = cmp.Or(o.memory, s.Default.MemoryBytes); s.Default.MemoryBytes > s.Max.MemoryBytes {
+		errs = append(errs, fmt.Errorf("%s: must be at most %q (%s): %w",
+			o.said[annotMemory], config.FormatSize(s.Max.MemoryBytes), s.MaxMemoryBy, errdefs.ErrInvalidArgument))
+	}
+	s, err := s.with(res, overhead)
+	return s, errors.Join(append(errs, err)...)
+}
+
+// with is the sizing after an update of the pod's limits; what is not said stays.
+// Errors wrap ErrInvalidArgument.
+func (s sizing) with(res, overhead *runtime.LinuxContainerResources) (sizing, error) {
+	if n := overhead.GetMemoryLimitInBytes(); n > 0 {
+		s.Overhead = n
+	}
+	if n := res.GetMemoryLimitInBytes(); n > 0 {
+		s.Memory = n
+	}
+	quota, period := res.GetCpuQuota(), res.GetCpuPeriod()
+	if period < 0 {
+		return s, fmt.Errorf("linux.resources.cpu_period = %d: must be a number of microseconds, or 0 for %d: %w",
+			period, defaultPeriod, errdefs.ErrInvalidArgument)
+	}
+	if quota > 0 {
+		s.VCPUs = int(min((quota-1)/cmp.Or(period, defaultPeriod)+1, math.MaxInt32))
+	}
+	return s, nil
+}
+
+// size is that of the VM for a pod with these containers. Errors wrap
+// ErrInvalidArgument.
+func (s sizing) size(containers []limits) (vmm.Size, error) {
+	vcpus, cpuErr := s.vcpus(containers)
+	memory, memErr := s.memory(containers)
 	return vmm.Size{VCPUs: vcpus, MemoryBytes: memory}, errors.Join(cpuErr, memErr)
 }
 
-func podVCPUs(cfg *config.Settings, o overrides, res *runtime.LinuxContainerResources) (int, error) {
-	quota, period := res.GetCpuQuota(), res.GetCpuPeriod()
-	if period < 0 {
-		return 0, fmt.Errorf("linux.resources.cpu_period = %d is negative: %w", period, errdefs.ErrInvalidArgument)
+func (s sizing) vcpus(containers []limits) (int, error) {
+	if s.VCPUs > s.Max.VCPUs {
+		return 0, fmt.Errorf("linux.resources.cpu_quota: the pod asks for %d vCPUs: must be from 1 to %d (%s): %w",
+			s.VCPUs, s.Max.VCPUs, s.MaxVCPUsBy, errdefs.ErrInvalidArgument)
 	}
-	if period == 0 {
-		period = defaultPeriod
+	if s.VCPUs > 0 {
+		return s.VCPUs, nil
 	}
-	n := int64(cfg.DefaultVCPUs)
-	switch {
-	case quota > 0:
-		n = (quota-1)/period + 1
-	case o.vcpus > 0:
-		n = int64(o.vcpus)
+	var milli int64 // thousandths of a processor
+	for _, c := range containers {
+		if c.quota > 0 {
+			milli = addUp(milli, milliCPUs(c))
+		}
 	}
-	if n > int64(cfg.MaxVCPUs) {
-		return 0, fmt.Errorf("the pod asks for %d vCPUs, and max_vcpus is %d: %w", n, cfg.MaxVCPUs, errdefs.ErrInvalidArgument)
-	}
-	return int(n), nil
+	return int(max(int64(s.Default.VCPUs), min((milli+999)/1000, int64(s.Max.VCPUs)))), nil
 }
 
-func podMemory(cfg *config.Settings, o overrides, res, overhead *runtime.LinuxContainerResources) (int64, error) {
-	limit, extra := res.GetMemoryLimitInBytes(), overhead.GetMemoryLimitInBytes()
-	if extra <= 0 {
-		extra = cfg.MemoryOverhead
+// milliCPUs is a container's CPU limit in thousandths of a processor, at most
+// what int32 holds.
+func milliCPUs(c limits) int64 {
+	n := math.Ceil(float64(c.quota) * 1000 / float64(cmp.Or(c.period, defaultPeriod)))
+	return int64(min(n, math.MaxInt32))
+}
+
+func (s sizing) memory(containers []limits) (int64, error) {
+	want, what := s.Default.MemoryBytes, "its default memory"
+	var sum int64
+	limited, free := 0, 0
+	for _, c := range containers {
+		if c.memory > 0 {
+			sum = addUp(sum, c.memory)
+			limited++
+		} else {
+			free++
+		}
 	}
-	n := cfg.DefaultMemory
 	switch {
-	case limit > 0 && limit > math.MaxInt64-extra:
-		n = math.MaxInt64
-	case limit > 0:
-		n = limit + extra
-	case o.memory > 0:
-		n = o.memory
+	case s.Memory > 0:
+		want, what = addUp(s.Memory, s.Overhead), fmt.Sprintf("linux.resources.memory_limit_in_bytes = %d", s.Memory)
+	case limited > 0 && free > 0:
+		want, what = addUp(sum, s.Default.MemoryBytes), fmt.Sprintf("the memory limits of its containers, %d bytes together, and the default for others", sum)
+	case limited > 0:
+		want, what = max(want, addUp(sum, s.Overhead)), fmt.Sprintf("the memory limits of its containers, %d bytes together", sum)
 	}
-	n = max(config.RoundUp(n), config.RoundUp(cfg.BaseMemory))
-	if n > cfg.MaxMemory {
-		return 0, fmt.Errorf("the pod asks for a VM of %d bytes of memory, and max_memory is %d (%s): %w",
-			n, cfg.MaxMemory, config.FormatSize(cfg.MaxMemory), errdefs.ErrInvalidArgument)
+	want = config.RoundUp(max(want, s.Base))
+	if want > s.Max.MemoryBytes {
+		return 0, fmt.Errorf("by %s the pod asks for a VM of %d bytes of memory: must be at most %d (%s = %q), with an overhead of %d bytes: %w",
+			what, want, s.Max.MemoryBytes, s.MaxMemoryBy, config.FormatSize(s.Max.MemoryBytes), s.Overhead, errdefs.ErrInvalidArgument)
 	}
-	return n, nil
+	return want, nil
+}
+
+// addUp adds two numbers of which none is negative, up to what int64 holds.
+func addUp(a, b int64) int64 {
+	if a > math.MaxInt64-b {
+		return math.MaxInt64
+	}
+	return a + b
+}
+
+// larger is the size that is large enough for both.
+func larger(a, b vmm.Size) vmm.Size {
+	return vmm.Size{VCPUs: max(a.VCPUs, b.VCPUs), MemoryBytes: max(a.MemoryBytes, b.MemoryBytes)}
+}
+
+func sizeText(s vmm.Size) string {
+	return fmt.Sprintf("%d vCPUs and %d MiB", s.VCPUs, s.MemoryBytes>>20)
 }

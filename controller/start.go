@@ -252,8 +252,14 @@ func (c *Controller) boot(ctx context.Context, p *pod, watch *stopwatch) (booted
 	})
 }
 
+// vmConfig is that of a VM that is booted for the sandbox. It has no virtio-mem if
+// all the memory that it may have is there from the start.
 func (c *Controller) vmConfig(p *pod, rec *record) vmm.Config {
 	params := append([]string{}, c.cfg.KernelParams...)
+	size := vmm.Size{VCPUs: rec.Size.VCPUs, MemoryBytes: c.cfg.BaseMemory}
+	if rec.sizing().FixedMemory != "" {
+		size.MemoryBytes = rec.Size.MemoryBytes
+	}
 	return vmm.Config{
 		ID:           p.id,
 		Dir:          p.dir,
@@ -261,7 +267,7 @@ func (c *Controller) vmConfig(p *pod, rec *record) vmm.Config {
 		RootFS:       c.cfg.Image,
 		KernelParams: append(params, p.start.kernelParams...),
 		Scratch:      rec.Scratch,
-		Size:         vmm.Size{VCPUs: 1, MemoryBytes: c.cfg.BaseMemory},
+		Size:         size,
 		Max:          rec.Max,
 		ConsoleLimit: c.cfg.ConsoleLogLimit,
 		CgroupPath:   rec.Cgroup,

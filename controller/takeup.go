@@ -119,8 +119,19 @@ func (c *Controller) adopt(ctx context.Context, p *pod, vm vmm.VM) error {
 		return vm.Close()
 	}
 	log.G(ctx).WithFields(log.Fields{"pid": vm.State().Pid, "shim": s.id.Pid}).Info("took up sandbox")
+	if p.snapshot().Resizing {
+		go c.endResize(context.WithoutCancel(ctx), p)
+	}
 	// Its watcher ends.
 	return held.Close()
+}
+
+// endResize gives a VM its recorded size, as containerd ended while it got another.
+func (c *Controller) endResize(ctx context.Context, p *pod) {
+	err := c.resize(ctx, p, func(rec *record) (sizing, vmm.Size, error) { return rec.sizing(), rec.Size, nil })
+	if err != nil && !p.isEnding() {
+		log.G(ctx).WithError(err).Warn("the VM is not as large as it should be since containerd ended while it was resized")
+	}
 }
 
 func (p *pod) isEnding() bool {

@@ -33,7 +33,9 @@ type info struct {
 	VMMLog      string `json:"vmm_log"`
 	VCPUs       int    `json:"vcpus"`
 	MemoryBytes int64  `json:"memory_bytes"`
-	Phases      []struct {
+	// MaxMemoryBytes is up to what the pod may be resized.
+	MaxMemoryBytes int64 `json:"max_memory_bytes"`
+	Phases         []struct {
 		Name     string `json:"name"`
 		TookUsec int64  `json:"took_usec"`
 	} `json:"phases"`

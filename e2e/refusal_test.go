@@ -7,7 +7,6 @@ import (
 	"bytes"
 	"context"
 	"flag"
-	"fmt"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -18,7 +17,6 @@ import (
 	"github.com/stretchr/testify/require"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
-	"github.com/cloudhv/containerd-cloudhv/e2e/testimage"
 	"github.com/cloudhv/containerd-cloudhv/e2e/testnode"
 )
 
@@ -158,58 +156,6 @@ func TestConfigDefault(t *testing.T) {
 	want, err := os.ReadFile(golden)
 	require.NoError(t, err)
 	require.Equal(t, string(want), got.String(), "-update writes it anew")
-}
-
-// TestAnnotations checks the pod's size by annotations of ours and of Kata's.
-func TestAnnotations(t *testing.T) {
-	requireCloudHV(t)
-	for name, tc := range map[string]struct {
-		annotations map[string]string
-		vcpus       int
-		memory      int64
-	}{
-		"none":          {nil, 1, 512 << 20},
-		"ours":          {map[string]string{"io.cloudhv.default_vcpus": "2", "io.cloudhv.default_memory": "768MiB"}, 2, 768 << 20},
-		"of Kata":       {map[string]string{"io.katacontainers.config.hypervisor.default_vcpus": "2", "io.katacontainers.config.hypervisor.default_memory": "640"}, 2, 640 << 20},
-		"ours go first": {map[string]string{"io.cloudhv.default_vcpus": "1", "io.katacontainers.config.hypervisor.default_vcpus": "2"}, 1, 512 << 20},
-	} {
-		t.Run(name, func(t *testing.T) {
-			p := newPod(t, testnode.CloudHV, func(cfg *runtimeapi.PodSandboxConfig) { cfg.Annotations = tc.annotations })
-			i := p.info()
-			require.Equal(t, tc.vcpus, i.VCPUs)
-			require.Equal(t, tc.memory, i.MemoryBytes)
-			c := p.idle("c")
-			total, cpus := c.machine()
-			require.Equal(t, tc.vcpus, cpus)
-			require.InDelta(t, tc.memory, total, float64(tc.memory)/4)
-			require.LessOrEqual(t, total, tc.memory)
-		})
-	}
-}
-
-// TestAnnotationsRefused checks that a wrong annotation is an error that names it.
-func TestAnnotationsRefused(t *testing.T) {
-	requireCloudHV(t)
-	n := node(t)
-	for key, value := range map[string]string{
-		"io.cloudhv.default_vcpus":                          "many",
-		"io.cloudhv.default_memory":                         "-5",
-		"io.cloudhv.no_such_annotation":                     "1",
-		"io.katacontainers.config.hypervisor.default_vcpus": "0",
-	} {
-		_, err := n.RunPod(testContext(t), podConfig(t, func(cfg *runtimeapi.PodSandboxConfig) { cfg.Annotations = map[string]string{key: value} }), testnode.CloudHV)
-		require.ErrorContains(t, err, key)
-	}
-	require.NoError(t, n.RemoveAllPods(testContext(t)))
-}
-
-// machine asks for the memory, in bytes, and the processors of a container's machine.
-func (c *container) machine() (memory int64, cpus int) {
-	c.t.Helper()
-	var available int64
-	_, err := fmt.Sscan(c.exec(testimage.HelperPath, "mem"), &memory, &available, &cpus)
-	require.NoError(c.t, err)
-	return memory, cpus
 }
 
 // TestUnknownHandler checks that a handler nobody has is refused as ever.

@@ -27,7 +27,8 @@ type Config struct {
 	// KernelParams, a list of strings, are appended to the guest kernel's command line.
 	KernelParams Value `toml:"kernel_params"`
 
-	// DefaultVCPUs and DefaultMemory are the size of a pod that states no limit.
+	// DefaultVCPUs and DefaultMemory are the size of a pod that states no limit. 0
+	// vCPUs stand for as many as the host has, up to MaxVCPUs.
 	DefaultVCPUs  Value `toml:"default_vcpus"`
 	DefaultMemory Value `toml:"default_memory"`
 	// MaxVCPUs and MaxMemory bound every pod, also when it is resized; 0 stands
@@ -177,7 +178,7 @@ func Default() *Config {
 		Kernel:                  "/usr/share/cloudhv/vmlinux",
 		Image:                   "/usr/share/cloudhv/rootfs.erofs",
 		KernelParams:            []string{},
-		DefaultVCPUs:            1,
+		DefaultVCPUs:            0,
 		DefaultMemory:           "512MiB",
 		MaxVCPUs:                0,
 		MaxMemory:               "0",

@@ -52,11 +52,25 @@ func TestDefaultIsValid(t *testing.T) {
 	s, err := valid(t).Validate(testHost)
 	require.NoError(t, err)
 	require.Equal(t, 4, s.MaxVCPUs)
+	require.Equal(t, 4, s.DefaultVCPUs)
 	require.Equal(t, int64(8<<30), s.MaxMemory, "the host's memory, rounded down")
 	require.Equal(t, int64(512<<20), s.DefaultMemory)
 	require.Equal(t, int64(10<<30), s.ScratchSize)
 	require.Equal(t, 5*time.Second, s.PowerOffTimeout)
 	require.Equal(t, "/run/cloudhv", s.StateDir)
+}
+
+// Without a number of vCPUs a pod has the host's, within what is allowed.
+func TestDefaultVCPUs(t *testing.T) {
+	t.Parallel()
+	for _, tc := range []struct{ host, most, want int }{{4, 0, 4}, {4, 3, 3}, {4, 8, 4}, {200, 0, 64}} {
+		c := valid(t)
+		c.MaxVCPUs = tc.most
+		s, err := c.Validate(HostInfo{VCPUs: tc.host, Memory: 8 << 30})
+		require.NoError(t, err)
+		require.Equal(t, tc.want, s.DefaultVCPUs, "%+v", tc)
+		require.LessOrEqual(t, s.DefaultVCPUs, s.MaxVCPUs)
+	}
 }
 
 func TestDefaultsAreOverriddenOneByOne(t *testing.T) {
@@ -99,7 +113,7 @@ func TestValidateNamesFieldValueAndRemedy(t *testing.T) {
 		"default above max":       {func(c *Config) { c.MaxMemory = "256MiB" }, []string{`default_memory = "512MiB"`, `max_memory = "256MiB"`}},
 		"base above default":      {func(c *Config) { c.BaseMemory = "1GiB" }, []string{`base_memory = "1GiB"`, `default_memory = "512MiB"`}},
 		"vcpus above max":         {func(c *Config) { c.DefaultVCPUs, c.MaxVCPUs = 3, 2 }, []string{`default_vcpus = "3"`, "max_vcpus = 2"}},
-		"no vcpus":                {func(c *Config) { c.DefaultVCPUs = 0 }, []string{`default_vcpus = "0"`, "from 1 to 64"}},
+		"less than no vcpus":      {func(c *Config) { c.DefaultVCPUs = -1 }, []string{`default_vcpus = "-1"`, "from 0 to 64"}},
 		"vcpus no number":         {func(c *Config) { c.DefaultVCPUs = 1.5 }, []string{"default_vcpus", "whole number"}},
 		"scratch too small":       {func(c *Config) { c.ScratchSize = "1MiB" }, []string{`scratch_size = "1MiB"`, `"64MiB"`}},
 		"negative size":           {func(c *Config) { c.ImageCacheLimit = "-1" }, []string{`image_cache_limit = "-1"`}},

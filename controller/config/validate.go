@@ -211,10 +211,13 @@ func (v *validator) guest(c *Config, s *Settings) {
 
 func (v *validator) sizes(c *Config, s *Settings, host HostInfo) {
 	wrong := len(v.errs)
-	s.DefaultVCPUs = v.count("default_vcpus", c.DefaultVCPUs, 1, maxVCPUs)
+	s.DefaultVCPUs = v.count("default_vcpus", c.DefaultVCPUs, 0, maxVCPUs)
 	s.MaxVCPUs = v.count("max_vcpus", c.MaxVCPUs, 0, maxVCPUs)
 	if s.MaxVCPUs == 0 {
 		s.MaxVCPUs = min(max(host.VCPUs, s.DefaultVCPUs), maxVCPUs)
+	}
+	if s.DefaultVCPUs == 0 {
+		s.DefaultVCPUs = min(host.VCPUs, s.MaxVCPUs)
 	}
 	// What is wrong by itself is not compared.
 	if len(v.errs) == wrong && s.DefaultVCPUs > s.MaxVCPUs {

@@ -17,8 +17,8 @@ import (
 
 	"github.com/containerd/errdefs"
 	"github.com/containerd/log"
-	"github.com/containerd/ttrpc"
 	specs "github.com/opencontainers/runtime-spec/specs-go"
+	"golang.org/x/sync/errgroup"
 
 	hostv1 "github.com/cloudhv/containerd-cloudhv/controller/hostapi/v1"
 	"github.com/cloudhv/containerd-cloudhv/controller/shim/guestspec"
@@ -58,7 +58,7 @@ func (s *service) Create(ctx context.Context, r *wirev1.CreateTaskRequest) (_ *w
 		return nil, err
 	}
 	end := rep.part(PartImage)
-	req.Rootfs, err = s.attachRootFS(ctx, r.Id)
+	req.Rootfs, err = s.prepareVM(ctx, r.Id)
 	end()
 	if err != nil {
 		return nil, err
@@ -106,6 +106,7 @@ func (s *service) forget(id string) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	delete(s.tasks, id)
+	s.sizer.set(id, nil)
 }
 
 // guestCreate translates the bundle's spec. Root file system and streams are
@@ -126,6 +127,7 @@ func (s *service) guestCreate(r *wirev1.CreateTaskRequest) (*guestv1.CreateReque
 		return nil, fmt.Errorf("container %q: process.terminal is %t, and the request says %t: want the same: %w",
 			r.Id, c.Spec.Process.Terminal, r.Terminal, errdefs.ErrInvalidArgument)
 	}
+	s.sizer.set(r.Id, limitsOf(r.Id, c.Spec.Linux.Resources, s.sizer.get(r.Id)))
 	files, err := guestspec.ReadFiles(c.Binds)
 	if err != nil {
 		return nil, fmt.Errorf("container %q cannot run in a VM: %w", r.Id, err)
@@ -174,33 +176,33 @@ func readSpec(path string) (*specs.Spec, error) {
 	return &spec, nil
 }
 
-// attachRootFS asks the plugin for the container's image as a disk of the VM,
-// and waits for containerd while it is away.
+// prepareVM has the container's image made a disk of the VM and, at the same time,
+// the VM made large enough for the container.
+func (s *service) prepareVM(ctx context.Context, id string) (*guestv1.RootFS, error) {
+	g, ctx := errgroup.WithContext(ctx)
+	g.Go(func() error { return s.growVM(ctx) })
+	var rootfs *guestv1.RootFS
+	g.Go(func() (err error) {
+		rootfs, err = s.attachRootFS(ctx, id)
+		return err
+	})
+	return rootfs, g.Wait()
+}
+
+// attachRootFS asks the plugin for the container's image as a disk of the VM.
 func (s *service) attachRootFS(ctx context.Context, id string) (*guestv1.RootFS, error) {
-	ctx, cancel := context.WithCancel(ctx)
-	defer cancel()
-	// A lost VM takes no disk.
-	go func() {
-		select {
-		case <-s.guest.gone:
-			cancel()
-		case <-ctx.Done():
-		}
-	}()
 	var serial string
-	err := s.daemon.retry(ctx, func(ctx context.Context, client *ttrpc.Client) error {
-		resp, err := hostv1.NewHostClient(client).AttachRootFS(ctx, &hostv1.AttachRootFSRequest{SandboxId: s.cfg.SandboxID, ContainerId: id})
+	err := s.askHost(ctx, func(ctx context.Context, host hostv1.HostService) error {
+		resp, err := host.AttachRootFS(ctx, &hostv1.AttachRootFSRequest{SandboxId: s.cfg.SandboxID, ContainerId: id})
 		if err == nil {
 			serial = resp.ImageSerial
 		}
 		return err
 	})
-	switch {
-	case s.guest.lost():
-		return nil, errVMLost
-	case err != nil && errdefs.IsNotImplemented(err):
-		return nil, fmt.Errorf("attach root file system of container %q: containerd runs without the cloudhv plugin: %w", id, errdefs.ErrUnavailable)
-	case err != nil:
+	if errors.Is(err, errVMLost) {
+		return nil, err
+	}
+	if err != nil {
 		return nil, fmt.Errorf("attach root file system of container %q: %w", id, err)
 	}
 	return &guestv1.RootFS{ImageSerial: serial}, nil

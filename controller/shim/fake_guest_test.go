@@ -392,7 +392,10 @@ func (g *fakeGuest) Resume(ctx context.Context, _ *guestv1.ResumeRequest) (*empt
 	return &emptypb.Empty{}, g.call(ctx, "Resume")
 }
 
-func (g *fakeGuest) Update(_ context.Context, r *guestv1.UpdateRequest) (*emptypb.Empty, error) {
+func (g *fakeGuest) Update(ctx context.Context, r *guestv1.UpdateRequest) (*emptypb.Empty, error) {
+	if err := g.call(ctx, "Update"); err != nil {
+		return nil, errgrpc.ToGRPC(err)
+	}
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	g.updated = append(g.updated, r.Resources)

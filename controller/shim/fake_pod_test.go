@@ -48,6 +48,8 @@ type fakeDaemon struct {
 	reports  []*hostv1.ReportRequest
 	traces   map[string]string // of calls, by name
 	attach   func(context.Context) error
+	resizes  []*hostv1.ResizeRequest
+	resize   func(*hostv1.ResizeRequest) error
 }
 
 func newFakeDaemon(t testing.TB, dir string) *fakeDaemon {
@@ -107,6 +109,18 @@ func (d *fakeDaemon) Report(ctx context.Context, r *hostv1.ReportRequest) (*empt
 	defer d.mu.Unlock()
 	d.noteTrace(ctx, "Report "+r.Call)
 	d.reports = append(d.reports, r)
+	return &emptypb.Empty{}, nil
+}
+
+func (d *fakeDaemon) Resize(_ context.Context, r *hostv1.ResizeRequest) (*emptypb.Empty, error) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	d.resizes = append(d.resizes, r)
+	if d.resize != nil {
+		if err := d.resize(r); err != nil {
+			return nil, errgrpc.ToGRPC(err)
+		}
+	}
 	return &emptypb.Empty{}, nil
 }
 

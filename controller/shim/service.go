@@ -59,6 +59,7 @@ type service struct {
 	dir    string
 	guest  *guestClient
 	daemon *daemon
+	sizer  *sizer
 	events *publisher
 
 	// ctx ends with the service. It carries the logger.
@@ -86,7 +87,7 @@ func newService(ctx context.Context, cfg Config, dir string, transport Guest) *s
 	d := newDaemon(cfg.TTRPCAddress, cfg.Namespace)
 	s := &service{
 		cfg: cfg, dir: dir, ctx: ctx, cancel: cancel,
-		daemon: d, events: newPublisher(d, cfg.Namespace),
+		daemon: d, sizer: newSizer(), events: newPublisher(d, cfg.Namespace),
 		drainLimit: defaultDrainLimit, killLimit: quickLimit,
 		tailLimit: defaultTailLimit, endLimit: defaultEndLimit,
 		tasks: make(map[string]*task),

@@ -79,6 +79,7 @@ func (s *service) take(t *task) bool {
 		return false
 	}
 	delete(s.tasks, t.id)
+	s.sizer.set(t.id, nil)
 	return true
 }
 
@@ -283,7 +284,8 @@ func (s *service) CloseIO(_ context.Context, r *wirev1.CloseIORequest) (*emptypb
 	return &emptypb.Empty{}, nil
 }
 
-// Update changes a container's limits.
+// Update changes a container's limits, and the size of the VM with them. After an
+// error both are as before.
 func (s *service) Update(ctx context.Context, r *wirev1.UpdateTaskRequest) (*emptypb.Empty, error) {
 	t, err := s.task(r.Id)
 	if err != nil {
@@ -305,11 +307,14 @@ func (s *service) Update(ctx context.Context, r *wirev1.UpdateTaskRequest) (*emp
 		return nil, fmt.Errorf("update: %w", err)
 	}
 	log.G(ctx).WithField("container", r.Id).Debug("update")
-	_, err = callGuest(ctx, s.guest, quickLimit, func(ctx context.Context, c guestv1.TaskService) (*emptypb.Empty, error) {
-		return c.Update(ctx, &guestv1.UpdateRequest{Id: r.Id, Resources: resources})
+	err = s.resizeFor(ctx, r.Id, guest, func() error {
+		_, err := callGuest(ctx, s.guest, quickLimit, func(ctx context.Context, c guestv1.TaskService) (*emptypb.Empty, error) {
+			return c.Update(ctx, &guestv1.UpdateRequest{Id: r.Id, Resources: resources})
+		})
+		return err
 	})
 	if err != nil {
-		return nil, fmt.Errorf("update: %w", err)
+		return nil, fmt.Errorf("update container %q: %w", r.Id, err)
 	}
 	return &emptypb.Empty{}, nil
 }

@@ -96,13 +96,16 @@ func TestShrinkingAsksAgain(t *testing.T) {
 	assert.Equal(t, small, vm.own.Size)
 }
 
-// A guest that keeps memory for good costs a bounded time, and is no error.
+// A guest that keeps memory for good costs a bounded time, and the error tells how
+// much it keeps.
 func TestShrinkingIsBounded(t *testing.T) {
 	t.Parallel()
 	vm, q := fakeVM(t, map[string][]string{"qom-get": {fakeReturn("8388608")}})
 	small := vmm.Size{VCPUs: 1, MemoryBytes: 128 << 20}
 	began := time.Now()
-	require.NoError(t, vm.Resize(testContext(t), small))
+	var kept *vmm.KeptError
+	require.ErrorAs(t, vm.Resize(testContext(t), small), &kept)
+	assert.Equal(t, vmm.KeptError{MemoryBytes: 136 << 20, Wanted: 128 << 20}, *kept)
 	assert.GreaterOrEqual(t, time.Since(began), shrinkLimit)
 	assert.Greater(t, q.count("qom-set"), 3)
 

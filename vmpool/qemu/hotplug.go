@@ -26,8 +26,8 @@ const (
 	// askAgain is after how long a guest that has not given a device back is asked
 	// again: one that was still starting loses the request.
 	askAgain = 2 * time.Second
-	// shrinkLimit is how long Resize waits for a guest to give memory back, and
-	// shrinkPause how often it looks. QEMU's own event for it may come a second late.
+	// shrinkLimit is how long Resize waits for a guest that gives no more memory back,
+	// and shrinkPause how often it looks. QEMU's own event for it may come a second late.
 	shrinkLimit = 3 * time.Second
 	shrinkPause = 100 * time.Millisecond
 )
@@ -285,8 +285,12 @@ func (vm *machine) Resize(ctx context.Context, size vmm.Size) error {
 	vm.own.Size = size
 	vm.mu.Unlock()
 	if hasMore {
-		if err := vm.awaitShrink(ctx, plug); err != nil {
+		plugged, err := vm.awaitShrink(ctx, plug)
+		if err != nil {
 			return fmt.Errorf("resize memory: %w", err)
+		}
+		if plugged > plug {
+			return fmt.Errorf("resize memory: %w", &vmm.KeptError{MemoryBytes: own.Base + plugged, Wanted: size.MemoryBytes})
 		}
 	}
 	return nil
@@ -297,35 +301,35 @@ func (vm *machine) requestMemory(ctx context.Context, bytes int64) error {
 	return vm.call(ctx, "qom-set", object{"path": memoryPlug, "property": "requested-size", "value": bytes}, nil)
 }
 
-// awaitShrink waits until no more than so many bytes are plugged, for at most
-// shrinkLimit. A guest's driver that meets a page in use tries again after 50 s,
-// or at once when it is told of a change, which QEMU does although there is none.
-func (vm *machine) awaitShrink(ctx context.Context, bytes int64) error {
+// awaitShrink waits until no more than so many bytes are plugged, for shrinkLimit
+// after each progress, and returns how many are. A guest's driver that meets a page
+// in use tries again after 50 s, or at once when it is told of a change, which QEMU
+// does although there is none.
+func (vm *machine) awaitShrink(ctx context.Context, bytes int64) (plugged int64, _ error) {
 	look := time.NewTicker(shrinkPause)
 	defer look.Stop()
 	end := time.NewTimer(shrinkLimit)
 	defer end.Stop()
 	for before := int64(math.MaxInt64); ; {
-		var plugged int64
 		if err := vm.call(ctx, "qom-get", object{"path": memoryPlug, "property": "size"}, &plugged); err != nil {
-			return err
+			return 0, err
 		}
 		if plugged <= bytes {
-			return nil
+			return plugged, nil
 		}
 		// While it makes progress it is left alone: it would begin anew.
-		if plugged >= before {
-			if err := vm.requestMemory(ctx, bytes); err != nil {
-				return err
-			}
+		if plugged < before {
+			end.Reset(shrinkLimit)
+		} else if err := vm.requestMemory(ctx, bytes); err != nil {
+			return 0, err
 		}
 		before = plugged
 		select {
 		case <-look.C:
 		case <-end.C:
-			return nil
+			return plugged, nil
 		case <-ctx.Done():
-			return context.Cause(ctx)
+			return 0, context.Cause(ctx)
 		}
 	}
 }

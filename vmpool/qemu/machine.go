@@ -162,14 +162,17 @@ const guestHZ = 100
 // hostTSC is measured once.
 var hostTSC = sync.OnceValue(tscKHz)
 
-// kernelParams is the guest kernel's command line. One processor starts; the
-// agent brings the others on line when the pod asks for them.
+// kernelParams is the guest kernel's command line. Config.Size's processors start;
+// the agent brings others on line when the pod asks for them.
 func kernelParams(cfg vmm.Config, accel string) string {
 	params := []string{
 		"console=ttyS0", "quiet", "panic=-1",
 		"root=/dev/vda", "rootfstype=erofs", "ro", "init=/init",
 		// noreplace-smp: no patching of kernel text when a second processor comes.
-		"maxcpus=1", "noreplace-smp", "memhp_default_state=online",
+		fmt.Sprintf("maxcpus=%d", cfg.Size.VCPUs), "noreplace-smp",
+		// auto-movable: the kernel puts nothing of its own into memory that is plugged, up to
+		// three times what it has booted with, so that all of that can be given back.
+		"memhp_default_state=online", "memory_hotplug.online_policy=auto-movable",
 		"random.trust_cpu=on", "rcupdate.rcu_expedited=1",
 	}
 	if accel == accelTCG {

@@ -117,6 +117,20 @@ const (
 	MaxDirName = 12
 )
 
+// KeptError tells that a guest has not given back the memory that was asked for. It
+// is an ErrUnavailable.
+type KeptError struct {
+	// MemoryBytes is what the VM has, and Wanted what it was to have.
+	MemoryBytes, Wanted int64
+}
+
+func (e *KeptError) Error() string {
+	return fmt.Sprintf("the guest keeps memory in use: it has %d bytes, of which %d should be left", e.MemoryBytes, e.Wanted)
+}
+
+// Unwrap makes it an ErrUnavailable.
+func (e *KeptError) Unwrap() error { return errdefs.ErrUnavailable }
+
 // Size is how large a VM is.
 type Size struct {
 	// VCPUs that may run. See VM.Resize.
@@ -171,9 +185,9 @@ type VM interface {
 	// Resize makes the VM's memory and vCPUs as large as said, or says why not.
 	// The guest agent's Resize must follow a growth and precede a shrinking.
 	// Memory is the guest's to give back: a Resize that shrinks it waits some
-	// seconds and succeeds also if the guest keeps some, which it goes on giving back
-	// when it can. Calling Resize again with the same size hurries it; what the guest
-	// really has its agent tells.
+	// seconds, and fails with a KeptError if the guest keeps some, which it goes on
+	// giving back when it can. Calling Resize again with the same size hurries it, and
+	// with a larger one lets the guest keep what it has.
 	Resize(ctx context.Context, size Size) error
 
 	// Pause stops the vCPUs, Resume lets them run.

@@ -127,6 +127,148 @@ func (x *AttachRootFSResponse) GetImageSerial() string {
 	return ""
 }
 
+type ResizeRequest struct {
+	state     protoimpl.MessageState `protogen:"open.v1"`
+	SandboxId string                 `protobuf:"bytes,1,opt,name=sandbox_id,json=sandboxId,proto3" json:"sandbox_id,omitempty"`
+	// containers are all that the pod has, those that are being created too.
+	Containers []*Limits `protobuf:"bytes,2,rep,name=containers,proto3" json:"containers,omitempty"`
+	// shrink_memory and shrink_vcpus let the VM also become smaller. If the guest does
+	// not give its memory back that is an error, and the VM is as large as before.
+	ShrinkMemory  bool `protobuf:"varint,3,opt,name=shrink_memory,json=shrinkMemory,proto3" json:"shrink_memory,omitempty"`
+	ShrinkVcpus   bool `protobuf:"varint,4,opt,name=shrink_vcpus,json=shrinkVcpus,proto3" json:"shrink_vcpus,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ResizeRequest) Reset() {
+	*x = ResizeRequest{}
+	mi := &file_controller_hostapi_v1_host_proto_msgTypes[2]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ResizeRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ResizeRequest) ProtoMessage() {}
+
+func (x *ResizeRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_controller_hostapi_v1_host_proto_msgTypes[2]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ResizeRequest.ProtoReflect.Descriptor instead.
+func (*ResizeRequest) Descriptor() ([]byte, []int) {
+	return file_controller_hostapi_v1_host_proto_rawDescGZIP(), []int{2}
+}
+
+func (x *ResizeRequest) GetSandboxId() string {
+	if x != nil {
+		return x.SandboxId
+	}
+	return ""
+}
+
+func (x *ResizeRequest) GetContainers() []*Limits {
+	if x != nil {
+		return x.Containers
+	}
+	return nil
+}
+
+func (x *ResizeRequest) GetShrinkMemory() bool {
+	if x != nil {
+		return x.ShrinkMemory
+	}
+	return false
+}
+
+func (x *ResizeRequest) GetShrinkVcpus() bool {
+	if x != nil {
+		return x.ShrinkVcpus
+	}
+	return false
+}
+
+// Limits are those of one container; 0 or less is none.
+type Limits struct {
+	state       protoimpl.MessageState `protogen:"open.v1"`
+	ContainerId string                 `protobuf:"bytes,1,opt,name=container_id,json=containerId,proto3" json:"container_id,omitempty"`
+	MemoryBytes int64                  `protobuf:"varint,2,opt,name=memory_bytes,json=memoryBytes,proto3" json:"memory_bytes,omitempty"`
+	// cpu_quota is how many microseconds of processor time it may use in each
+	// cpu_period, which is 100,000 if it is 0.
+	CpuQuota      int64  `protobuf:"varint,3,opt,name=cpu_quota,json=cpuQuota,proto3" json:"cpu_quota,omitempty"`
+	CpuPeriod     uint64 `protobuf:"varint,4,opt,name=cpu_period,json=cpuPeriod,proto3" json:"cpu_period,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Limits) Reset() {
+	*x = Limits{}
+	mi := &file_controller_hostapi_v1_host_proto_msgTypes[3]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Limits) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Limits) ProtoMessage() {}
+
+func (x *Limits) ProtoReflect() protoreflect.Message {
+	mi := &file_controller_hostapi_v1_host_proto_msgTypes[3]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Limits.ProtoReflect.Descriptor instead.
+func (*Limits) Descriptor() ([]byte, []int) {
+	return file_controller_hostapi_v1_host_proto_rawDescGZIP(), []int{3}
+}
+
+func (x *Limits) GetContainerId() string {
+	if x != nil {
+		return x.ContainerId
+	}
+	return ""
+}
+
+func (x *Limits) GetMemoryBytes() int64 {
+	if x != nil {
+		return x.MemoryBytes
+	}
+	return 0
+}
+
+func (x *Limits) GetCpuQuota() int64 {
+	if x != nil {
+		return x.CpuQuota
+	}
+	return 0
+}
+
+func (x *Limits) GetCpuPeriod() uint64 {
+	if x != nil {
+		return x.CpuPeriod
+	}
+	return 0
+}
+
 type ReportRequest struct {
 	state       protoimpl.MessageState `protogen:"open.v1"`
 	SandboxId   string                 `protobuf:"bytes,1,opt,name=sandbox_id,json=sandboxId,proto3" json:"sandbox_id,omitempty"`
@@ -145,7 +287,7 @@ type ReportRequest struct {
 
 func (x *ReportRequest) Reset() {
 	*x = ReportRequest{}
-	mi := &file_controller_hostapi_v1_host_proto_msgTypes[2]
+	mi := &file_controller_hostapi_v1_host_proto_msgTypes[4]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -157,7 +299,7 @@ func (x *ReportRequest) String() string {
 func (*ReportRequest) ProtoMessage() {}
 
 func (x *ReportRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_controller_hostapi_v1_host_proto_msgTypes[2]
+	mi := &file_controller_hostapi_v1_host_proto_msgTypes[4]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -170,7 +312,7 @@ func (x *ReportRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReportRequest.ProtoReflect.Descriptor instead.
 func (*ReportRequest) Descriptor() ([]byte, []int) {
-	return file_controller_hostapi_v1_host_proto_rawDescGZIP(), []int{2}
+	return file_controller_hostapi_v1_host_proto_rawDescGZIP(), []int{4}
 }
 
 func (x *ReportRequest) GetSandboxId() string {
@@ -237,7 +379,7 @@ type Part struct {
 
 func (x *Part) Reset() {
 	*x = Part{}
-	mi := &file_controller_hostapi_v1_host_proto_msgTypes[3]
+	mi := &file_controller_hostapi_v1_host_proto_msgTypes[5]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -249,7 +391,7 @@ func (x *Part) String() string {
 func (*Part) ProtoMessage() {}
 
 func (x *Part) ProtoReflect() protoreflect.Message {
-	mi := &file_controller_hostapi_v1_host_proto_msgTypes[3]
+	mi := &file_controller_hostapi_v1_host_proto_msgTypes[5]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -262,7 +404,7 @@ func (x *Part) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Part.ProtoReflect.Descriptor instead.
 func (*Part) Descriptor() ([]byte, []int) {
-	return file_controller_hostapi_v1_host_proto_rawDescGZIP(), []int{3}
+	return file_controller_hostapi_v1_host_proto_rawDescGZIP(), []int{5}
 }
 
 func (x *Part) GetName() string {
@@ -303,7 +445,21 @@ const file_controller_hostapi_v1_host_proto_rawDesc = "" +
 	"sandbox_id\x18\x01 \x01(\tR\tsandboxId\x12!\n" +
 	"\fcontainer_id\x18\x02 \x01(\tR\vcontainerId\"9\n" +
 	"\x14AttachRootFSResponse\x12!\n" +
-	"\fimage_serial\x18\x01 \x01(\tR\vimageSerial\"\xef\x01\n" +
+	"\fimage_serial\x18\x01 \x01(\tR\vimageSerial\"\xaf\x01\n" +
+	"\rResizeRequest\x12\x1d\n" +
+	"\n" +
+	"sandbox_id\x18\x01 \x01(\tR\tsandboxId\x127\n" +
+	"\n" +
+	"containers\x18\x02 \x03(\v2\x17.cloudhv.host.v1.LimitsR\n" +
+	"containers\x12#\n" +
+	"\rshrink_memory\x18\x03 \x01(\bR\fshrinkMemory\x12!\n" +
+	"\fshrink_vcpus\x18\x04 \x01(\bR\vshrinkVcpus\"\x8a\x01\n" +
+	"\x06Limits\x12!\n" +
+	"\fcontainer_id\x18\x01 \x01(\tR\vcontainerId\x12!\n" +
+	"\fmemory_bytes\x18\x02 \x01(\x03R\vmemoryBytes\x12\x1b\n" +
+	"\tcpu_quota\x18\x03 \x01(\x03R\bcpuQuota\x12\x1d\n" +
+	"\n" +
+	"cpu_period\x18\x04 \x01(\x04R\tcpuPeriod\"\xef\x01\n" +
 	"\rReportRequest\x12\x1d\n" +
 	"\n" +
 	"sandbox_id\x18\x01 \x01(\tR\tsandboxId\x12!\n" +
@@ -317,9 +473,10 @@ const file_controller_hostapi_v1_host_proto_rawDesc = "" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x17\n" +
 	"\aat_usec\x18\x02 \x01(\x04R\x06atUsec\x12\x1b\n" +
 	"\ttook_usec\x18\x03 \x01(\x04R\btookUsec\x12\x14\n" +
-	"\x05guest\x18\x04 \x01(\bR\x05guest2\xa5\x01\n" +
+	"\x05guest\x18\x04 \x01(\bR\x05guest2\xe7\x01\n" +
 	"\x04Host\x12[\n" +
 	"\fAttachRootFS\x12$.cloudhv.host.v1.AttachRootFSRequest\x1a%.cloudhv.host.v1.AttachRootFSResponse\x12@\n" +
+	"\x06Resize\x12\x1e.cloudhv.host.v1.ResizeRequest\x1a\x16.google.protobuf.Empty\x12@\n" +
 	"\x06Report\x12\x1e.cloudhv.host.v1.ReportRequest\x1a\x16.google.protobuf.EmptyBDZBgithub.com/cloudhv/containerd-cloudhv/controller/hostapi/v1;hostv1b\x06proto3"
 
 var (
@@ -334,25 +491,30 @@ func file_controller_hostapi_v1_host_proto_rawDescGZIP() []byte {
 	return file_controller_hostapi_v1_host_proto_rawDescData
 }
 
-var file_controller_hostapi_v1_host_proto_msgTypes = make([]protoimpl.MessageInfo, 4)
+var file_controller_hostapi_v1_host_proto_msgTypes = make([]protoimpl.MessageInfo, 6)
 var file_controller_hostapi_v1_host_proto_goTypes = []any{
 	(*AttachRootFSRequest)(nil),  // 0: cloudhv.host.v1.AttachRootFSRequest
 	(*AttachRootFSResponse)(nil), // 1: cloudhv.host.v1.AttachRootFSResponse
-	(*ReportRequest)(nil),        // 2: cloudhv.host.v1.ReportRequest
-	(*Part)(nil),                 // 3: cloudhv.host.v1.Part
-	(*emptypb.Empty)(nil),        // 4: google.protobuf.Empty
+	(*ResizeRequest)(nil),        // 2: cloudhv.host.v1.ResizeRequest
+	(*Limits)(nil),               // 3: cloudhv.host.v1.Limits
+	(*ReportRequest)(nil),        // 4: cloudhv.host.v1.ReportRequest
+	(*Part)(nil),                 // 5: cloudhv.host.v1.Part
+	(*emptypb.Empty)(nil),        // 6: google.protobuf.Empty
 }
 var file_controller_hostapi_v1_host_proto_depIdxs = []int32{
-	3, // 0: cloudhv.host.v1.ReportRequest.parts:type_name -> cloudhv.host.v1.Part
-	0, // 1: cloudhv.host.v1.Host.AttachRootFS:input_type -> cloudhv.host.v1.AttachRootFSRequest
-	2, // 2: cloudhv.host.v1.Host.Report:input_type -> cloudhv.host.v1.ReportRequest
-	1, // 3: cloudhv.host.v1.Host.AttachRootFS:output_type -> cloudhv.host.v1.AttachRootFSResponse
-	4, // 4: cloudhv.host.v1.Host.Report:output_type -> google.protobuf.Empty
-	3, // [3:5] is the sub-list for method output_type
-	1, // [1:3] is the sub-list for method input_type
-	1, // [1:1] is the sub-list for extension type_name
-	1, // [1:1] is the sub-list for extension extendee
-	0, // [0:1] is the sub-list for field type_name
+	3, // 0: cloudhv.host.v1.ResizeRequest.containers:type_name -> cloudhv.host.v1.Limits
+	5, // 1: cloudhv.host.v1.ReportRequest.parts:type_name -> cloudhv.host.v1.Part
+	0, // 2: cloudhv.host.v1.Host.AttachRootFS:input_type -> cloudhv.host.v1.AttachRootFSRequest
+	2, // 3: cloudhv.host.v1.Host.Resize:input_type -> cloudhv.host.v1.ResizeRequest
+	4, // 4: cloudhv.host.v1.Host.Report:input_type -> cloudhv.host.v1.ReportRequest
+	1, // 5: cloudhv.host.v1.Host.AttachRootFS:output_type -> cloudhv.host.v1.AttachRootFSResponse
+	6, // 6: cloudhv.host.v1.Host.Resize:output_type -> google.protobuf.Empty
+	6, // 7: cloudhv.host.v1.Host.Report:output_type -> google.protobuf.Empty
+	5, // [5:8] is the sub-list for method output_type
+	2, // [2:5] is the sub-list for method input_type
+	2, // [2:2] is the sub-list for extension type_name
+	2, // [2:2] is the sub-list for extension extendee
+	0, // [0:2] is the sub-list for field type_name
 }
 
 func init() { file_controller_hostapi_v1_host_proto_init() }
@@ -366,7 +528,7 @@ func file_controller_hostapi_v1_host_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_controller_hostapi_v1_host_proto_rawDesc), len(file_controller_hostapi_v1_host_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   4,
+			NumMessages:   6,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

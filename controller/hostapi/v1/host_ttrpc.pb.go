@@ -10,6 +10,7 @@ import (
 
 type HostService interface {
 	AttachRootFS(context.Context, *AttachRootFSRequest) (*AttachRootFSResponse, error)
+	Resize(context.Context, *ResizeRequest) (*emptypb.Empty, error)
 	Report(context.Context, *ReportRequest) (*emptypb.Empty, error)
 }
 
@@ -22,6 +23,13 @@ func RegisterHostService(srv *ttrpc.Server, svc HostService) {
 					return nil, err
 				}
 				return svc.AttachRootFS(ctx, &req)
+			},
+			"Resize": func(ctx context.Context, unmarshal func(interface{}) error) (interface{}, error) {
+				var req ResizeRequest
+				if err := unmarshal(&req); err != nil {
+					return nil, err
+				}
+				return svc.Resize(ctx, &req)
 			},
 			"Report": func(ctx context.Context, unmarshal func(interface{}) error) (interface{}, error) {
 				var req ReportRequest
@@ -47,6 +55,14 @@ func NewHostClient(client *ttrpc.Client) HostService {
 func (c *hostClient) AttachRootFS(ctx context.Context, req *AttachRootFSRequest) (*AttachRootFSResponse, error) {
 	var resp AttachRootFSResponse
 	if err := c.client.Call(ctx, "cloudhv.host.v1.Host", "AttachRootFS", req, &resp); err != nil {
+		return nil, err
+	}
+	return &resp, nil
+}
+
+func (c *hostClient) Resize(ctx context.Context, req *ResizeRequest) (*emptypb.Empty, error) {
+	var resp emptypb.Empty
+	if err := c.client.Call(ctx, "cloudhv.host.v1.Host", "Resize", req, &resp); err != nil {
 		return nil, err
 	}
 	return &resp, nil

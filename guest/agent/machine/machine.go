@@ -189,7 +189,7 @@ func (s *Service) configure(ctx context.Context, r *guestv1.ConfigureRequest) ([
 		{"shm", func() error { return pod.mountShm(r.GetShmBytes()) }},
 		{"network", func() error { return network.Configure(ctx, r.GetBuiltInMac(), r.GetInterfaces(), r.GetRoutes()) }},
 		{"vcpus", func() error { return s.cpu.set(ctx, int(r.GetVcpus())) }},
-		{"memory", func() error { return s.waitMemory(ctx, r.GetMemoryBytes()) }},
+		{"memory", func() error { return s.memoryOfPod(ctx, r.GetMemoryBytes()) }},
 		{"sysctls", func() error { return setSysctls(sysctlDir, r.GetSysctls()) }},
 	})
 }
@@ -214,28 +214,38 @@ func take(all []step) ([]*guestv1.Step, error) {
 	return steps, nil
 }
 
-// waitMemory waits for the RAM and fits the kernel's limits to it. Growth that
-// has not come in time is no error: it comes later, and Info tells.
-func (s *Service) waitMemory(ctx context.Context, want uint64) error {
+// memoryOfPod is waitMemory for a pod that starts. Growth that has not come in time
+// is no error: it comes later, and Info tells.
+func (s *Service) memoryOfPod(ctx context.Context, want uint64) error {
+	err := s.waitMemory(ctx, want, configureLimit)
+	if errdefs.IsDeadlineExceeded(err) && ctx.Err() == nil {
+		log.G(ctx).WithError(err).Warn("memory")
+		return nil
+	}
+	return err
+}
+
+// waitMemory waits for the RAM and fits the kernel's limits to what there is.
+func (s *Service) waitMemory(ctx context.Context, want uint64, limit time.Duration) error {
 	if want == 0 {
 		return nil
 	}
-	if err := s.cfg.Memory.Wait(ctx, want); err != nil {
-		if !errdefs.IsDeadlineExceeded(err) || ctx.Err() != nil {
-			return err
-		}
-		log.G(ctx).WithError(err).Warn("memory")
-	}
+	waitErr := s.cfg.Memory.Wait(ctx, want, limit)
 	if err := boot.ScaleLimits(totalRAM()); err != nil {
 		log.G(ctx).WithError(err).Warn("cannot scale limits to memory")
 	}
-	return nil
+	return waitErr
 }
 
 // Resize implements the Machine service.
 func (s *Service) Resize(ctx context.Context, r *guestv1.ResizeRequest) (*guestv1.ResizeResponse, error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	if to := r.GetShrinkToBytes(); to != 0 {
+		if err := s.cfg.Memory.CheckShrink(to); err != nil {
+			return nil, err
+		}
+	}
 	if n := r.GetVcpus(); n != 0 {
 		if n > maxVCPUs {
 			return nil, fmt.Errorf("%d vCPUs: at most %d: %w", n, maxVCPUs, errdefs.ErrInvalidArgument)
@@ -244,7 +254,7 @@ func (s *Service) Resize(ctx context.Context, r *guestv1.ResizeRequest) (*guestv
 			return nil, err
 		}
 	}
-	if err := s.waitMemory(ctx, r.GetMemoryBytes()); err != nil {
+	if err := s.waitMemory(ctx, r.GetMemoryBytes(), resizeLimit); err != nil {
 		return nil, err
 	}
 	online, err := s.cpu.online()

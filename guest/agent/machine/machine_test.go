@@ -198,26 +198,48 @@ func TestMemoryWait(t *testing.T) {
 	m := &Memory{boot: 128 * mib, total: 110 * mib, now: now.Load}
 	now.Store(110 * mib)
 	require.EqualValues(t, 128*mib, m.plugged())
-	require.NoError(t, m.Wait(t.Context(), 128*mib))
+	require.NoError(t, m.Wait(t.Context(), 128*mib, configureLimit))
 
 	// Growth that is on its way is waited for.
 	time.AfterFunc(50*time.Millisecond, func() { now.Store(494 * mib) })
-	require.NoError(t, m.Wait(t.Context(), 512*mib))
+	require.NoError(t, m.Wait(t.Context(), 512*mib, configureLimit))
 
 	// A shrinking that does not begin is not waited for.
 	began := time.Now()
-	require.NoError(t, m.Wait(t.Context(), 128*mib))
-	require.Less(t, time.Since(began), memoryLimit)
+	require.NoError(t, m.Wait(t.Context(), 128*mib, configureLimit))
+	require.Less(t, time.Since(began), configureLimit)
 
 	// One that has begun is.
 	time.AfterFunc(20*time.Millisecond, func() { now.Store(300 * mib) })
 	time.AfterFunc(2*memoryStart, func() { now.Store(110 * mib) })
-	require.NoError(t, m.Wait(t.Context(), 128*mib))
+	require.NoError(t, m.Wait(t.Context(), 128*mib, configureLimit))
 	require.EqualValues(t, 110*mib, now.Load())
 
 	ctx, cancel := context.WithTimeout(t.Context(), 30*time.Millisecond)
 	defer cancel()
-	require.ErrorIs(t, m.Wait(ctx, 1<<40), context.DeadlineExceeded)
+	require.ErrorIs(t, m.Wait(ctx, 1<<40, configureLimit), context.DeadlineExceeded)
+}
+
+// A shrinking that the kernel would kill for is refused.
+func TestCheckShrink(t *testing.T) {
+	t.Parallel()
+	const mib = 1 << 20
+	available := uint64(500 * mib)
+	m := &Memory{
+		boot: 512 * mib, total: 490 * mib,
+		now: func() uint64 { return 1002 * mib }, available: func() uint64 { return available },
+	}
+	require.NoError(t, m.CheckShrink(2048*mib), "a growth")
+	require.NoError(t, m.CheckShrink(600*mib))
+	require.ErrorIs(t, m.CheckShrink(512*mib), errdefs.ErrFailedPrecondition, "nothing would be left")
+	available = 200 * mib
+	require.ErrorIs(t, m.CheckShrink(600*mib), errdefs.ErrFailedPrecondition)
+	require.NoError(t, m.CheckShrink(1000*mib))
+
+	require.EqualValues(t, 2048<<10, parseAvailable("MemTotal:  9 kB\nMemAvailable:       2048 kB\nX: 1 kB\n"))
+	require.Zero(t, parseAvailable("MemTotal: 9 kB\n"))
+	require.Zero(t, parseAvailable("MemAvailable: lots kB\n"))
+	require.Zero(t, parseAvailable("MemAvailable: 99999999999999999999 kB\n"))
 }
 
 func TestEntropyArg(t *testing.T) {

@@ -21,14 +21,19 @@ import (
 )
 
 const (
-	// memoryLimit bounds a wait for memory.
-	memoryLimit = 5 * time.Second
+	// configureLimit and resizeLimit bound a wait for memory: a pod's start does not
+	// wait long for what comes anyway.
+	configureLimit = 5 * time.Second
+	resizeLimit    = 25 * time.Second
 	// memoryStart is how long a shrinking may take to begin: the VMM may not have
 	// been asked yet.
 	memoryStart = 200 * time.Millisecond
 	// memoryAgain is how often to look. Whole blocks are announced, but a block of
 	// virtio-mem fills up by parts, which nothing tells.
 	memoryAgain = 20 * time.Millisecond
+	// memoryReserve is what must be left available after a shrinking: without any the
+	// kernel kills.
+	memoryReserve = 32 << 20
 	// memorySlack is how much of the RAM may be missing: what the VMM plugs comes
 	// in blocks of a few MiB.
 	memorySlack = 16 << 20
@@ -40,8 +45,9 @@ const (
 type Memory struct {
 	// boot is the RAM that the machine had at boot, total what the kernel made of it.
 	boot, total uint64
-	// now is the kernel's total now.
-	now func() uint64
+	// now is the kernel's total now, and available what could be had of it without
+	// taking anything from a process.
+	now, available func() uint64
 }
 
 // NewMemory must be called before memory can have been plugged.
@@ -55,7 +61,7 @@ func NewMemory() (*Memory, error) {
 	if err != nil {
 		return nil, err
 	}
-	return &Memory{boot: boot, total: totalRAM(), now: totalRAM}, nil
+	return &Memory{boot: boot, total: totalRAM(), now: totalRAM, available: availableRAM}, nil
 }
 
 // totalRAM is the kernel's MemTotal in bytes.
@@ -65,6 +71,30 @@ func totalRAM() uint64 {
 		return 0
 	}
 	return i.Totalram * uint64(i.Unit)
+}
+
+// availableRAM is the kernel's MemAvailable in bytes.
+func availableRAM() uint64 {
+	b, err := os.ReadFile("/proc/meminfo")
+	if err != nil {
+		return 0
+	}
+	return parseAvailable(string(b))
+}
+
+func parseAvailable(meminfo string) uint64 {
+	for line := range strings.Lines(meminfo) {
+		rest, ok := strings.CutPrefix(line, "MemAvailable:")
+		if !ok {
+			continue
+		}
+		kib, err := strconv.ParseUint(strings.TrimSpace(strings.TrimSuffix(strings.TrimSpace(rest), "kB")), 10, 44)
+		if err != nil {
+			return 0
+		}
+		return kib << 10
+	}
+	return 0
 }
 
 // parseIomem adds up the machine's RAM, rounded up to whole MiB, as small holes
@@ -98,10 +128,23 @@ func (m *Memory) plugged() uint64 {
 	return m.boot + now - m.total
 }
 
+// CheckShrink fails with ErrFailedPrecondition if the machine cannot do with so many
+// bytes of RAM: what is plugged out would be missed.
+func (m *Memory) CheckShrink(to uint64) error {
+	have := m.plugged()
+	if have <= to {
+		return nil
+	}
+	if gone, available := have-to, m.available(); gone+memoryReserve > available {
+		return fmt.Errorf("%d bytes of memory should go, and of all there is only %d are not in use: %w", gone, available, errdefs.ErrFailedPrecondition)
+	}
+	return nil
+}
+
 // Wait returns when the kernel has want bytes of RAM, or no more than them if it
-// had more. It fails with ErrDeadlineExceeded after a few seconds.
-func (m *Memory) Wait(ctx context.Context, want uint64) error {
-	wctx, cancel := context.WithTimeout(ctx, memoryLimit)
+// had more. It fails with ErrDeadlineExceeded after the limit.
+func (m *Memory) Wait(ctx context.Context, want uint64, limit time.Duration) error {
+	wctx, cancel := context.WithTimeout(ctx, limit)
 	defer cancel()
 	began, start := time.Now(), m.plugged()
 	err := uevent.Await(wctx, memoryAgain, func() (bool, error) {
@@ -116,7 +159,7 @@ func (m *Memory) Wait(ctx context.Context, want uint64) error {
 		return have >= start && time.Since(began) > memoryStart, nil
 	}, "memory")
 	if errors.Is(err, context.DeadlineExceeded) && ctx.Err() == nil {
-		return fmt.Errorf("%d bytes of RAM wanted, %d there after %v: %w", want, m.plugged(), memoryLimit, context.DeadlineExceeded)
+		return fmt.Errorf("%d bytes of RAM wanted, %d there after %v: %w", want, m.plugged(), limit, context.DeadlineExceeded)
 	}
 	return err
 }

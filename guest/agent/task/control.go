@@ -96,7 +96,8 @@ func (s *Service) freeze(ctx context.Context, id string, pause bool) (*emptypb.E
 	return &emptypb.Empty{}, nil
 }
 
-// Update implements the Task service.
+// Update implements the Task service. A memory limit below what the container uses
+// is refused if that cannot be reclaimed: the kernel would kill for it.
 func (s *Service) Update(ctx context.Context, r *guestv1.UpdateRequest) (*emptypb.Empty, error) {
 	c, err := s.container(r.GetId())
 	if err != nil {
@@ -113,6 +114,11 @@ func (s *Service) Update(ctx context.Context, r *guestv1.UpdateRequest) (*emptyp
 	defer c.ops.Unlock()
 	if c.init.alive() == 0 {
 		return nil, fmt.Errorf("container %s is not running: %w", c.id, errdefs.ErrFailedPrecondition)
+	}
+	if res.Memory != nil && res.Memory.Limit != nil {
+		if err := c.group.Reclaim(ctx, *res.Memory.Limit); err != nil {
+			return nil, fmt.Errorf("limit the memory of container %s: %w", c.id, err)
+		}
 	}
 	if err := s.cfg.Runtime.Update(ctx, c.id, c.bundle, &res); err != nil {
 		return nil, err

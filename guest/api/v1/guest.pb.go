@@ -917,9 +917,13 @@ func (x *Route) GetType() uint32 {
 }
 
 type ResizeRequest struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	Vcpus         uint32                 `protobuf:"varint,1,opt,name=vcpus,proto3" json:"vcpus,omitempty"`
-	MemoryBytes   uint64                 `protobuf:"varint,2,opt,name=memory_bytes,json=memoryBytes,proto3" json:"memory_bytes,omitempty"`
+	state       protoimpl.MessageState `protogen:"open.v1"`
+	Vcpus       uint32                 `protobuf:"varint,1,opt,name=vcpus,proto3" json:"vcpus,omitempty"`
+	MemoryBytes uint64                 `protobuf:"varint,2,opt,name=memory_bytes,json=memoryBytes,proto3" json:"memory_bytes,omitempty"`
+	// shrink_to_bytes is the RAM that the VMM is about to leave. If so much is in use
+	// that the kernel would kill for it, the call fails with FailedPrecondition and
+	// changes nothing.
+	ShrinkToBytes uint64 `protobuf:"varint,3,opt,name=shrink_to_bytes,json=shrinkToBytes,proto3" json:"shrink_to_bytes,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -964,6 +968,13 @@ func (x *ResizeRequest) GetVcpus() uint32 {
 func (x *ResizeRequest) GetMemoryBytes() uint64 {
 	if x != nil {
 		return x.MemoryBytes
+	}
+	return 0
+}
+
+func (x *ResizeRequest) GetShrinkToBytes() uint64 {
+	if x != nil {
+		return x.ShrinkToBytes
 	}
 	return 0
 }
@@ -2956,10 +2967,11 @@ const file_guest_api_v1_guest_proto_rawDesc = "" +
 	"\x03mtu\x18\t \x01(\rR\x03mtu\x12\x1a\n" +
 	"\bprotocol\x18\n" +
 	" \x01(\rR\bprotocol\x12\x12\n" +
-	"\x04type\x18\v \x01(\rR\x04type\"H\n" +
+	"\x04type\x18\v \x01(\rR\x04type\"p\n" +
 	"\rResizeRequest\x12\x14\n" +
 	"\x05vcpus\x18\x01 \x01(\rR\x05vcpus\x12!\n" +
-	"\fmemory_bytes\x18\x02 \x01(\x04R\vmemoryBytes\"a\n" +
+	"\fmemory_bytes\x18\x02 \x01(\x04R\vmemoryBytes\x12&\n" +
+	"\x0fshrink_to_bytes\x18\x03 \x01(\x04R\rshrinkToBytes\"a\n" +
 	"\x0eResizeResponse\x12!\n" +
 	"\fvcpus_online\x18\x01 \x01(\rR\vvcpusOnline\x12,\n" +
 	"\x12memory_total_bytes\x18\x02 \x01(\x04R\x10memoryTotalBytes\"\x11\n" +
