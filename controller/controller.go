@@ -133,6 +133,11 @@ func New(o Options) *Controller {
 		o.Settings = &config.Settings{}
 		o.Unfit = cmp.Or(o.Unfit, errNoSettings)
 	}
+	if o.Host.Accelerator == softwareEmulation && o.Settings.MaxMemory > maxEmulated {
+		settings := *o.Settings
+		settings.MaxMemory = maxEmulated
+		o.Settings = &settings
+	}
 	c := &Controller{
 		cfg:        o.Settings,
 		unfit:      o.Unfit,
@@ -164,6 +169,10 @@ func New(o Options) *Controller {
 
 // softwareEmulation is the Accelerator of a VMM that has none.
 const softwareEmulation = "tcg"
+
+// maxEmulated bounds a VM's memory in software emulation: QEMU's processors address
+// 40 bits then, and on a larger host it would start no VM at all.
+const maxEmulated = 768 << 30
 
 // bootSlots is how many VMs may start at a time. A guest's boot is processor
 // work from end to end: more at a time than there are processors makes each

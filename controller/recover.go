@@ -43,7 +43,8 @@ func (c *Controller) Recover(ctx context.Context) error {
 	}
 	var all []*found
 	for _, e := range entries {
-		if e.IsDir() && e.Name() != damagedDir && e.Name() != poolDir {
+		// What no sandbox can be called is somebody else's: the pool's, or lost+found.
+		if e.IsDir() && e.Name() != damagedDir && sandboxID.MatchString(e.Name()) {
 			all = append(all, c.find(withPod(ctx, e.Name()), filepath.Join(c.cfg.StateDir, e.Name())))
 		}
 	}

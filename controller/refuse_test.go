@@ -14,6 +14,9 @@ import (
 	"github.com/containerd/errdefs"
 	"github.com/stretchr/testify/require"
 	runtime "k8s.io/cri-api/pkg/apis/runtime/v1"
+
+	"github.com/cloudhv/containerd-cloudhv/controller/config"
+	"github.com/cloudhv/containerd-cloudhv/vmpool/vmm"
 )
 
 func TestCreateRefuses(t *testing.T) {
@@ -87,5 +90,16 @@ func TestAnUnfitController(t *testing.T) {
 			_, err = c.Status(t.Context(), "a", false)
 			require.ErrorIs(t, err, errdefs.ErrNotFound)
 		})
+	}
+}
+
+// QEMU starts no VM that could grow beyond what an emulated processor addresses.
+func TestALargeHostWithoutVirtualization(t *testing.T) {
+	t.Parallel()
+	for accelerator, want := range map[string]int64{softwareEmulation: maxEmulated, "kvm": 4 << 40} {
+		settings := &config.Settings{MaxMemory: 4 << 40}
+		c := New(Options{Settings: settings, Host: vmm.Host{Accelerator: accelerator}})
+		require.Equal(t, want, c.cfg.MaxMemory, accelerator)
+		require.Equal(t, int64(4<<40), settings.MaxMemory, "the caller's own")
 	}
 }

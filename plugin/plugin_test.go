@@ -116,6 +116,28 @@ func TestADirectoryIsOneContainerds(t *testing.T) {
 	require.NoError(t, os.RemoveAll(dir))
 }
 
+// Recovery removes what it does not know, so a directory of others is not taken.
+func TestADirectoryOfOthersIsLeftAlone(t *testing.T) {
+	t.Parallel()
+	dir := t.TempDir()
+	require.NoError(t, os.Mkdir(filepath.Join(dir, "lost+found"), 0o700))
+	theirs := filepath.Join(dir, "theirs")
+	require.NoError(t, os.Mkdir(theirs, 0o700))
+	for range 2 {
+		_, err := lockDir(dir)
+		require.ErrorIs(t, err, errdefs.ErrFailedPrecondition)
+		require.ErrorContains(t, err, dir+" is not empty (theirs)")
+	}
+	require.NoError(t, os.Remove(theirs))
+	f, err := lockDir(dir)
+	require.NoError(t, err)
+	require.NoError(t, f.Close())
+	require.NoError(t, os.Mkdir(theirs, 0o700))
+	f, err = lockDir(dir)
+	require.NoError(t, err, "it is ours")
+	require.NoError(t, f.Close())
+}
+
 func TestTheHostServiceNeedsItsController(t *testing.T) {
 	t.Parallel()
 	set := plugin.NewPluginSet()

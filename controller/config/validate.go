@@ -141,6 +141,7 @@ func (c *Config) Validate(host HostInfo) (*Settings, error) {
 	v.builder(section(v, "rootfs_builder", c.RootFSBuilder, defaultBuilder()), s)
 	v.pool(section(v, "pool", c.Pool, defaultPool()), s, host)
 	v.timeouts(section(v, "timeouts", c.Timeouts, defaultTimeouts()), s)
+	v.apart(s)
 	if len(v.errs) > 0 {
 		return s, &Error{Problems: v.errs}
 	}
@@ -251,6 +252,19 @@ func (v *validator) directories(c *Config, s *Settings) {
 	s.CacheDir = v.path("cache_dir", c.CacheDir)
 	if s.StateDir != "" && s.StateDir == s.CacheDir {
 		v.errorf("cache_dir", c.CacheDir, "must be another directory than state_dir")
+	}
+}
+
+// apart keeps everything else out of state_dir, all of whose directories are sandboxes'.
+func (v *validator) apart(s *Settings) {
+	for _, f := range []struct{ field, path string }{
+		{"cache_dir", s.CacheDir}, {"kernel", s.Kernel}, {"image", s.Image}, {"pool.template_dir", s.Pool.TemplateDir},
+	} {
+		// Templates that are in cache_dir are told with it.
+		byDefault := f.field != "cache_dir" && s.CacheDir != "" && strings.HasPrefix(f.path, s.CacheDir+"/")
+		if s.StateDir != "" && !byDefault && strings.HasPrefix(f.path, strings.TrimSuffix(s.StateDir, "/")+"/") {
+			v.errorf(f.field, f.path, "must not be in state_dir = %q", s.StateDir)
+		}
 	}
 }
 
