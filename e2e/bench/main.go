@@ -41,6 +41,9 @@
 //     time; /not_warmed with a pool that does not warm its VMs up.
 //   - *_per_pod@N: the difference to the node without pods, by N.
 //
+// State directories are on a tmpfs, as they are in /run; all else is on the disk of
+// the nodes' directories.
+//
 // What fails, and what could not be tried because of it, is counted as failed.
 package main
 
@@ -188,6 +191,7 @@ func (b *bench) newNode(ctx context.Context, name string, cfg map[string]any) (_
 	b.progress("starting node %s", name)
 	n, err := testnode.New(testnode.Options{
 		Name: name, BinDir: os.Getenv("E2E_BIN"), GuestDir: os.Getenv("E2E_GUEST"), CloudHV: cfg, Metrics: address,
+		Tmpfs: true,
 	})
 	if err != nil {
 		return nil, err
