@@ -44,6 +44,8 @@ type Config struct {
 type System interface {
 	SetClock(time.Time) error
 	AddEntropy([]byte) error
+	// Quiesce ends all other processes and writes back what they wrote.
+	Quiesce() error
 	// PowerOff does not return if it succeeds.
 	PowerOff() error
 }
@@ -250,12 +252,20 @@ func (s *Service) Resize(ctx context.Context, r *guestv1.ResizeRequest) (*guestv
 	return &guestv1.ResizeResponse{VcpusOnline: uint32(len(online)), MemoryTotalBytes: totalRAM()}, nil
 }
 
+// answerTime is left to the answer of PowerOff, and to whoever ends the VM then.
+const answerTime = 500 * time.Millisecond
+
 // PowerOff implements the Machine service.
 func (s *Service) PowerOff(ctx context.Context, _ *guestv1.PowerOffRequest) (*emptypb.Empty, error) {
 	log.G(ctx).Info("power off")
-	if err := s.cfg.System.PowerOff(); err != nil {
+	if err := s.cfg.System.Quiesce(); err != nil {
 		return nil, fmt.Errorf("power off: %w", err)
 	}
+	time.AfterFunc(answerTime, func() {
+		if err := s.cfg.System.PowerOff(); err != nil {
+			log.L.WithError(err).Error("cannot power off")
+		}
+	})
 	return &emptypb.Empty{}, nil
 }
 
