@@ -9,6 +9,7 @@ import (
 	"io"
 	"maps"
 	"slices"
+	"strings"
 	"text/tabwriter"
 	"time"
 )
@@ -63,6 +64,46 @@ func answered(ps []phase) (time.Duration, bool) {
 	return time.Duration(to.AtUsec+to.TookUsec-from.AtUsec) * time.Microsecond, ok1 && ok2
 }
 
+// Series of containerd's metrics that sum up how long things took, in seconds.
+const (
+	createSeries = "containerd_cloudhv_sandbox_create_seconds_sum"
+	startSeries  = `containerd_cloudhv_sandbox_start_seconds_sum{outcome="hit"}`
+)
+
+// spent is how much a series of seconds has grown.
+func spent(before, after map[string]float64, series string) time.Duration {
+	return time.Duration((after[series] - before[series]) * float64(time.Second))
+}
+
+// labelled are the members of a metric of seconds that have grown, by their only label.
+func labelled(before, after map[string]float64, metric string) []phase {
+	var ps []phase
+	for _, series := range slices.Sorted(maps.Keys(after)) {
+		name, ok := strings.CutPrefix(series, "containerd_cloudhv_"+metric+"_seconds_sum{")
+		if took := spent(before, after, series); ok && took > 0 {
+			_, value, _ := strings.Cut(strings.TrimSuffix(name, "}"), "=")
+			ps = append(ps, phase{Name: strings.Trim(value, `"`), TookUsec: took.Microseconds()})
+		}
+	}
+	return ps
+}
+
+// What is printed of a container's start and of a pod's end, and where it is from.
+var partsOf = []struct{ title, metric string }{
+	{"Calls of the Task API, in the shim, in all", "task_call"},
+	{"Parts of a container's creation, in the shim", "task_phase"},
+	{"Parts of a pod's end, in the controller", "end_phase"},
+}
+
+// keepParts notes what a pod of its own has added to metrics.
+func (r *report) keepParts(before, after map[string]float64) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	for _, p := range partsOf {
+		r.parts[p.title] = append(r.parts[p.title], labelled(before, after, p.metric))
+	}
+}
+
 // printPhases prints where the time of our starts goes: medians of when each
 // part begins and how long it takes. Parts may overlap.
 func (r *report) printPhases(w io.Writer) {
@@ -72,6 +113,12 @@ func (r *report) printPhases(w io.Writer) {
 		printMedians(w, r.calls[outcome])
 		fmt.Fprintln(w, "Within RunPodSandbox, in the controller, since its Start:")
 		printMedians(w, r.phases[outcome])
+	}
+	for _, p := range partsOf {
+		if r.parts[p.title] != nil {
+			fmt.Fprintf(w, "%s (of hits; when is not known):\n", p.title)
+			printMedians(w, r.parts[p.title])
+		}
 	}
 }
 

@@ -88,13 +88,15 @@ type report struct {
 	// phases are those of each of our starts, by how it came by its VM; calls are
 	// the same starts as CRI's client sees them.
 	phases, calls map[string][][]phase
-	machine       string
+	// parts are of container starts and of ends, by what they are called.
+	parts   map[string][][]phase
+	machine string
 	// notes are what a reader has to know of the run.
 	notes []string
 }
 
 func newReport() *report {
-	return &report{samples: map[key]*sample{}, phases: map[string][][]phase{}, calls: map[string][][]phase{}}
+	return &report{samples: map[key]*sample{}, phases: map[string][][]phase{}, calls: map[string][][]phase{}, parts: map[string][][]phase{}}
 }
 
 // add notes a value, or that there is none because of err.

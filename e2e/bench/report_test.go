@@ -157,6 +157,18 @@ func TestParts(t *testing.T) {
 	require.False(t, ok)
 }
 
+func TestLabelled(t *testing.T) {
+	before := map[string]float64{`containerd_cloudhv_end_phase_seconds_sum{phase="kill"}`: 1, createSeries: 2}
+	after := map[string]float64{
+		`containerd_cloudhv_end_phase_seconds_sum{phase="kill"}`:   1.5,
+		`containerd_cloudhv_end_phase_seconds_sum{phase="files"}`:  0,
+		`containerd_cloudhv_end_phase_seconds_count{phase="kill"}`: 7,
+		createSeries: 2.25,
+	}
+	require.Equal(t, []phase{{Name: "kill", TookUsec: 500_000}}, labelled(before, after, "end_phase"))
+	require.Equal(t, 250*time.Millisecond, spent(before, after, createSeries))
+}
+
 func TestPerPod(t *testing.T) {
 	empty := usage{available: 1000, ctrdCPU: 0.25, ctrd: testnode.Usage{Resident: 100, Heap: 50, Goroutines: 10, Files: 20}}
 	full := usage{

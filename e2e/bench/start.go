@@ -78,12 +78,17 @@ func (r *report) hit(ctx context.Context, n *testnode.Node) (retErr error) {
 		runPodSandbox + "/" + hit: 1, firstWrite + "/" + hit: 1, createStartOwn + "/" + hit: 1, execTrue: execs, stopRemove: 1, vmmPrivate: 1, shimPrivate: 1,
 	})
 	defer exp.settle()
-	before, err := verbTimes(ctx, n)
+	before, err := n.Metrics(ctx)
 	if err != nil {
 		return err
 	}
 	p, err := startPod(ctx, n, testnode.CloudHV)
-	defer func() { retErr = errors.Join(retErr, exp.removal(ctx, p)) }()
+	defer func() {
+		retErr = errors.Join(retErr, exp.removal(ctx, p))
+		if after, err := n.Metrics(ctx); err == nil && retErr == nil {
+			r.keepParts(before, after)
+		}
+	}()
 	if err != nil {
 		return err
 	}
@@ -97,8 +102,8 @@ func (r *report) hit(ctx context.Context, n *testnode.Node) (retErr error) {
 	exp.duration(runPodSandbox+"/"+hit, p.ran(), nil)
 	exp.duration(firstWrite+"/"+hit, p.first.Sub(p.start), nil)
 	r.keep(p, info)
-	after, err := verbTimes(ctx, n)
-	exp.duration(createStartOwn+"/"+hit, ownTime(after.create-before.create, after.start-before.start, info.Phases), err)
+	after, err := n.Metrics(ctx)
+	exp.duration(createStartOwn+"/"+hit, ownTime(spent(before, after, createSeries), spent(before, after, startSeries), info.Phases), err)
 	errs := []error{err, exp.execs(ctx, p)}
 	for name, pid := range map[string]int{vmmPrivate: info.VMMPid, shimPrivate: info.ShimPid} {
 		m, err := processMemory(pid)
@@ -181,19 +186,6 @@ func (p *pending) execs(ctx context.Context, of *pod) error {
 		errs = append(errs, err)
 	}
 	return errors.Join(errs...)
-}
-
-// verbs are how long the controller's Create and Start have taken so far, all of a
-// node's pods that found a VM ready together.
-type verbs struct{ create, start time.Duration }
-
-func verbTimes(ctx context.Context, n *testnode.Node) (verbs, error) {
-	m, err := n.Metrics(ctx)
-	seconds := func(series string) time.Duration { return time.Duration(m[series] * float64(time.Second)) }
-	return verbs{
-		create: seconds("containerd_cloudhv_sandbox_create_seconds_sum"),
-		start:  seconds(`containerd_cloudhv_sandbox_start_seconds_sum{outcome="hit"}`),
-	}, err
 }
 
 // drainedWorkers start pods without a pause, each its own.
