@@ -53,6 +53,7 @@ import (
 	"errors"
 	"flag"
 	"fmt"
+	"maps"
 	"os"
 	"os/signal"
 	"slices"
@@ -173,9 +174,7 @@ func (b *bench) complain(what string, err error) {
 // about the pool.
 func pool(least, most int, more map[string]any) map[string]any {
 	p := map[string]any{"min": least, "max": most}
-	for k, v := range more {
-		p[k] = v
-	}
+	maps.Copy(p, more)
 	return map[string]any{"pool": p}
 }
 

@@ -6,6 +6,7 @@ package main
 import (
 	"fmt"
 	"io"
+	"maps"
 	"math"
 	"slices"
 	"strings"
@@ -142,11 +143,7 @@ type pending struct {
 
 // expect says what is to come from side. What has not come by settle has failed.
 func (r *report) expect(side string, names map[string]int) *pending {
-	left := map[string]int{}
-	for name, n := range names {
-		left[name] = n
-	}
-	return &pending{r: r, side: side, left: left}
+	return &pending{r: r, side: side, left: maps.Clone(names)}
 }
 
 func (p *pending) add(name string, value float64, err error) {
