@@ -160,6 +160,15 @@ func (s *Service) Rehearse(ctx context.Context, r *guestv1.ConfigureRequest) (_ 
 		{"names", func() error { return pod.write(r) }},
 		{"shm", func() error { return pod.mountShm(r.GetShmBytes()) }},
 		{"network", func() error { return network.Configure(ctx, r.GetBuiltInMac(), r.GetInterfaces(), r.GetRoutes()) }},
+		// The VM keeps the size that it has.
+		{"vcpus", func() error {
+			online, err := s.cpu.online()
+			if err != nil {
+				return err
+			}
+			return s.cpu.set(ctx, len(online))
+		}},
+		{"memory", func() error { return s.waitMemory(ctx, s.cfg.Memory.plugged()) }},
 	})
 	return &guestv1.ConfigureResponse{Steps: steps}, err
 }
