@@ -47,6 +47,9 @@ func (b *bench) concurrency(ctx context.Context) (retErr error) {
 		return err
 	}
 	defer b.closeNode(ctx, n, &retErr)
+	if err := awaitPool(ctx, n, 1); err != nil {
+		return err
+	}
 	for _, h := range handlers {
 		b.complain("warming up", newReport().burst(ctx, n, h, 1, ""))
 	}

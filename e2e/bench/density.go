@@ -107,7 +107,7 @@ func (b *bench) startMany(ctx context.Context, n *testnode.Node, h string, count
 			wg.Go(func() { pods[j], errs[j] = startPod(ctx, n, h) })
 		}
 		wg.Wait()
-		b.progress("density: %d more of %d pods by %s", i, count, h)
+		b.progress("density: %d of %d more pods by %s", i, count, h)
 	}
 	return pods, errors.Join(errs...)
 }
