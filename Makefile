@@ -23,6 +23,9 @@ PKG ?= $$(go list ./... | grep -v /e2e)
 RUN ?= .
 FUZZTIME ?= 10s
 ROUNDS ?= 20
+SECTIONS ?= start,concurrency,bare,density
+SOAK_PODS ?= 1000
+SOAK_MINUTES ?= 30
 STEP := source hack/lib.sh; step
 GOTEST := go test -exec '$(CURDIR)/hack/as-root' -run '$(RUN)' $(TESTFLAGS)
 
@@ -89,9 +92,14 @@ e2e: build ## Tests through the CRI on a private containerd (RUN=TestName for so
 	@E2E_REQUIRE=1 $(GOTEST) -v -p 1 -count=1 -timeout 60m ./e2e/...
 
 .PHONY: bench
-bench: build ## Compare with runc in one run; writes build/bench.json (ROUNDS=20: pods by each handler).
+bench: build ## Compare with runc and the bare VMM; writes build/bench.json (ROUNDS=20 pods each, SECTIONS=start,concurrency,bare,density).
 	@go build -o build/bin/bench ./e2e/bench
-	@hack/as-root build/bin/bench -o build/bench.json -n $(ROUNDS)
+	@hack/as-root build/bin/bench -o build/bench.json -n $(ROUNDS) -sections $(SECTIONS)
+
+.PHONY: soak
+soak: build ## Many pods for a long time; fails if one fails or anything grows (SOAK_PODS=1000 in a row, SOAK_MINUTES=30 of churn).
+	@go build -o build/bin/soak ./e2e/soak
+	@hack/as-root build/bin/soak -pods $(SOAK_PODS) -churn $(SOAK_MINUTES)m
 
 .PHONY: generate
 generate: ## Generate the protobuf code again.

@@ -10,6 +10,7 @@ import (
 	"os"
 	"path/filepath"
 	"regexp"
+	"time"
 
 	"github.com/containerd/containerd/v2/core/sandbox"
 	"github.com/containerd/containerd/v2/pkg/namespaces"
@@ -38,10 +39,11 @@ type startConfig struct {
 // with a configuration that cannot serve it fails with the whole reason. After
 // an error nothing is left.
 func (c *Controller) Create(ctx context.Context, info sandbox.Sandbox, opts ...sandbox.CreateOpt) (retErr error) {
+	began := time.Now()
 	ctx = withPod(ctx, info.ID)
 	ctx, span := tracing.StartSpan(ctx, tracing.Name(spanPrefix, "create"), tracing.WithAttribute("sandbox.id", info.ID))
 	defer func() {
-		countCreate(retErr)
+		countCreate(began, retErr)
 		span.SetStatus(retErr)
 		span.End()
 	}()

@@ -85,6 +85,8 @@ type fakeAgent struct {
 	raw []byte
 	// silent calls never answer.
 	silentInfo, silentConfigure, silentPowerOff bool
+	// lingers is a guest that answers PowerOff and then takes its time.
+	lingers bool
 	// slowConfigure delays the answer.
 	slowConfigure time.Duration
 	// noSteps leaves the steps out of the answer.
@@ -462,6 +464,9 @@ func (s *machineService) Resize(_ context.Context, req *guestv1.ResizeRequest) (
 func (s *machineService) PowerOff(context.Context, *guestv1.PowerOffRequest) (*emptypb.Empty, error) {
 	if s.m.agent.silentPowerOff {
 		return nil, s.silence()
+	}
+	if s.m.agent.lingers {
+		return &emptypb.Empty{}, nil
 	}
 	s.m.die("guest powered off", true)
 	return &emptypb.Empty{}, nil

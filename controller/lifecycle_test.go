@@ -366,6 +366,20 @@ func TestASilentGuest(t *testing.T) {
 	require.Less(t, time.Since(begin), 8*time.Second)
 }
 
+// A guest that has answered that all is written back need not be waited for.
+func TestAGuestThatTakesItsTimeToTurnItselfOff(t *testing.T) {
+	n := newNode(t)
+	n.cfg.PowerOffTimeout = time.Minute
+	n.driver.agent.lingers = true
+	n.run("a")
+	begin := time.Now()
+	require.NoError(t, n.Stop(n.ctx(), "a"))
+	require.Less(t, time.Since(begin), 30*time.Second)
+	require.Equal(t, "stopped", n.info("a").Cause)
+	require.NoError(t, n.Shutdown(n.ctx(), "a"))
+	n.requireNothing()
+}
+
 func TestAnEndingThatFailsIsTriedAgain(t *testing.T) {
 	n := newNode(t)
 	n.run("a")

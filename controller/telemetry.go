@@ -20,6 +20,7 @@ import (
 // collect.go. No label's values come from a guest or a pod.
 var (
 	createCounter  metrics.LabeledCounter
+	createTimer    metrics.Timer
 	startCounter   metrics.LabeledCounter
 	endCounter     metrics.LabeledCounter
 	recoverCounter metrics.LabeledCounter
@@ -71,6 +72,7 @@ func init() {
 		return ns.NewLabeledTimerWithBuckets(name, help, vmpool.DurationBuckets, label)
 	}
 	createCounter = ns.NewLabeledCounter("sandbox_creates", "Sandboxes that were to be created, by result.", "result")
+	createTimer = ns.NewTimerWithBuckets("sandbox_create", "Duration of a sandbox's creation, before its start.", vmpool.DurationBuckets)
 	startCounter = ns.NewLabeledCounter("sandbox_starts", "Sandboxes that were to be started, by how they came by their VM and result.", "outcome", "result")
 	startTimer = timer("sandbox_start", "Duration of a sandbox's successful start, by how it came by its VM.", "outcome")
 	startVerb.phases = timer("start_phase", "Duration of the parts of a sandbox's start.", "phase")
@@ -133,8 +135,12 @@ func resultOf(err error) string {
 	return resultOK
 }
 
-func countCreate(err error) {
+// countCreate counts a creation that began at the time given.
+func countCreate(began time.Time, err error) {
 	createCounter.WithValues(resultOf(err)).Inc()
+	if err == nil {
+		createTimer.UpdateSince(began)
+	}
 }
 
 // countStart counts a start that is over, by the record that it has led to.

@@ -157,7 +157,7 @@ func TestBuildPackagesCanBeUnpacked(t *testing.T) {
 			continue
 		}
 		rows++
-		require.Contains(t, []string{"run", "build", "generate"}, f[0])
+		require.Contains(t, []string{"run", "build", "generate", "lint"}, f[0])
 		if f[1] != "ca-certificates" {
 			require.Equal(t, "unpack", f[3], f[1])
 		}

@@ -20,8 +20,13 @@ import (
 const (
 	// metricsType is the name of containerd's cgroup v2 metrics.
 	metricsType = "io.containerd.cgroups.v2.Metrics"
-	// sampleAge is how old an answer's figures may be.
+	// sampleAge is how old an answer's figures may be. containerd asks every second,
+	// and a guest that does nothing else would run for that alone: while a container
+	// uses less than a hundredth of a processor (1/idleShare) they may become older,
+	// twice as old each time, up to restAge. kubelet looks every ten seconds.
 	sampleAge = time.Second
+	restAge   = 5 * time.Second
+	idleShare = 100
 	// statsWait is how long an answer waits for the guest. containerd's collector
 	// asks all containers of a node one after the other and sets no limit, so a
 	// guest that once made it wait is not waited for again until it answers.
@@ -55,11 +60,23 @@ type sampler struct {
 	mu     sync.Mutex
 	at     time.Time
 	sample *wirev1.Metrics
+	// age is how old the sample may become while the container runs.
+	age    time.Duration
 	err    error
 	asking chan struct{} // closed when the guest has answered; nil if it was not asked
 }
 
-// metrics returns figures not older than sampleAge. What is known of
+// nextAge is how old a sample may become whose predecessor was to become age old:
+// from and to are the processor time that the container had used by each, in
+// microseconds, as the guest says.
+func nextAge(age time.Duration, from, to uint64, between time.Duration) time.Duration {
+	if to < from || to-from >= uint64(between/time.Microsecond)/idleShare {
+		return sampleAge
+	}
+	return min(2*max(age, sampleAge), restAge)
+}
+
+// metrics returns figures that are recent enough. What is known of
 // out-of-memory kills is told also by a guest that is silent.
 func (t *task) metrics(ctx context.Context) (*wirev1.Metrics, error) {
 	m, err := t.sample(ctx)
@@ -88,7 +105,11 @@ func (t *task) sample(ctx context.Context) (*wirev1.Metrics, error) {
 	}
 	s := &t.stats
 	s.mu.Lock()
-	if s.sample != nil && time.Since(s.at) < sampleAge {
+	age := sampleAge
+	if t.init.info().state == stateRunning {
+		age = max(age, s.age)
+	}
+	if s.sample != nil && time.Since(s.at) < age {
 		defer s.mu.Unlock()
 		return s.sample, nil
 	}
@@ -128,9 +149,13 @@ func (t *task) ask(asking chan struct{}) {
 	s := &t.stats
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	s.sample, s.err, s.at, s.asking = nil, err, time.Now(), nil
+	before, last, age := s.sample, s.at, s.age
+	s.sample, s.err, s.at, s.asking, s.age = nil, err, time.Now(), nil, 0
 	if err == nil {
 		s.sample = metricsOf(resp)
+		if before != nil {
+			s.age = nextAge(age, before.Cpu.UsageUsec, s.sample.Cpu.UsageUsec, s.at.Sub(last))
+		}
 		t.svc.silent.Store(false)
 		if t.init.info().state == stateRunning {
 			t.noteOOM(s.sample.MemoryEvents.OomKill)

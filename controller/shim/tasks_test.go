@@ -277,6 +277,21 @@ func TestStats(t *testing.T) {
 	p.stats("c")
 }
 
+// Figures of a container that does nothing may become older, and those of one that
+// works may not.
+func TestNextAge(t *testing.T) {
+	t.Parallel()
+	age := time.Duration(0)
+	for _, want := range []time.Duration{2 * time.Second, 4 * time.Second, restAge, restAge} {
+		age = nextAge(age, 100, 100, time.Second)
+		assert.Equal(t, want, age)
+	}
+	assert.Equal(t, sampleAge, nextAge(age, 100, 100+10_000, time.Second), "a hundredth of a processor")
+	assert.Equal(t, restAge, nextAge(age, 100, 100+9_999, time.Second))
+	assert.Equal(t, sampleAge, nextAge(age, 100, 99, time.Second), "a guest that counts backwards")
+	assert.Equal(t, sampleAge, nextAge(age, 0, 1<<64-1, time.Second))
+}
+
 func (p *pod) stats(id string) *cgroups.Metrics {
 	p.t.Helper()
 	resp, err := p.client.Stats(testContext(p.t), &taskapi.StatsRequest{ID: id})

@@ -11,8 +11,6 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
-	"slices"
-	"strconv"
 	"strings"
 	"time"
 
@@ -29,63 +27,57 @@ const execs = 3
 // firstLine is what the container writes first.
 const firstLine = "first"
 
-// round is one pod's life. All that it was to measure and has not, because an
-// earlier step failed, counts as failed.
-func (b *bench) round(ctx context.Context, h string) error {
-	before := b.tried(h)
-	err := b.pod(ctx, h)
-	b.settle(h, before)
-	return err
+// pod is one that runs.
+type pod struct {
+	node    *testnode.Node
+	handler string
+	cfg     *runtimeapi.PodSandboxConfig
+	// id is the pod, ctr its container.
+	id, ctr string
+	// start is when RunPodSandbox was called; first is the time of the first line.
+	start, first time.Time
+	// calls are the parts of the start as we saw them.
+	calls []phase
 }
 
-// pod is one pod's life, with what can be measured of it.
-func (b *bench) pod(ctx context.Context, h string) (retErr error) {
-	cfg := b.node.PodConfig("bench")
-	defer func() { retErr = errors.Join(retErr, os.RemoveAll(cfg.GetLogDirectory())) }()
-	start := time.Now()
-	id, err := b.node.RunPod(ctx, cfg, h)
-	b.duration(runPodSandbox, h, time.Since(start), err)
-	if err != nil {
-		return err
+// ran is how long RunPodSandbox took.
+func (p *pod) ran() time.Duration {
+	return time.Duration(p.calls[0].TookUsec) * time.Microsecond
+}
+
+// startPod runs a pod whose container writes a line and then does nothing. After an
+// error it is the caller's too, to be removed.
+func startPod(ctx context.Context, n *testnode.Node, handler string) (*pod, error) {
+	p := &pod{node: n, handler: handler, cfg: n.PodConfig("bench"), start: time.Now()}
+	var err error
+	if p.id, err = n.RunPod(ctx, p.cfg, handler); err != nil {
+		return p, err
 	}
-	defer func() {
-		begin := time.Now()
-		err := errors.Join(b.node.StopPod(ctx, id), b.node.RemovePod(ctx, id))
-		b.duration(stopRemove, h, time.Since(begin), err)
-		retErr = errors.Join(retErr, err)
-	}()
 	began := time.Now()
-	ctr, err := b.container(ctx, id, cfg)
+	p.ctr, err = n.CreateContainer(ctx, p.id, p.cfg, testnode.ContainerConfig("c", testimage.BusyboxRef, "/bin/sh", "-c", "echo "+firstLine+"; exec sleep 1000000"))
 	created := time.Now()
-	var first time.Time
 	if err == nil {
-		err = b.node.StartContainer(ctx, ctr)
+		err = n.StartContainer(ctx, p.ctr)
 	}
 	started := time.Now()
 	if err == nil {
-		first, err = awaitFirst(ctx, filepath.Join(cfg.GetLogDirectory(), "c.log"))
+		p.first, err = awaitFirst(ctx, filepath.Join(p.cfg.GetLogDirectory(), "c.log"))
 	}
-	b.duration(firstWrite, h, first.Sub(start), err)
-	if err != nil {
-		return err
-	}
-	if h == testnode.CloudHV {
-		b.parts(start, []mark{{"RunPodSandbox", start, began}, {"CreateContainer", began, created}, {"StartContainer", created, started}, {"start to first line", created, first}})
-	}
-	for range execs {
-		begin := time.Now()
-		_, _, code, err := b.node.ExecSync(ctx, ctr, "/bin/true")
-		if err == nil && code != 0 {
-			err = fmt.Errorf("true exited with %d: %w", code, errdefs.ErrUnknown)
-		}
-		b.duration(execTrue, h, time.Since(begin), err)
-		retErr = errors.Join(retErr, err)
-	}
-	return errors.Join(retErr, b.inspect(ctx, h, id))
+	p.calls = parts(p.start, []mark{
+		{"RunPodSandbox", p.start, began}, {"CreateContainer", began, created}, {"StartContainer", created, started}, {"start to first line", created, p.first},
+	})
+	return p, err
 }
 
-func (b *bench) container(ctx context.Context, id string, cfg *runtimeapi.PodSandboxConfig) (string, error) {
-	return b.node.CreateContainer(ctx, id, cfg, testnode.ContainerConfig("c", testimage.BusyboxRef, "/bin/sh", "-c", "echo "+firstLine+"; exec sleep 1000000"))
+// remove ends the pod, and tells how long that took.
+func (p *pod) remove(ctx context.Context) (time.Duration, error) {
+	var err error
+	begin := time.Now()
+	if p.id != "" {
+		err = errors.Join(p.node.StopPod(ctx, p.id), p.node.RemovePod(ctx, p.id))
+	}
+	took := time.Since(begin)
+	return took, errors.Join(err, os.RemoveAll(p.cfg.GetLogDirectory()))
 }
 
 // awaitFirst returns the time on the first line of a log.
@@ -113,87 +105,58 @@ func awaitFirst(ctx context.Context, path string) (time.Time, error) {
 	return at, err
 }
 
-// inspect notes memory and, for ours, the parts of the start.
-func (b *bench) inspect(ctx context.Context, h, id string) error {
-	if h == testnode.RunC {
-		pid, err := runcShim(id)
-		return b.memory(shimPrivate, h, pid, err)
+// execute runs a program that does nothing.
+func (p *pod) execute(ctx context.Context) (time.Duration, error) {
+	begin := time.Now()
+	_, _, code, err := p.node.ExecSync(ctx, p.ctr, "/bin/true")
+	if err == nil && code != 0 {
+		err = fmt.Errorf("true exited with %d: %w", code, errdefs.ErrUnknown)
 	}
-	st, err := b.node.Runtime().PodSandboxStatus(ctx, &runtimeapi.PodSandboxStatusRequest{PodSandboxId: id, Verbose: true})
-	if err != nil {
-		return err
-	}
-	var info podInfo
-	if err := json.Unmarshal([]byte(st.GetInfo()["cloudhv"]), &info); err != nil {
-		return fmt.Errorf("reading the pod's status: %w", err)
-	}
-	b.machine = fmt.Sprintf("%s %s, %s (%s)", info.Hypervisor, info.HypervisorVersion, info.Accelerator, info.AcceleratorReason)
-	b.startPhases = append(b.startPhases, info.Phases)
-	return errors.Join(b.memory(vmmPrivate, h, info.VMMPid, nil), b.memory(shimPrivate, h, info.ShimPid, nil))
+	return time.Since(begin), err
 }
 
-// podInfo is the part of the verbose status that is used here.
+// podInfo is the part of our pods' verbose status that is used here.
 type podInfo struct {
 	Hypervisor        string  `json:"hypervisor"`
 	HypervisorVersion string  `json:"hypervisor_version"`
 	Accelerator       string  `json:"accelerator"`
 	AcceleratorReason string  `json:"accelerator_reason"`
+	Outcome           string  `json:"outcome"`
 	VMMPid            int     `json:"vmm_pid"`
 	ShimPid           int     `json:"shim_pid"`
 	Phases            []phase `json:"phases"`
 }
 
-// phase is a part of the controller's Start.
-type phase struct {
-	Name     string `json:"name"`
-	AtUsec   int64  `json:"at_usec"`
-	TookUsec int64  `json:"took_usec"`
+func (i *podInfo) machine() string {
+	return fmt.Sprintf("%s %s, %s (%s)", i.Hypervisor, i.HypervisorVersion, i.Accelerator, i.AcceleratorReason)
 }
 
-// memory notes a process's private memory.
-func (b *bench) memory(name, h string, pid int, err error) error {
-	var bytes float64
-	if err == nil {
-		bytes, err = privateBytes(pid)
-	}
-	b.add(name, h, bytes, err)
-	return err
-}
-
-func privateBytes(pid int) (float64, error) {
-	data, err := os.ReadFile(fmt.Sprintf("/proc/%d/smaps_rollup", pid))
+// info is what the plugin tells of one of our pods.
+func (p *pod) info(ctx context.Context) (*podInfo, error) {
+	st, err := p.node.Runtime().PodSandboxStatus(ctx, &runtimeapi.PodSandboxStatusRequest{PodSandboxId: p.id, Verbose: true})
 	if err != nil {
-		return 0, err
+		return nil, err
 	}
-	var sum float64
-	for line := range strings.Lines(string(data)) {
-		words := strings.Fields(line)
-		if len(words) == 3 && (words[0] == "Private_Clean:" || words[0] == "Private_Dirty:") {
-			kb, err := strconv.ParseFloat(words[1], 64)
-			if err != nil {
-				return 0, err
-			}
-			sum += kb * 1024
-		}
+	var info podInfo
+	if err := json.Unmarshal([]byte(st.GetInfo()["cloudhv"]), &info); err != nil {
+		return nil, fmt.Errorf("reading the pod's status: %w", err)
 	}
-	return sum, nil
+	return &info, nil
 }
 
-// runcShim finds the shim of a runc pod by its command line.
-func runcShim(id string) (int, error) {
-	lines, err := filepath.Glob("/proc/[0-9]*/cmdline")
+// processes are the pod's: its shim; and what runs in it, as far as the host sees
+// that: our VMM, runc's containers.
+func (p *pod) processes(ctx context.Context) (shim int, rest []int, err error) {
+	if p.handler == testnode.RunC {
+		if shim, err = runcShim(p.id); err != nil {
+			return 0, nil, err
+		}
+		rest, err = children(shim)
+		return shim, rest, err
+	}
+	info, err := p.info(ctx)
 	if err != nil {
-		return 0, err
+		return 0, nil, err
 	}
-	for _, f := range lines {
-		data, err := os.ReadFile(f)
-		if err != nil {
-			continue // it has ended
-		}
-		args := strings.Split(string(data), "\x00")
-		if filepath.Base(args[0]) == "containerd-shim-runc-v2" && slices.Contains(args, id) {
-			return strconv.Atoi(filepath.Base(filepath.Dir(f)))
-		}
-	}
-	return 0, fmt.Errorf("the shim of pod %s: %w", id, errdefs.ErrNotFound)
+	return info.ShimPid, []int{info.VMMPid}, nil
 }

@@ -6,8 +6,11 @@ package main
 import (
 	"fmt"
 	"io"
+	"maps"
 	"math"
 	"slices"
+	"strings"
+	"sync"
 	"text/tabwriter"
 	"time"
 
@@ -16,78 +19,98 @@ import (
 	"github.com/cloudhv/containerd-cloudhv/e2e/testnode"
 )
 
-// Names of what is measured.
+// Names of what is measured. "/hit" and the like, and "@N", come after them.
 const (
-	runPodSandbox = "run_pod_sandbox"
-	firstWrite    = "first_write"
-	execTrue      = "exec"
-	stopRemove    = "stop_remove"
-	vmmPrivate    = "vmm_private_bytes"
-	shimPrivate   = "shim_private_bytes"
+	runPodSandbox   = "run_pod_sandbox"
+	firstWrite      = "first_write"
+	createStartOwn  = "create_start_own"
+	execTrue        = "exec"
+	stopRemove      = "stop_remove"
+	vmmPrivate      = "vmm_private_bytes"
+	shimPrivate     = "shim_private_bytes"
+	podsPerSecond   = "pods_per_second"
+	tail            = "first_write_p99_over_p50"
+	restoreToAnswer = "restore_to_answer"
+	vmPSS           = "vm_pss_bytes"
 )
 
-var names = []string{runPodSandbox, firstWrite, execTrue, stopRemove, vmmPrivate, shimPrivate}
+// Who is measured.
+const (
+	sideOurs = testnode.CloudHV
+	sideRunC = testnode.RunC
+	// sideBare is the hypervisor without anything of ours around it.
+	sideBare = "bare"
+)
 
 // Units of the results.
 const (
 	unitMillis = "ms"
 	unitBytes  = "bytes"
+	unitCores  = "cores"
+	unitRate   = "1/s"
+	unitRatio  = "ratio"
+	unitCount  = "count"
 )
 
-// wanted is how many values of each name a pod of h gives when nothing fails.
-func wanted(name, h string) int {
-	switch {
-	case name == execTrue:
-		return execs
-	case name == vmmPrivate && h == testnode.RunC:
-		return 0
-	}
-	return 1
-}
-
+// unit is that of a name, with or without what comes after it.
 func unit(name string) string {
-	if name == vmmPrivate || name == shimPrivate {
+	name, _, _ = strings.Cut(name, "/")
+	name, _, _ = strings.Cut(name, "@")
+	switch {
+	case strings.Contains(name, "_over_"):
+		return unitRatio
+	case strings.Contains(name, "bytes"):
 		return unitBytes
+	case strings.Contains(name, "cores"):
+		return unitCores
+	case strings.HasSuffix(name, "_per_second"):
+		return unitRate
+	case strings.HasSuffix(name, "_per_pod"):
+		return unitCount
 	}
 	return unitMillis
 }
 
-// sample is what has been measured of one thing by one handler.
+// sample is what has been measured of one thing by one side.
 type sample struct {
 	values []float64
 	failed int
 }
 
-// bench collects measurements.
-type bench struct {
-	node *testnode.Node
-	// samples are by name and handler, see key.
-	samples map[string]*sample
-	// startPhases are those of each start by our handler, calls those of CRI.
-	startPhases [][]phase
-	calls       [][]phase
-	machine     string
+// key names a sample.
+type key struct{ name, side string }
+
+// report collects measurements. Its methods may be called concurrently.
+type report struct {
+	mu sync.Mutex
+	// names are those of the results, in the order they first came.
+	names   []string
+	samples map[key]*sample
+	// phases are those of each of our starts, by how it came by its VM; calls are
+	// the same starts as CRI's client sees them.
+	phases, calls map[string][][]phase
+	// parts are of container starts and of ends, by what they are called.
+	parts   map[string][][]phase
+	machine string
+	// notes are what a reader has to know of the run.
+	notes []string
 }
 
-// mark is a part of a start as its caller sees it.
-type mark struct {
-	name       string
-	begin, end time.Time
-}
-
-func key(name, h string) string { return name + " " + h }
-
-func (b *bench) reset() {
-	b.samples = map[string]*sample{}
-	b.startPhases, b.calls = nil, nil
+func newReport() *report {
+	return &report{samples: map[key]*sample{}, phases: map[string][][]phase{}, calls: map[string][][]phase{}, parts: map[string][][]phase{}}
 }
 
 // add notes a value, or that there is none because of err.
-func (b *bench) add(name, h string, value float64, err error) {
-	s := b.samples[key(name, h)]
+func (r *report) add(name, side string, value float64, err error) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if side == sideOurs && !slices.Contains(r.names, name) {
+		r.names = append(r.names, name)
+	}
+	s := r.samples[key{name, side}]
 	if s == nil {
 		s = &sample{}
-		b.samples[key(name, h)] = s
+		r.samples[key{name, side}] = s
 	}
 	if err != nil {
 		s.failed++
@@ -96,45 +119,55 @@ func (b *bench) add(name, h string, value float64, err error) {
 	s.values = append(s.values, value)
 }
 
-// tried is how many values and failures of each name there are by now.
-func (b *bench) tried(h string) map[string]int {
-	m := map[string]int{}
-	for _, name := range names {
-		if s := b.samples[key(name, h)]; s != nil {
-			m[name] = len(s.values) + s.failed
-		}
-	}
-	return m
+func (r *report) duration(name, side string, d time.Duration, err error) {
+	r.add(name, side, float64(d.Microseconds())/1000, err)
+}
+
+// note adds a line that is printed with the results.
+func (r *report) note(format string, args ...any) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.notes = append(r.notes, fmt.Sprintf(format, args...))
 }
 
 // errNotReached stands for what was not even tried.
 var errNotReached = fmt.Errorf("an earlier step failed: %w", errdefs.ErrAborted)
 
-// settle counts as failed what a pod, begun when tried was before, has not given.
-func (b *bench) settle(h string, before map[string]int) {
-	now := b.tried(h)
-	for _, name := range names {
-		for range wanted(name, h) - (now[name] - before[name]) {
-			b.add(name, h, 0, errNotReached)
+// pending is what one pod, or one of whatever is measured repeatedly, has still to give.
+type pending struct {
+	r    *report
+	side string
+	// left are how many values of each name.
+	left map[string]int
+}
+
+// expect says what is to come from side. What has not come by settle has failed.
+func (r *report) expect(side string, names map[string]int) *pending {
+	return &pending{r: r, side: side, left: maps.Clone(names)}
+}
+
+func (p *pending) add(name string, value float64, err error) {
+	p.left[name]--
+	p.r.add(name, p.side, value, err)
+}
+
+func (p *pending) duration(name string, d time.Duration, err error) {
+	p.add(name, float64(d.Microseconds())/1000, err)
+}
+
+// settle counts as failed what has not come.
+func (p *pending) settle() {
+	for name, n := range p.left {
+		for range n {
+			p.r.add(name, p.side, 0, errNotReached)
 		}
 	}
+	clear(p.left)
 }
 
-func (b *bench) duration(name, h string, d time.Duration, err error) {
-	b.add(name, h, float64(d.Microseconds())/1000, err)
-}
-
-func (b *bench) parts(start time.Time, marks []mark) {
-	var ps []phase
-	for _, m := range marks {
-		ps = append(ps, phase{Name: m.name, AtUsec: m.begin.Sub(start).Microseconds(), TookUsec: m.end.Sub(m.begin).Microseconds()})
-	}
-	b.calls = append(b.calls, ps)
-}
-
-func (b *bench) failed() int {
+func (r *report) failed() int {
 	sum := 0
-	for _, s := range b.samples {
+	for _, s := range r.samples {
 		sum += s.failed
 	}
 	return sum
@@ -150,27 +183,78 @@ type stats struct {
 	P99    float64 `json:"p99"`
 }
 
-// result compares one thing. Ratio is ours over runc's at p50, null where one
-// of them is missing.
+// result compares one thing. Ratio is ours over the peer's at p50, null where one
+// of them is missing. The peer is runc, or else the bare hypervisor.
 type result struct {
 	Name  string   `json:"name"`
 	Unit  string   `json:"unit"`
 	Ours  stats    `json:"ours"`
-	RunC  stats    `json:"runc"`
+	RunC  *stats   `json:"runc,omitempty"`
+	Bare  *stats   `json:"bare,omitempty"`
 	Ratio *float64 `json:"ratio"`
 }
 
-func (b *bench) results() []result {
-	rs := make([]result, 0, len(names))
-	for _, name := range names {
-		r := result{Name: name, Unit: unit(name), Ours: b.samples[key(name, testnode.CloudHV)].sum(), RunC: b.samples[key(name, testnode.RunC)].sum()}
-		if r.Ours.N > 0 && r.RunC.P50 > 0 {
-			ratio := math.Round(r.Ours.P50/r.RunC.P50*1000) / 1000
-			r.Ratio = &ratio
+// peer is whom ours are compared with.
+func (r *result) peer() *stats {
+	if r.Bare != nil {
+		return r.Bare
+	}
+	return r.RunC
+}
+
+func (r *report) results() []result {
+	rs := make([]result, 0, len(r.names))
+	for _, name := range r.names {
+		res := result{Name: name, Unit: unit(name), Ours: r.samples[key{name, sideOurs}].sum()}
+		if s := r.samples[key{name, sideBare}]; s != nil {
+			sum := s.sum()
+			res.Bare = &sum
+		} else {
+			sum := r.ofRunC(name).sum()
+			res.RunC = &sum
 		}
-		rs = append(rs, r)
+		if p := res.peer(); res.Ours.N > 0 && p.P50 > 0 {
+			ratio := math.Round(res.Ours.P50/p.P50*1000) / 1000
+			res.Ratio = &ratio
+		}
+		rs = append(rs, res)
 	}
 	return rs
+}
+
+// ofRunC is runc's sample for one of ours. How one of our pods came by its VM is
+// nothing that runc has: "a/hit@10" is compared with its "a@10", unless it has one
+// of that very name.
+func (r *report) ofRunC(name string) *sample {
+	if s := r.samples[key{name, sideRunC}]; s != nil {
+		return s
+	}
+	base, rest, _ := strings.Cut(name, "/")
+	if _, n, ok := strings.Cut(rest, "@"); ok {
+		base += "@" + n
+	}
+	return r.samples[key{base, sideRunC}]
+}
+
+// alias gives a result a second name.
+func (r *report) alias(name, of string) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	s := r.samples[key{of, sideOurs}]
+	if s == nil || slices.Contains(r.names, name) {
+		return
+	}
+	r.names = append(r.names, name)
+	r.samples[key{name, sideOurs}] = s
+}
+
+// tails adds how far the slowest of a result are from its middle, on each side.
+func (r *report) tails(name, of string) {
+	for side, s := range map[string]*sample{sideOurs: r.samples[key{of, sideOurs}], sideRunC: r.ofRunC(of)} {
+		if sum := s.sum(); sum.P50 > 0 {
+			r.add(name, side, sum.P99/sum.P50, nil)
+		}
+	}
 }
 
 func (s *sample) sum() stats {
@@ -191,53 +275,27 @@ func percentile(values []float64, p float64) float64 {
 
 func printResults(w io.Writer, rs []result) {
 	tw := tabwriter.NewWriter(w, 0, 0, 2, ' ', tabwriter.AlignRight)
-	fmt.Fprintln(tw, "\tunit\tours p50\tp95\tp99\tn\tfailed\trunc p50\tp95\tp99\tn\tfailed\tratio\t")
+	fmt.Fprintln(tw, "\tunit\tours p50\tp95\tp99\tn\tfailed\tpeer\tp50\tp95\tp99\tn\tfailed\tratio\t")
 	for _, r := range rs {
 		unit, scale := r.Unit, 1.0
-		if unit == unitBytes {
+		switch unit {
+		case unitBytes:
 			unit, scale = "MiB", 1<<20
+		case unitCores:
+			unit, scale = "m"+unitCores, 1e-3
 		}
-		ratio := "-"
+		peer, ratio := sideRunC, "-"
+		if r.Bare != nil {
+			peer = sideBare
+		}
 		if r.Ratio != nil {
 			ratio = fmt.Sprintf("%.2f", *r.Ratio)
 		}
-		fmt.Fprintf(tw, "%s\t%s\t%s\t%s\t%s\t\n", r.Name, unit, r.Ours.columns(scale), r.RunC.columns(scale), ratio)
+		fmt.Fprintf(tw, "%s\t%s\t%s\t%s\t%s\t%s\t\n", r.Name, unit, r.Ours.columns(scale), peer, r.peer().columns(scale), ratio)
 	}
 	tw.Flush()
 }
 
 func (s stats) columns(scale float64) string {
-	return fmt.Sprintf("%.1f\t%.1f\t%.1f\t%d\t%d", s.P50/scale, s.P95/scale, s.P99/scale, s.N, s.Failed)
-}
-
-// printPhases prints where the time of our starts goes: medians of when each
-// part begins and how long it takes. Parts may overlap.
-func (b *bench) printPhases(w io.Writer) {
-	fmt.Fprintf(w, "\nWhere a start's time goes (ours, medians of %d; %s)\n", len(b.calls), b.machine)
-	fmt.Fprintln(w, "As the caller sees it, since RunPodSandbox:")
-	printMedians(w, b.calls)
-	fmt.Fprintln(w, "Within RunPodSandbox, in the controller, since its Start:")
-	printMedians(w, b.startPhases)
-}
-
-func printMedians(w io.Writer, starts [][]phase) {
-	at, took := map[string][]float64{}, map[string][]float64{}
-	var order []string
-	for _, ps := range starts {
-		for _, p := range ps {
-			if at[p.Name] == nil {
-				order = append(order, p.Name)
-			}
-			at[p.Name] = append(at[p.Name], float64(p.AtUsec)/1000)
-			took[p.Name] = append(took[p.Name], float64(p.TookUsec)/1000)
-		}
-	}
-	slices.SortStableFunc(order, func(a, b string) int {
-		return int(percentile(at[a], 50)*1000 - percentile(at[b], 50)*1000)
-	})
-	tw := tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
-	for _, name := range order {
-		fmt.Fprintf(tw, "  %s\tat %.1f ms\ttakes %.1f ms\tp95 %.1f ms\n", name, percentile(at[name], 50), percentile(took[name], 50), percentile(took[name], 95))
-	}
-	tw.Flush()
+	return fmt.Sprintf("%.2f\t%.2f\t%.2f\t%d\t%d", s.P50/scale, s.P95/scale, s.P99/scale, s.N, s.Failed)
 }

@@ -9,8 +9,6 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
-	"net"
-	"net/http"
 	"os"
 	"path/filepath"
 	"regexp"
@@ -258,19 +256,11 @@ func (n *Node) countOpenFiles(c Census) error {
 
 // countGoroutines counts containerd's goroutines by the function that they began with.
 func (n *Node) countGoroutines(ctx context.Context, own map[string]int) error {
-	tr := &http.Transport{DisableKeepAlives: true, DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
-		return (&net.Dialer{}).DialContext(ctx, "unix", n.Dir("debug.sock"))
-	}}
-	defer tr.CloseIdleConnections()
-	req, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://containerd/debug/pprof/goroutine?debug=1", nil)
+	answer, err := n.debug(ctx, "goroutine?debug=1")
 	if err != nil {
 		return err
 	}
-	resp, err := (&http.Client{Transport: tr}).Do(req)
-	if err != nil {
-		return fmt.Errorf("asking for goroutines: %w", err)
-	}
-	defer resp.Body.Close()
+	defer answer.Close()
 	count, last := 0, ""
 	flush := func() {
 		if count > 0 {
@@ -278,7 +268,7 @@ func (n *Node) countGoroutines(ctx context.Context, own map[string]int) error {
 		}
 		count, last = 0, ""
 	}
-	s := bufio.NewScanner(resp.Body)
+	s := bufio.NewScanner(answer)
 	s.Buffer(nil, 1<<20)
 	for s.Scan() {
 		words := strings.Fields(s.Text())

@@ -48,6 +48,8 @@ type System interface {
 	StepClock(by time.Duration) error
 	SlewClock(by time.Duration) error
 	AddEntropy([]byte) error
+	// Quiesce ends all other processes and writes back what they wrote.
+	Quiesce() error
 	// PowerOff does not return if it succeeds.
 	PowerOff() error
 }
@@ -162,6 +164,15 @@ func (s *Service) Rehearse(ctx context.Context, r *guestv1.ConfigureRequest) (_ 
 		{"names", func() error { return pod.write(r) }},
 		{"shm", func() error { return pod.mountShm(r.GetShmBytes()) }},
 		{"network", func() error { return network.Configure(ctx, r.GetBuiltInMac(), r.GetInterfaces(), r.GetRoutes()) }},
+		// The VM keeps the size that it has.
+		{"vcpus", func() error {
+			online, err := s.cpu.online()
+			if err != nil {
+				return err
+			}
+			return s.cpu.set(ctx, len(online))
+		}},
+		{"memory", func() error { return s.memoryOfPod(ctx, s.cfg.Memory.plugged()) }},
 	})
 	return &guestv1.ConfigureResponse{Steps: steps}, err
 }
@@ -264,12 +275,20 @@ func (s *Service) Resize(ctx context.Context, r *guestv1.ResizeRequest) (*guestv
 	return &guestv1.ResizeResponse{VcpusOnline: uint32(len(online)), MemoryTotalBytes: totalRAM()}, nil
 }
 
+// answerTime is left to the answer of PowerOff, and to whoever ends the VM then.
+const answerTime = 500 * time.Millisecond
+
 // PowerOff implements the Machine service.
 func (s *Service) PowerOff(ctx context.Context, _ *guestv1.PowerOffRequest) (*emptypb.Empty, error) {
 	log.G(ctx).Info("power off")
-	if err := s.cfg.System.PowerOff(); err != nil {
+	if err := s.cfg.System.Quiesce(); err != nil {
 		return nil, fmt.Errorf("power off: %w", err)
 	}
+	time.AfterFunc(answerTime, func() {
+		if err := s.cfg.System.PowerOff(); err != nil {
+			log.L.WithError(err).Error("cannot power off")
+		}
+	})
 	return &emptypb.Empty{}, nil
 }
 

@@ -54,10 +54,12 @@ func entropyArg(b []byte) []byte {
 // syncLimit bounds the writing back of what nobody will read again.
 const syncLimit = time.Second
 
-// PowerOff kills everything, syncs and turns the machine off.
-func (VM) PowerOff() error {
+var errNotFirst = errors.New("not the first process of a VM")
+
+// Quiesce kills everything and syncs: the machine can be ended without a loss.
+func (VM) Quiesce() error {
 	if os.Getpid() != 1 {
-		return errors.New("not the first process of a VM")
+		return errNotFirst
 	}
 	err := unix.Kill(-1, unix.SIGKILL)
 	if errors.Is(err, unix.ESRCH) {
@@ -74,5 +76,13 @@ func (VM) PowerOff() error {
 	case <-synced:
 	case <-time.After(syncLimit):
 	}
-	return errors.Join(err, unix.Reboot(unix.LINUX_REBOOT_CMD_POWER_OFF))
+	return err
+}
+
+// PowerOff quiesces the machine and turns it off.
+func (v VM) PowerOff() error {
+	if os.Getpid() != 1 {
+		return errNotFirst
+	}
+	return errors.Join(v.Quiesce(), unix.Reboot(unix.LINUX_REBOOT_CMD_POWER_OFF))
 }
