@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"io/fs"
 	"path/filepath"
+	"slices"
 	"strings"
 	"syscall"
 	"text/tabwriter"
@@ -44,6 +45,15 @@ type rest struct {
 	// done and failed are the pods so far; slowest is how long one took to run, at most.
 	done, failed int
 	slowest      time.Duration
+}
+
+// grown picks what there is more of out of the differences between two censuses.
+func grown(diff []string) error {
+	more := slices.DeleteFunc(diff, func(line string) bool { return !strings.HasPrefix(line, "+") })
+	if len(more) == 0 {
+		return nil
+	}
+	return fmt.Errorf("there is more than at the beginning:\n\t%s: %w", strings.Join(more, "\n\t"), errdefs.ErrFailedPrecondition)
 }
 
 // grown tells what there is more of than may be.

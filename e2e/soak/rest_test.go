@@ -46,6 +46,14 @@ func TestGrown(t *testing.T) {
 	}
 }
 
+func TestGrownCensus(t *testing.T) {
+	require.NoError(t, grown(nil))
+	require.NoError(t, grown([]string{"-1 goroutine a"}))
+	err := grown([]string{"+2 process b", "-1 goroutine a"})
+	require.ErrorContains(t, err, "+2 process b")
+	require.NotContains(t, err.Error(), "goroutine a")
+}
+
 func TestAllocated(t *testing.T) {
 	dir := t.TempDir()
 	empty, err := allocated(dir)

@@ -22,6 +22,10 @@ import (
 )
 
 const (
+	// settleTime is when nothing ends by itself any more, after the last pod.
+	settleTime = 10 * time.Second
+	// censusLimit is how long what ends by itself may take later.
+	censusLimit = time.Minute
 	// looks is how often it is looked at what there is while pods run one after the other.
 	looks = 10
 	// maxFailures ends a run in which too much goes wrong.
@@ -85,24 +89,18 @@ func (s *soak) begin(ctx context.Context) error {
 	if err := s.awaitPool(ctx); err != nil {
 		return err
 	}
-	// What the first pods left running ends within the limit of a census, or stays.
-	var last testnode.Census
-	err := testnode.Eventually(ctx, func(ctx context.Context) (err error) {
-		now, err := s.node.Census(ctx)
-		if err != nil {
-			return err
-		}
-		before := last
-		last = now
-		if d := now.Diff(before); len(d) > 0 {
-			return fmt.Errorf("the census changes: %s: %w", strings.Join(d, ", "), errdefs.ErrUnavailable)
-		}
-		return nil
-	})
-	if err != nil {
+	// What the last pod has left behind to end by itself has ended then.
+	timer := time.NewTimer(testnode.Scale(settleTime))
+	defer timer.Stop()
+	select {
+	case <-timer.C:
+	case <-ctx.Done():
+		return ctx.Err()
+	}
+	var err error
+	if s.first, err = s.node.Census(ctx); err != nil {
 		return err
 	}
-	s.first = last
 	s.mu.Lock()
 	s.done, s.slowest = 0, 0
 	s.mu.Unlock()
@@ -121,7 +119,7 @@ func (s *soak) rest(ctx context.Context, when string) error {
 	if err := s.awaitPool(ctx); err != nil {
 		return err
 	}
-	if err := s.node.AwaitCensus(ctx, s.first); err != nil {
+	if err := s.awaitCensus(ctx); err != nil {
 		return fmt.Errorf("%s: %w", when, err)
 	}
 	u, err := s.node.Usage(ctx)
@@ -140,6 +138,19 @@ func (s *soak) rest(ctx context.Context, when string) error {
 	s.rests = append(s.rests, r)
 	s.say("%s: %s", when, r)
 	return nil
+}
+
+// awaitCensus waits until there is no more of anything than at the beginning.
+func (s *soak) awaitCensus(ctx context.Context) error {
+	ctx, cancel := context.WithTimeout(ctx, testnode.Scale(censusLimit))
+	defer cancel()
+	return testnode.Eventually(ctx, func(ctx context.Context) error {
+		now, err := s.node.Census(ctx)
+		if err != nil {
+			return err
+		}
+		return grown(now.Diff(s.first))
+	})
 }
 
 // row runs pods one after the other.

@@ -263,7 +263,8 @@ func (n *Node) countGoroutines(ctx context.Context, own map[string]int) error {
 	defer answer.Close()
 	count, last := 0, ""
 	flush := func() {
-		if count > 0 {
+		// Those without a name are the runtime's own, which it starts as it needs them.
+		if count > 0 && last != "" {
 			own["goroutine "+last] += count
 		}
 		count, last = 0, ""
