@@ -27,17 +27,18 @@ import (
 // without one then share. The result is rounded up to what virtio-mem plugs at a
 // time, and is at least base_memory.
 //
-// vCPUs: the pod's CPU limit (cpu_quota over cpu_period), rounded up. A pod
-// without one begins with default_vcpus, or what its annotation says, and grows
-// to the sum of its containers' limits, up to its maximum: a limit of processor
-// time is no promise of any. The VMM's own work is bounded by the pod's cgroup, and
-// not by giving it a processor.
+// vCPUs: the pod's CPU limit (cpu_quota over cpu_period), rounded up, but no more
+// than its maximum: a limit of processor time is no promise of any, and pods may have
+// limits that no node can serve. A pod without one begins with default_vcpus, or what
+// its annotation says, and grows to the sum of its containers' limits, up to its
+// maximum too. The VMM's own work is bounded by the pod's cgroup, and not by giving it
+// a processor.
 //
 // A limit of the pod goes before those of its containers, which may be more
 // together: its cgroup on the host has it too.
 //
-// What exceeds max_memory or max_vcpus, or the pod's own annotation of that kind, is
-// refused, never cut down.
+// Memory that exceeds max_memory, or the pod's own annotation of that kind, is
+// refused, never cut down; so are annotations that exceed a maximum.
 
 // defaultPeriod is the kernel's CFS period, in microseconds.
 const defaultPeriod = 100000
@@ -125,18 +126,13 @@ func (s sizing) with(res, overhead *runtime.LinuxContainerResources) (sizing, er
 // size is that of the VM for a pod with these containers. Errors wrap
 // ErrInvalidArgument.
 func (s sizing) size(containers []limits) (vmm.Size, error) {
-	vcpus, cpuErr := s.vcpus(containers)
-	memory, memErr := s.memory(containers)
-	return vmm.Size{VCPUs: vcpus, MemoryBytes: memory}, errors.Join(cpuErr, memErr)
+	memory, err := s.memory(containers)
+	return vmm.Size{VCPUs: s.vcpus(containers), MemoryBytes: memory}, err
 }
 
-func (s sizing) vcpus(containers []limits) (int, error) {
-	if s.VCPUs > s.Max.VCPUs {
-		return 0, fmt.Errorf("linux.resources.cpu_quota: the pod asks for %d vCPUs: must be from 1 to %d (%s): %w",
-			s.VCPUs, s.Max.VCPUs, s.MaxVCPUsBy, errdefs.ErrInvalidArgument)
-	}
+func (s sizing) vcpus(containers []limits) int {
 	if s.VCPUs > 0 {
-		return s.VCPUs, nil
+		return min(s.VCPUs, s.Max.VCPUs)
 	}
 	var milli int64 // thousandths of a processor
 	for _, c := range containers {
@@ -144,7 +140,7 @@ func (s sizing) vcpus(containers []limits) (int, error) {
 			milli = addUp(milli, milliCPUs(c))
 		}
 	}
-	return int(max(int64(s.Default.VCPUs), min((milli+999)/1000, int64(s.Max.VCPUs)))), nil
+	return int(max(int64(s.Default.VCPUs), min((milli+999)/1000, int64(s.Max.VCPUs))))
 }
 
 // milliCPUs is a container's CPU limit in thousandths of a processor, at most

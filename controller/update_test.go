@@ -56,8 +56,10 @@ func TestUpdateResizesTheVM(t *testing.T) {
 	require.Equal(t, vmm.Size{VCPUs: 1, MemoryBytes: 576 * mib}, m.size, "what is not said stays")
 
 	require.ErrorIs(t, update(100<<30, 0), errdefs.ErrInvalidArgument)
-	require.ErrorIs(t, update(0, 900000), errdefs.ErrInvalidArgument)
 	require.Equal(t, vmm.Size{VCPUs: 1, MemoryBytes: 576 * mib}, m.size)
+	require.NoError(t, update(0, 900000))
+	require.Equal(t, vmm.Size{VCPUs: 4, MemoryBytes: 576 * mib}, m.size, "as many as there may be")
+	require.NoError(t, update(0, 100000))
 
 	n.driver.vm.resize = errInjected
 	require.ErrorIs(t, update(1024*mib, 0), errInjected)
