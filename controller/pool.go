@@ -221,10 +221,9 @@ func (c *Controller) acquire(ctx context.Context, p *pod, watch *stopwatch) (boo
 		vm, err = c.pool.Acquire(ctx, vmpool.Request{
 			Owner: p.id, Cgroup: p.snapshot().Cgroup,
 			Check: func(ctx context.Context, vm vmm.VM) (err error) {
-				// A part of acquire, and no phase of its own: the start can go on without it.
 				began := time.Now()
 				info, err = guestOf(ctx, vm, c.cfg.AgentTimeout)
-				watch.add(guestPhase+"check", began.Sub(watch.start), time.Since(began))
+				watch.past(checkPhase, began)
 				return err
 			},
 		})

@@ -58,6 +58,8 @@ var (
 	startPhases = []string{
 		"network", "acquire", "queue", "scratch", "boot", "shim", "guest", "join", "resize", "cgroup", "configure",
 	}
+	// checkPhase is a part of acquire. A start goes on without it, so it has no failures.
+	checkPhase     = "check"
 	endPhases      = []string{"power_off", "kill", "network", "files"}
 	outcomes       = []string{string(vmpool.Hit), string(vmpool.Miss), string(vmpool.Cold)}
 	endCauses      = []string{"stop", "start", "vm", "shim", "recovery"}
@@ -114,6 +116,7 @@ func presetLabels() {
 	}
 	timers(startTimer, outcomes...)
 	timers(startVerb.phases, startPhases...)
+	timers(startVerb.phases, checkPhase)
 	counters(startVerb.failures, startPhases...)
 	counters(endCounter, endCauses...)
 	timers(endVerb.phases, endPhases...)

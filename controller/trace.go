@@ -82,6 +82,13 @@ func (s *stopwatch) guest(ctx context.Context, name string, at, took time.Durati
 	pastSpan(ctx, tracing.Name(spanPrefix, "guest", name), s.start.Add(at), took)
 }
 
+// past notes a phase that began at the time given and is over, however it ended.
+func (s *stopwatch) past(name string, began time.Time) {
+	took := time.Since(began)
+	s.add(name, began.Sub(s.start), took)
+	s.of.phases.WithValues(name).Update(took)
+}
+
 func (s *stopwatch) add(name string, at, took time.Duration) {
 	s.mu.Lock()
 	defer s.mu.Unlock()

@@ -49,7 +49,7 @@ func find(ps []phase, name string) (phase, bool) {
 // was waited for: its first answer, and its configuration.
 func ownTime(create, start time.Duration, ps []phase) time.Duration {
 	own := create + start
-	for _, name := range []string{"guest: check", "configure"} {
+	for _, name := range []string{"check", "configure"} {
 		p, _ := find(ps, name)
 		own -= time.Duration(p.TookUsec) * time.Microsecond
 	}

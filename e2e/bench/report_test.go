@@ -147,7 +147,7 @@ func TestWhatIsNotReachedHasFailed(t *testing.T) {
 
 func TestParts(t *testing.T) {
 	ps := []phase{
-		{"acquire", 100, 30_000}, {"guest: check", 10_000, 20_000}, {"guest", 40_000, 60_000}, {"configure", 105_000, 25_000},
+		{"acquire", 100, 30_000}, {"check", 10_000, 20_000}, {"guest", 40_000, 60_000}, {"configure", 105_000, 25_000},
 	}
 	require.Equal(t, 10*time.Millisecond, ownTime(5*time.Millisecond, 50*time.Millisecond, ps))
 	took, ok := answered(ps)

@@ -159,7 +159,8 @@ func (s *soak) row(ctx context.Context, count int) {
 		if ctx.Err() != nil || s.tooMany() {
 			return
 		}
-		s.note(s.life(ctx, 0))
+		took, err := s.life(ctx, 0)
+		s.note(ctx, took, err)
 	}
 }
 
@@ -170,7 +171,8 @@ func (s *soak) comeAndGo(ctx context.Context) {
 	for range s.alive {
 		wg.Go(func() {
 			for time.Now().Before(end) && ctx.Err() == nil && !s.tooMany() {
-				s.note(s.life(ctx, rand.N(longestStay)))
+				took, err := s.life(ctx, rand.N(longestStay))
+				s.note(ctx, took, err)
 			}
 		})
 	}
@@ -196,8 +198,11 @@ func (s *soak) comeAndGo(ctx context.Context) {
 	teller.Wait()
 }
 
-// note counts a pod.
-func (s *soak) note(took time.Duration, err error) {
+// note counts a pod, unless the run was broken off.
+func (s *soak) note(ctx context.Context, took time.Duration, err error) {
+	if ctx.Err() != nil {
+		return
+	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.done++
