@@ -46,6 +46,7 @@ func TestGauges(t *testing.T) {
 	assert.Equal(t, snapshots, r.pool.Gauges().Snapshots, "the same after a restart")
 	require.NoError(t, os.Mkdir(filepath.Join(r.dir, "snapshots", ".making-test"), 0o700))
 	require.NoError(t, os.WriteFile(filepath.Join(r.dir, "snapshots", ".making-test", "memory"), make([]byte, 64<<10), 0o600))
+	require.NoError(t, r.pool.Close()) // it would see that, and make another one
 	require.NoError(t, r.store.SetAside(r.pool.key))
 	g = r.pool.Gauges()
 	assert.False(t, g.Usable)

@@ -41,6 +41,7 @@ type fakeDaemon struct {
 
 	mu       sync.Mutex
 	server   *ttrpc.Server
+	listener *daemonListener
 	served   chan struct{}
 	topics   []string
 	events   []any
@@ -63,13 +64,14 @@ func (d *fakeDaemon) start() {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	_ = os.Remove(d.path)
-	l, err := net.Listen("unix", d.path)
+	socket, err := net.Listen("unix", d.path)
 	require.NoError(d.t, err)
+	l := &daemonListener{Listener: socket}
 	server, err := ttrpc.NewServer()
 	require.NoError(d.t, err)
 	eventsapi.RegisterTTRPCEventsService(server, d)
 	hostv1.RegisterHostService(server, d)
-	d.server, d.served = server, make(chan struct{})
+	d.server, d.listener, d.served = server, l, make(chan struct{})
 	served := d.served
 	go func() {
 		defer close(served)
@@ -77,14 +79,47 @@ func (d *fakeDaemon) start() {
 	}()
 }
 
+// stop answers what has been asked, and ends. Nothing is heard when it has returned.
 func (d *fakeDaemon) stop() {
 	d.mu.Lock()
-	server, served := d.server, d.served
+	server, l, served := d.server, d.listener, d.served
 	d.server = nil
 	d.mu.Unlock()
-	if server != nil {
-		_ = server.Close()
-		<-served
+	if server == nil {
+		return
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), time.Second)
+	defer cancel()
+	_ = server.Shutdown(ctx)
+	_ = server.Close()
+	<-served
+	l.hangUp()
+}
+
+// daemonListener knows its connections: a ttrpc server closes them some time after
+// it has returned from Close, and serves them till then.
+type daemonListener struct {
+	net.Listener
+	mu    sync.Mutex
+	conns []net.Conn
+}
+
+func (l *daemonListener) Accept() (net.Conn, error) {
+	conn, err := l.Listener.Accept()
+	if err != nil {
+		return nil, err
+	}
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.conns = append(l.conns, conn)
+	return conn, nil
+}
+
+func (l *daemonListener) hangUp() {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	for _, conn := range l.conns {
+		_ = conn.Close()
 	}
 }
 

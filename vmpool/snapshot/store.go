@@ -286,6 +286,9 @@ func (s *Store) SetAside(id string) error {
 	if snap := s.loaded[KeyOf(id)]; snap != nil && snap.ID == id {
 		delete(s.loaded, KeyOf(id))
 	}
+	if _, err := os.Lstat(s.path(id)); errors.Is(err, fs.ErrNotExist) {
+		return nil // another one was faster: what is kept is this very snapshot
+	}
 	old, err := filepath.Glob(filepath.Join(s.dir, "*"+damagedSuffix))
 	if err != nil {
 		return err
