@@ -87,7 +87,7 @@ func (r *record) sizing() sizing {
 	if r.Sizing != nil {
 		return *r.Sizing
 	}
-	return sizing{Default: r.Size, Base: vmm.MinMemory, Max: r.Max, MaxVCPUsBy: "max_vcpus", MaxMemoryBy: "max_memory"}
+	return sizing{Default: r.Size, Base: vmm.MinMemory, Max: r.Max, MaxMemoryBy: "max_memory"}
 }
 
 // save writes the record durably and in one step.

@@ -54,9 +54,8 @@ type sizing struct {
 	// Default is what a pod without a limit begins with, Base the least memory.
 	Default vmm.Size `json:"default"`
 	Base    int64    `json:"base"`
-	// Max is the bound, and MaxBy tell the option or annotation that sets it.
+	// Max is the bound, and MaxMemoryBy the option or annotation that sets its memory.
 	Max         vmm.Size `json:"max"`
-	MaxVCPUsBy  string   `json:"max_vcpus_by"`
 	MaxMemoryBy string   `json:"max_memory_by"`
 	// FixedMemory names the annotation by which the memory stays as it is at first.
 	FixedMemory string `json:"fixed_memory,omitempty"`
@@ -73,14 +72,15 @@ type limits struct {
 // Errors wrap ErrInvalidArgument.
 func newSizing(cfg *config.Settings, o overrides, res, overhead *runtime.LinuxContainerResources) (sizing, error) {
 	s := sizing{
-		Overhead:   cfg.MemoryOverhead,
-		Default:    vmm.Size{VCPUs: cfg.DefaultVCPUs, MemoryBytes: cfg.DefaultMemory},
-		Base:       cfg.BaseMemory,
-		Max:        vmm.Size{VCPUs: cfg.MaxVCPUs, MemoryBytes: cfg.MaxMemory},
-		MaxVCPUsBy: "max_vcpus", MaxMemoryBy: "max_memory",
+		Overhead:    cfg.MemoryOverhead,
+		Default:     vmm.Size{VCPUs: cfg.DefaultVCPUs, MemoryBytes: cfg.DefaultMemory},
+		Base:        cfg.BaseMemory,
+		Max:         vmm.Size{VCPUs: cfg.MaxVCPUs, MemoryBytes: cfg.MaxMemory},
+		MaxMemoryBy: "max_memory",
 	}
+	maxVCPUsBy := "max_vcpus"
 	if o.maxVCPUs > 0 {
-		s.Max.VCPUs, s.MaxVCPUsBy = o.maxVCPUs, o.said[annotMaxVCPUs].key
+		s.Max.VCPUs, maxVCPUsBy = o.maxVCPUs, o.said[annotMaxVCPUs].key
 		s.Default.VCPUs = min(s.Default.VCPUs, o.maxVCPUs)
 	}
 	if o.maxMemory > 0 {
@@ -93,7 +93,7 @@ func newSizing(cfg *config.Settings, o overrides, res, overhead *runtime.LinuxCo
 	var errs []error
 	if s.Default.VCPUs = cmp.Or(o.vcpus, s.Default.VCPUs); s.Default.VCPUs > s.Max.VCPUs {
 		errs = append(errs, fmt.Errorf("%s: must be from 1 to %d (%s): %w",
-			o.said[annotVCPUs], s.Max.VCPUs, s.MaxVCPUsBy, errdefs.ErrInvalidArgument))
+			o.said[annotVCPUs], s.Max.VCPUs, maxVCPUsBy, errdefs.ErrInvalidArgument))
 	}
 	if s.Default.MemoryBytes = cmp.Or(o.memory, s.Default.MemoryBytes); s.Default.MemoryBytes > s.Max.MemoryBytes {
 		errs = append(errs, fmt.Errorf("%s: must be at most %q (%s): %w",
