@@ -24,6 +24,7 @@ RUN ?= .
 FUZZTIME ?= 10s
 ROUNDS ?= 20
 SECTIONS ?= start,concurrency,bare,density
+PROCS ?= 4
 SOAK_PODS ?= 1000
 SOAK_MINUTES ?= 30
 STEP := source hack/lib.sh; step
@@ -44,7 +45,8 @@ demo: build ## Watch a pod come up in a virtual machine of its own (IMAGE=ref: a
 	@hack/as-root build/bin/demo
 
 .PHONY: test
-test: build lint unit e2e ## All checks: linters, unit tests, end-to-end tests. CI runs this.
+test: build lint unit e2e critest ## All checks: linters, unit tests, end-to-end tests, the CRI validation suite, some tests on KVM. CI runs this.
+	@SUBSET=ci VMM=qemu hack/node/test-kvm.sh --or-skip
 
 ##@ To work on it
 
@@ -54,6 +56,10 @@ setup: ## Debian packages, guest kernel, crun and crictl (SKIP_SYSTEM=1: no pack
 	@hack/setup/packages.sh install run build
 	@hack/setup/guest.sh foreign
 	@hack/setup/tools.sh crictl
+
+.PHONY: setup-cloud-hypervisor
+setup-cloud-hypervisor: ## The pinned release of Cloud Hypervisor into build/bin, where the network allows it. Nothing else needs it.
+	@hack/setup/cloud-hypervisor.sh
 
 .PHONY: build
 build: setup ## Our binaries into build/bin and the guest image into build/guest (VERSION=...).
@@ -91,10 +97,29 @@ e2e: build ## Tests through the CRI on a private containerd (RUN=TestName for so
 	@$(STEP) 'End-to-end tests'
 	@E2E_REQUIRE=1 $(GOTEST) -v -p 1 -count=1 -timeout 60m ./e2e/...
 
+.PHONY: test-kvm
+test-kvm: build ## The same in an emulated node with KVM, on QEMU, and on Cloud Hypervisor if it is here (RUN=TestName, SUBSET=ci, VMM=qemu).
+	@RUN='$(RUN)' SUBSET='$(SUBSET)' VMM='$(VMM)' hack/node/test-kvm.sh
+
+# As it was typed: make would take its dollars for its own.
+.PHONY: node
+node: export NODE_COMMAND := $(value CMD)
+node: ## A machine in software emulation whose KVM is real: a shell, or CMD='...' (NODE_MEMORY=MiB, NODE_CPUS=2, NODE_TIMEOUT=s; hack/node).
+	@hack/node/setup.sh >&2
+	@hack/node/run.sh $(if $(value CMD),"$$NODE_COMMAND")
+
 .PHONY: bench
 bench: build ## Compare with runc and the bare VMM; writes build/bench.json (ROUNDS=20 pods each, SECTIONS=start,concurrency,bare,density).
 	@go build -o build/bin/bench ./e2e/bench
 	@hack/as-root build/bin/bench -o build/bench.json -n $(ROUNDS) -sections $(SECTIONS)
+
+.PHONY: critest
+critest: build ## The CRI validation suite by runc and by ours, compared (FOCUS=regexp, PROCS=4 specs at a time, REAL_IMAGES=1: not our own).
+	@hack/setup/tools.sh critest ginkgo
+	@[[ '$(REAL_IMAGES)' == 1 ]] || hack/setup/packages.sh files critest build/cache/critest
+	@$(STEP) 'CRI validation suite'
+	@mkdir -p build/critest && go build -o build/bin/critest-compare ./e2e/critest
+	@hack/as-root build/bin/critest-compare -procs '$(PROCS)' -focus '$(FOCUS)' -real-images='$(if $(filter 1,$(REAL_IMAGES)),true,false)'
 
 .PHONY: soak
 soak: build ## Many pods for a long time; fails if one fails or anything grows (SOAK_PODS=1000 in a row, SOAK_MINUTES=30 of churn).

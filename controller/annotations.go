@@ -14,28 +14,9 @@ import (
 
 	"github.com/containerd/errdefs"
 
+	"github.com/cloudhv/containerd-cloudhv/controller/annotation"
 	"github.com/cloudhv/containerd-cloudhv/controller/config"
 	"github.com/cloudhv/containerd-cloudhv/vmpool/vmm"
-)
-
-const (
-	// ownPrefix begins our annotations; each falls back to the same name under
-	// longPrefix, which this project's predecessor had, and then to Kata's under
-	// kataPrefix. Values under those two are written as Kata's documentation has it.
-	ownPrefix  = "io.cloudhv."
-	longPrefix = "io.cloudhv.config.hypervisor."
-	kataPrefix = "io.katacontainers.config.hypervisor."
-)
-
-// Names of annotations, behind a prefix.
-const (
-	annotVCPUs        = "default_vcpus"
-	annotMemory       = "default_memory"
-	annotMaxVCPUs     = "default_max_vcpus"
-	annotMaxMemory    = "default_maxmemory"
-	annotMemoryLimit  = "memory_limit" // another name of annotMaxMemory
-	annotKernelParams = "kernel_params"
-	annotVirtioMem    = "enable_virtio_mem"
 )
 
 // overrides are what a pod's annotations change. Zero means not said.
@@ -49,16 +30,16 @@ type overrides struct {
 	// kernelParams are appended to the guest kernel's command line.
 	kernelParams []string
 	// said are the annotations themselves, by name.
-	said map[string]annotation
+	said map[string]said
 }
 
 // ownBoot is true if the VM must be booted for this pod alone.
 func (o *overrides) ownBoot() bool { return o.fixedMemory || len(o.kernelParams) > 0 }
 
-// annotation is one as the pod has it.
-type annotation struct{ key, value string }
+// said is an annotation as the pod has it.
+type said struct{ key, value string }
 
-func (a annotation) String() string { return fmt.Sprintf("annotation %s = %q", a.key, a.value) }
+func (a said) String() string { return fmt.Sprintf("annotation %s = %q", a.key, a.value) }
 
 // parsing is what a value is parsed with.
 type parsing struct {
@@ -69,21 +50,21 @@ type parsing struct {
 
 // annotationParsers are the annotations by their name behind the prefix.
 var annotationParsers = map[string]func(p parsing, o *overrides, value string) error{
-	annotVCPUs: func(p parsing, o *overrides, value string) (err error) {
+	annotation.VCPUs: func(p parsing, o *overrides, value string) (err error) {
 		o.vcpus, err = p.vcpus(value)
 		return err
 	},
-	annotMaxVCPUs: func(p parsing, o *overrides, value string) (err error) {
+	annotation.MaxVCPUs: func(p parsing, o *overrides, value string) (err error) {
 		o.maxVCPUs, err = p.vcpus(value)
 		return err
 	},
-	annotMemory: func(p parsing, o *overrides, value string) (err error) {
+	annotation.Memory: func(p parsing, o *overrides, value string) (err error) {
 		o.memory, err = p.memory(value, vmm.MinMemory)
 		return err
 	},
-	annotMaxMemory:   parseMaxMemory,
-	annotMemoryLimit: parseMaxMemory,
-	annotVirtioMem: func(_ parsing, o *overrides, value string) error {
+	annotation.MaxMemory:   parseMaxMemory,
+	annotation.MemoryLimit: parseMaxMemory,
+	annotation.VirtioMem: func(_ parsing, o *overrides, value string) error {
 		on, err := strconv.ParseBool(value)
 		if err != nil {
 			return errors.New("must be true or false")
@@ -91,7 +72,7 @@ var annotationParsers = map[string]func(p parsing, o *overrides, value string) e
 		o.fixedMemory = !on
 		return nil
 	},
-	annotKernelParams: func(_ parsing, o *overrides, value string) error {
+	annotation.KernelParams: func(_ parsing, o *overrides, value string) error {
 		if strings.ContainsFunc(value, func(r rune) bool { return r < ' ' || r > '~' }) || len(value) > 1024 {
 			return errors.New("must be at most 1024 printable ASCII characters")
 		}
@@ -139,48 +120,39 @@ func (p parsing) memory(value string, least int64) (int64, error) {
 // wrong value or is not on the node's allow-list is refused; so are Kata's if we
 // know them. Kata's others mean nothing here. All errors come together.
 func parseAnnotations(annotations map[string]string, cfg *config.Settings) (overrides, error) {
-	o := overrides{said: map[string]annotation{}}
+	o := overrides{said: map[string]said{}}
 	var errs []error
-	refuse := func(a annotation, why string) {
+	refuse := func(a said, why string) {
 		errs = append(errs, fmt.Errorf("%s: %s: %w", a, why, errdefs.ErrInvalidArgument))
 	}
 	// Ours come last, so that they win.
-	for _, prefix := range []string{kataPrefix, longPrefix, ownPrefix} {
+	for _, prefix := range []string{annotation.Kata, annotation.Long, annotation.Own} {
 		for _, key := range slices.Sorted(maps.Keys(annotations)) {
 			name, ok := strings.CutPrefix(key, prefix)
-			if !ok || prefix == ownPrefix && strings.HasPrefix(key, longPrefix) {
+			if !ok || prefix == annotation.Own && strings.HasPrefix(key, annotation.Long) {
 				continue
 			}
-			a := annotation{key, annotations[key]}
+			a := said{key, annotations[key]}
 			parse := annotationParsers[name]
 			switch {
-			case parse == nil && prefix == kataPrefix:
+			case parse == nil && prefix == annotation.Kata:
 				continue
 			case parse == nil:
-				refuse(a, "no such annotation; there are "+strings.Join(annotationNames(), ", "))
+				refuse(a, "no such annotation; there are "+strings.Join(annotation.Names(), ", "))
 			case !isAllowed(key, cfg.Annotations):
 				refuse(a, "this node's configuration does not allow it (annotations)")
 			default:
-				if err := parse(parsing{cfg: cfg, kata: prefix != ownPrefix}, &o, a.value); err != nil {
+				if err := parse(parsing{cfg: cfg, kata: prefix != annotation.Own}, &o, a.value); err != nil {
 					refuse(a, err.Error())
 				}
-				if name == annotMemoryLimit {
-					name = annotMaxMemory
+				if name == annotation.MemoryLimit {
+					name = annotation.MaxMemory
 				}
 				o.said[name] = a
 			}
 		}
 	}
 	return o, errors.Join(errs...)
-}
-
-func annotationNames() []string {
-	var names []string
-	for name := range annotationParsers {
-		names = append(names, ownPrefix+name)
-	}
-	slices.Sort(names)
-	return names
 }
 
 func isAllowed(key string, allowed []string) bool {

@@ -4,10 +4,13 @@
 package controller
 
 import (
+	"slices"
 	"testing"
 
 	"github.com/containerd/errdefs"
 	"github.com/stretchr/testify/require"
+
+	"github.com/cloudhv/containerd-cloudhv/controller/annotation"
 )
 
 func TestAnnotations(t *testing.T) {
@@ -26,14 +29,14 @@ func TestAnnotations(t *testing.T) {
 			"io.cloudhv.default_max_vcpus": "4", "io.cloudhv.default_maxmemory": "2GiB", "io.cloudhv.enable_virtio_mem": "false",
 		}, all, overrides{vcpus: 2, memory: 1 << 30, maxVCPUs: 4, maxMemory: 2 << 30, fixedMemory: true, kernelParams: []string{"a=b", "c"}}},
 		"kata's": {m{
-			kataPrefix + "default_vcpus": "1.5", kataPrefix + "default_memory": "1024", kataPrefix + "default_max_vcpus": "3",
-			kataPrefix + "default_maxmemory": "2048", kataPrefix + "enable_virtio_mem": "true",
+			annotation.Kata + "default_vcpus": "1.5", annotation.Kata + "default_memory": "1024", annotation.Kata + "default_max_vcpus": "3",
+			annotation.Kata + "default_maxmemory": "2048", annotation.Kata + "enable_virtio_mem": "true",
 		}, all, overrides{vcpus: 2, memory: 1 << 30, maxVCPUs: 3, maxMemory: 2 << 30}},
-		"the long form": {m{longPrefix + "default_vcpus": "2", longPrefix + "default_memory": "1024", longPrefix + "memory_limit": "2048"},
+		"the long form": {m{annotation.Long + "default_vcpus": "2", annotation.Long + "default_memory": "1024", annotation.Long + "memory_limit": "2048"},
 			all, overrides{vcpus: 2, memory: 1 << 30, maxMemory: 2 << 30}},
-		"ours win":            {m{kataPrefix + "default_vcpus": "2", longPrefix + "default_vcpus": "4", "io.cloudhv.default_vcpus": "3"}, all, overrides{vcpus: 3}},
-		"the long form wins":  {m{kataPrefix + "default_vcpus": "2", longPrefix + "default_vcpus": "4"}, all, overrides{vcpus: 4}},
-		"kata's that we lack": {m{kataPrefix + "enable_iommu": "true"}, all, overrides{}},
+		"ours win":            {m{annotation.Kata + "default_vcpus": "2", annotation.Long + "default_vcpus": "4", "io.cloudhv.default_vcpus": "3"}, all, overrides{vcpus: 3}},
+		"the long form wins":  {m{annotation.Kata + "default_vcpus": "2", annotation.Long + "default_vcpus": "4"}, all, overrides{vcpus: 4}},
+		"kata's that we lack": {m{annotation.Kata + "enable_iommu": "true"}, all, overrides{}},
 		"one is allowed":      {m{"io.cloudhv.default_vcpus": "2"}, []string{"io.cloudhv.default_vcpus"}, overrides{vcpus: 2}},
 	} {
 		t.Run(name, func(t *testing.T) {
@@ -62,9 +65,9 @@ func TestAnnotationsRefused(t *testing.T) {
 		{"io.cloudhv.default_vcpus", "", vcpus},
 		{"io.cloudhv.default_max_vcpus", "0", vcpus},
 		{"io.cloudhv.default_max_vcpus", "5", vcpus},
-		{kataPrefix + "default_vcpus", "4.5", vcpus},
-		{kataPrefix + "default_vcpus", "NaN", vcpus},
-		{kataPrefix + "default_vcpus", "-0.5", vcpus},
+		{annotation.Kata + "default_vcpus", "4.5", vcpus},
+		{annotation.Kata + "default_vcpus", "NaN", vcpus},
+		{annotation.Kata + "default_vcpus", "-0.5", vcpus},
 		{"io.cloudhv.default_memory", "-1", sizes},
 		{"io.cloudhv.default_memory", "12Q", sizes},
 		{"io.cloudhv.default_memory", "10TiB", sizes},
@@ -73,19 +76,19 @@ func TestAnnotationsRefused(t *testing.T) {
 		{"io.cloudhv.default_memory", "9999999TiB", sizes},
 		{"io.cloudhv.default_maxmemory", "127MiB", most},
 		{"io.cloudhv.memory_limit", "3GiB", most},
-		{kataPrefix + "default_memory", "1GiB", mibs},
-		{kataPrefix + "default_memory", "63", mibs},
-		{longPrefix + "default_memory", "10485760", mibs},
+		{annotation.Kata + "default_memory", "1GiB", mibs},
+		{annotation.Kata + "default_memory", "63", mibs},
+		{annotation.Long + "default_memory", "10485760", mibs},
 		{"io.cloudhv.enable_virtio_mem", "perhaps", "true or false"},
 		{"io.cloudhv.kernel_params", "a\nb", "printable"},
 		{"io.cloudhv.vcpu", "2", "no such annotation; there are io.cloudhv.default_max_vcpus"},
-		{longPrefix + "vcpu", "2", "no such annotation"},
+		{annotation.Long + "vcpu", "2", "no such annotation"},
 	} {
 		t.Run(tc.key+"="+tc.value, func(t *testing.T) {
 			t.Parallel()
 			_, err := parseAnnotations(map[string]string{tc.key: tc.value}, sizingConfig())
 			require.ErrorIs(t, err, errdefs.ErrInvalidArgument)
-			require.ErrorContains(t, err, annotation{tc.key, tc.value}.String()+": ")
+			require.ErrorContains(t, err, said{tc.key, tc.value}.String()+": ")
 			require.ErrorContains(t, err, tc.want)
 		})
 	}
@@ -94,4 +97,21 @@ func TestAnnotationsRefused(t *testing.T) {
 	_, err := parseAnnotations(map[string]string{"io.cloudhv.default_vcpus": "2", "io.cloudhv.default_memory": "y"}, cfg)
 	require.ErrorContains(t, err, "does not allow")
 	require.ErrorContains(t, err, `io.cloudhv.default_memory = "y"`, "all together")
+}
+
+// The names that a shim knows are those that are read here.
+func TestAnnotationNames(t *testing.T) {
+	t.Parallel()
+	var read []string
+	for name := range annotationParsers {
+		read = append(read, annotation.Own+name)
+	}
+	slices.Sort(read)
+	require.Equal(t, read, annotation.Names())
+	for key, unknown := range map[string]bool{
+		annotation.Own + annotation.VCPUs: false, annotation.Long + annotation.VCPUs: false, annotation.Kata + "any": false, "any": false,
+		annotation.Own + "vcpus": true, annotation.Long + "vcpus": true, annotation.Own: true,
+	} {
+		require.Equal(t, unknown, annotation.Unknown(key), key)
+	}
 }

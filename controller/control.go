@@ -50,6 +50,7 @@ func (s *ControlService) Status(_ context.Context, _ *ctlv1.StatusRequest) (*ctl
 		Hypervisor: &ctlv1.Hypervisor{
 			Name: c.host.Driver, Version: c.host.Version, Binary: c.host.Binary, Reason: c.why,
 			Accelerator: c.host.Accelerator, AcceleratorReason: c.host.Reason,
+			Confinement: c.confinement(), OverheadBytes: c.overhead(),
 		},
 		Pool: c.poolAnswer(),
 		Vms:  map[string]uint32{},

@@ -119,6 +119,7 @@ func TestControlWithoutAPool(t *testing.T) {
 	assert.Equal(t, "fake", s.GetHypervisor().GetName())
 	assert.Equal(t, "a test", s.GetHypervisor().GetAcceleratorReason())
 	assert.Equal(t, "a test has no other", s.GetHypervisor().GetReason())
+	assert.EqualValues(t, 192<<20, s.GetHypervisor().GetOverheadBytes())
 	assert.Equal(t, "pool.restore is false", s.GetPool().GetOffReason())
 	assert.Equal(t, map[string]uint32{"ready": 1}, s.GetVms())
 	for name, err := range tendAll(t.Context(), c) {

@@ -43,6 +43,7 @@ import (
 	"github.com/cloudhv/containerd-cloudhv/controller/prebuild"
 	"github.com/cloudhv/containerd-cloudhv/controller/rootfs"
 	"github.com/cloudhv/containerd-cloudhv/vmpool"
+	"github.com/cloudhv/containerd-cloudhv/vmpool/confine"
 	"github.com/cloudhv/containerd-cloudhv/vmpool/vmm"
 )
 
@@ -66,6 +67,8 @@ type Options struct {
 	Images Images
 	// Network joins VMs to pod networks; without one no sandbox can start.
 	Network Network
+	// Layers is told what containers' writable layers take; nil if nobody asks.
+	Layers *Layers
 	// TTRPCAddress is containerd's socket, by which shims reach the host service.
 	TTRPCAddress string
 }
@@ -86,8 +89,12 @@ type Network interface {
 	// one to that of the VM. After an error nothing is left.
 	Read(ctx context.Context, netns string) (*network.Network, error)
 	Join(ctx context.Context, netns string, n *network.Network, vmID string) error
-	// Disconnect undoes Join, any number of times, also in a namespace that is gone.
+	// Listen makes the listeners of the pod's port-forwards.
+	Listen(ctx context.Context, netns string) (*network.Forward, error)
+	// Disconnect ends what Join began, any number of times, also in a namespace that is
+	// gone. Clear undoes all, which takes longer.
 	Disconnect(ctx context.Context, netns string) error
+	Clear(ctx context.Context, netns string) error
 }
 
 // Controller implements sandbox.Controller. All methods may be called concurrently.
@@ -101,9 +108,12 @@ type Controller struct {
 	sandboxes  sandbox.Store
 	containers containers.Store
 	images     Images
+	layers     *Layers
 	network    Network
 	ttrpc      string
 	scratch    *scratchStore
+	// users are those that VMMs run as; nil if they are not confined.
+	users *confine.Users
 	// boots are the VMs that may start at a time.
 	boots *semaphore.Weighted
 	// prebuild has images made before a pod asks; nil if none is.
@@ -116,6 +126,9 @@ type Controller struct {
 	poolErr error
 	// clocks ends the keeping of the guests' clocks; nil if they are not kept.
 	clocks func()
+
+	// overheads are those of RuntimeClasses that were found too small, and told.
+	overheads sync.Map
 
 	// mu guards pods, and nothing slow is done under it.
 	mu   sync.Mutex
@@ -148,6 +161,7 @@ func New(o Options) *Controller {
 		sandboxes:  o.Sandboxes,
 		containers: o.Containers,
 		images:     o.Images,
+		layers:     o.Layers,
 		network:    o.Network,
 		ttrpc:      o.TTRPCAddress,
 		scratch:    newScratchStore(o.Settings.CacheDir, o.Settings.ScratchSize),
@@ -155,8 +169,14 @@ func New(o Options) *Controller {
 		turns:      vmpool.NewTurns(),
 		pods:       map[string]*pod{},
 	}
+	if o.Settings.Confine {
+		c.users = confine.NewUsers(o.Settings.VMMUsers)
+	}
 	for _, d := range o.Drivers {
 		c.drivers[d.Name()] = d
+	}
+	if c.layers == nil {
+		c.layers = NewLayers()
 	}
 	if c.network == nil {
 		c.network = podNetwork{waiting: &network.Waiting{}}
@@ -245,8 +265,24 @@ func (n podNetwork) Join(ctx context.Context, netns string, pod *network.Network
 	return pod.Join(ctx, netns, n.waiting, vmID)
 }
 
+func (podNetwork) Listen(ctx context.Context, netns string) (*network.Forward, error) {
+	return network.Listen(ctx, netns)
+}
+
 func (podNetwork) Disconnect(ctx context.Context, netns string) error {
 	return network.Disconnect(ctx, netns)
+}
+
+func (podNetwork) Clear(ctx context.Context, netns string) error {
+	return network.Clear(ctx, netns)
+}
+
+// confinement says by what VMMs are confined.
+func (c *Controller) confinement() string {
+	if c.users == nil {
+		return "off"
+	}
+	return confine.Support()
 }
 
 // get finds a sandbox or returns ErrNotFound.
@@ -259,10 +295,27 @@ func (c *Controller) get(id string) (*pod, error) {
 	return nil, fmt.Errorf("sandbox %q: %w", id, errdefs.ErrNotFound)
 }
 
+// admit makes a new sandbox known, unless its ID is taken or the node's budget has no
+// room for its writable disk.
+func (c *Controller) admit(p *pod) error {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	budget, size := c.cfg.ScratchBudget, c.cfg.ScratchSize
+	if budget > 0 && int64(len(c.pods)) >= budget/size {
+		return fmt.Errorf("sandbox %q: scratch_budget = %q has no room: %d sandboxes have a writable disk of scratch_size = %q each: %w",
+			p.id, config.FormatSize(budget), len(c.pods), config.FormatSize(size), errdefs.ErrResourceExhausted)
+	}
+	return c.addLocked(p)
+}
+
 // add makes a sandbox known, unless its ID is taken.
 func (c *Controller) add(p *pod) error {
 	c.mu.Lock()
 	defer c.mu.Unlock()
+	return c.addLocked(p)
+}
+
+func (c *Controller) addLocked(p *pod) error {
 	if _, ok := c.pods[p.id]; ok {
 		return fmt.Errorf("sandbox %q: %w", p.id, errdefs.ErrAlreadyExists)
 	}
@@ -276,6 +329,7 @@ func (c *Controller) drop(p *pod) {
 	defer c.mu.Unlock()
 	if c.pods[p.id] == p {
 		delete(c.pods, p.id)
+		c.layers.dropAll(p.id)
 	}
 }
 

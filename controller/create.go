@@ -67,13 +67,13 @@ func (c *Controller) Create(ctx context.Context, info sandbox.Sandbox, opts ...s
 	if err != nil {
 		return err
 	}
-	rec, start, err := c.plan(info.ID, ns, pc, &co)
+	rec, start, err := c.plan(ctx, info.ID, ns, pc, &co)
 	if err != nil {
 		return err
 	}
 	p := newPod(filepath.Join(c.cfg.StateDir, info.ID), rec)
 	p.start = start
-	if err := c.add(p); err != nil {
+	if err := c.admit(p); err != nil {
 		return err
 	}
 	defer func() {
@@ -86,6 +86,9 @@ func (c *Controller) Create(ctx context.Context, info sandbox.Sandbox, opts ...s
 	}
 	if err := p.update(func(*record) {}); err != nil {
 		return errors.Join(err, os.RemoveAll(p.dir))
+	}
+	if err := p.linkGroup(); err != nil {
+		return errors.Join(sentinel(err, errdefs.ErrInternal), os.RemoveAll(p.dir))
 	}
 	log.G(ctx).WithFields(log.Fields{
 		"vcpus": rec.Size.VCPUs, "memory": rec.Size.MemoryBytes, "netns": rec.NetNS,
@@ -112,9 +115,9 @@ func podConfig(options typeurl.Any) (*runtime.PodSandboxConfig, error) {
 
 // plan turns a pod's configuration into a record and what Start needs. All
 // that is wrong with it is reported together.
-func (c *Controller) plan(id, ns string, pc *runtime.PodSandboxConfig, co *sandbox.CreateOptions) (record, *startConfig, error) {
+func (c *Controller) plan(ctx context.Context, id, ns string, pc *runtime.PodSandboxConfig, co *sandbox.CreateOptions) (record, *startConfig, error) {
 	overrides, annotErr := parseAnnotations(mergeAnnotations(pc.GetAnnotations(), co.Annotations), c.cfg)
-	sizing, limitErr := newSizing(c.cfg, overrides, pc.GetLinux().GetResources(), pc.GetLinux().GetOverhead())
+	sizing, limitErr := newSizing(c.cfg, overrides, pc.GetLinux().GetResources())
 	size, sizeErr := sizing.size(nil)
 	if limitErr != nil {
 		sizeErr = limitErr
@@ -123,6 +126,7 @@ func (c *Controller) plan(id, ns string, pc *runtime.PodSandboxConfig, co *sandb
 	if err := errors.Join(checkPod(pc), annotErr, sizeErr, fileErr); err != nil {
 		return record{}, nil, err
 	}
+	c.checkOverhead(ctx, pc.GetLinux().GetOverhead().GetMemoryLimitInBytes())
 	start.kernelParams, start.ownBoot = overrides.kernelParams, overrides.ownBoot()
 	rec := record{
 		ID:         id,

@@ -107,14 +107,16 @@ func (c *Controller) endNow(ctx context.Context, p *pod, why endReason) (retErr 
 			r.Cause, r.ExitStatus = why.cause, why.status
 		}
 	})
-	vm, gone, err := c.endVM(ctx, p, why.graceful, watch)
+	p.awaitMove(ctx)
 	rec := p.snapshot()
+	left := c.shimLeaves(ctx, p, rec.Cgroup)
+	vm, gone, err := c.endVM(ctx, p, why.graceful, watch)
 	errs := []error{err, watch.time(ctx, "network", func(ctx context.Context) error {
 		return c.network.Disconnect(ctx, rec.NetNS)
 	})}
 	if gone {
 		errs = append(errs, watch.time(ctx, "files", func(ctx context.Context) error {
-			return errors.Join(removeScratch(rec.Scratch), vmm.OpenCgroup(rec.Cgroup).Remove(ctx))
+			return errors.Join(removeScratch(rec.Scratch), leavePod(ctx, rec.Cgroup, <-left))
 		}))
 	}
 	if err := errors.Join(errs...); err != nil || !gone {
@@ -127,6 +129,7 @@ func (c *Controller) endNow(ctx context.Context, p *pod, why endReason) (retErr 
 		r.State = StateStopped
 		r.ExitedAt = exitTime(vm)
 	})
+	c.users.Release(rec.UID, p.id)
 	if vm != nil {
 		err = vm.Close()
 	}
@@ -266,7 +269,7 @@ func (p *pod) hasEnded() bool {
 	return p.removed || p.rec.State == StateStopped
 }
 
-// remove removes what is left of a sandbox that has ended: shim, pins,
+// remove removes what is left of a sandbox that has ended: shim, network, pins,
 // directory. It can be repeated.
 func (c *Controller) remove(ctx context.Context, p *pod) error {
 	ctx, cancel := c.cleanup(ctx)
@@ -285,6 +288,13 @@ func (c *Controller) remove(ctx context.Context, p *pod) error {
 		return fmt.Errorf("remove sandbox %q: it has not ended: %w", p.id, errdefs.ErrFailedPrecondition)
 	}
 	if err := endShim(ctx, s, rec.Shim); err != nil {
+		return fmt.Errorf("remove sandbox %q: %w", p.id, err)
+	}
+	if err := c.removeShimGroups(ctx, p.id, rec.Cgroup); err != nil {
+		return fmt.Errorf("remove sandbox %q: %w", p.id, err)
+	}
+	// By CRI it has gone with its namespace.
+	if err := c.network.Clear(ctx, rec.NetNS); err != nil {
 		return fmt.Errorf("remove sandbox %q: %w", p.id, err)
 	}
 	if err := c.forgetVM(&rec); err != nil {

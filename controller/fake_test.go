@@ -65,6 +65,8 @@ type vmFaults struct {
 	keeps int64 // the memory of which the guest gives back nothing
 
 	nic, resize, disk, unplug error
+	// imageDisk gives a machine an image disk, which takes the first that is added.
+	imageDisk bool
 	// diskStays makes a failed AddDisk leave the disk.
 	diskStays bool
 	// stuckDial makes Dial wait for the machine's end, whatever its caller does.
@@ -82,7 +84,7 @@ func newFakeDriver() *fakeDriver {
 func (d *fakeDriver) Name() string { return "fake" }
 
 func (d *fakeDriver) Probe(context.Context) (vmm.Host, error) {
-	return vmm.Host{Driver: "fake", Version: "1", Accelerator: "none", Reason: "a test"}, nil
+	return vmm.Host{Driver: "fake", Version: "1", Accelerator: "none", Reason: "a test", OverheadBytes: 128 << 20}, nil
 }
 
 func (d *fakeDriver) Boot(_ context.Context, cfg vmm.Config) (vmm.VM, error) {
@@ -180,6 +182,7 @@ type fakeMachine struct {
 	asked      int // how many Resizes there were
 	nics       []string
 	disks      map[string]int
+	image      string
 	configured *guestv1.ConfigureRequest
 	resized    []*guestv1.ResizeRequest
 	warmed     []*guestv1.WarmUpRequest
@@ -284,9 +287,9 @@ func (v *fakeVM) serve(conn net.Conn) {
 
 func (v *fakeVM) PodEndpoint() string { return "serial+unix://" + filepath.Join(v.cfg.Dir, "pod.sock") }
 
-func (v *fakeVM) AddDisk(_ context.Context, disk vmm.Disk) error {
+func (v *fakeVM) AddDisk(_ context.Context, disk vmm.Disk) (string, error) {
 	if err := v.alive(); err != nil {
-		return err
+		return "", err
 	}
 	v.mu.Lock()
 	defer v.mu.Unlock()
@@ -294,13 +297,17 @@ func (v *fakeVM) AddDisk(_ context.Context, disk vmm.Disk) error {
 		if v.driver.vm.diskStays {
 			v.disks[disk.Serial]++
 		}
-		return err
+		return "", err
 	}
 	if v.disks[disk.Serial] > 0 {
-		return fmt.Errorf("disk %s: %w", disk.Serial, errdefs.ErrAlreadyExists)
+		return "", fmt.Errorf("disk %s: %w", disk.Serial, errdefs.ErrAlreadyExists)
 	}
 	v.disks[disk.Serial]++
-	return nil
+	if v.driver.vm.imageDisk && v.image == "" {
+		v.image = disk.Serial
+		return vmm.ImageSerial, nil
+	}
+	return disk.Serial, nil
 }
 
 func (v *fakeVM) RemoveDisk(_ context.Context, serial string) error {
@@ -310,6 +317,9 @@ func (v *fakeVM) RemoveDisk(_ context.Context, serial string) error {
 		return err
 	}
 	delete(v.disks, serial)
+	if v.image == serial {
+		v.image = ""
+	}
 	return nil
 }
 

@@ -124,7 +124,7 @@ func guestOf(ctx context.Context, vm vmm.VM, limit time.Duration) (*guestv1.Info
 			return m.Info(ctx, &guestv1.InfoRequest{})
 		})
 	if err != nil {
-		return nil, fmt.Errorf("wait for the guest: %w", err)
+		return nil, fmt.Errorf("wait for the guest: %w", withEnd(ctx, vm, err))
 	}
 	if v := info.GetApiVersion(); v != api.Version {
 		return nil, fmt.Errorf("the guest image's agent (%s) speaks version %d of the API, and this plugin version %d; "+
@@ -132,6 +132,23 @@ func guestOf(ctx context.Context, vm vmm.VM, limit time.Duration) (*guestv1.Info
 	}
 	return info, nil
 }
+
+// withEnd adds to a call's error why the VM has ended, if it has. The end of its
+// connections is seen before the end of the VMM's process is.
+func withEnd(ctx context.Context, vm vmm.VM, err error) error {
+	timer := time.NewTimer(endWait)
+	defer timer.Stop()
+	select {
+	case <-vm.Done():
+		return fmt.Errorf("%w: %s", err, vmCause(vm.Exit()))
+	case <-ctx.Done():
+	case <-timer.C:
+	}
+	return err
+}
+
+// endWait is how long the end of a VM is waited for that does not answer.
+const endWait = 200 * time.Millisecond
 
 // guestOfInfo is what a record keeps of an agent's answer.
 func guestOfInfo(info *guestv1.InfoResponse) guestInfo {

@@ -58,7 +58,7 @@ func (h *HostService) Resize(ctx context.Context, req *hostv1.ResizeRequest) (*e
 }
 
 // attachRootFS makes the container's image a disk of the sandbox's VM, once a
-// VM, and returns its serial.
+// VM, and returns the serial by which the guest finds it.
 func (c *Controller) attachRootFS(ctx context.Context, sandboxID, containerID string) (string, error) {
 	p, err := c.get(sandboxID)
 	if err != nil {
@@ -91,7 +91,7 @@ func (c *Controller) attachRootFS(ctx context.Context, sandboxID, containerID st
 		if pl.err == nil && c.prebuild != nil {
 			c.prebuild.Ran(ns, container.Image, container.Snapshotter)
 		}
-		return img.Serial, pl.err
+		return pl.serial, pl.err
 	case <-ctx.Done():
 		return "", fmt.Errorf("plug in the image: %w", context.Cause(ctx))
 	}
@@ -100,7 +100,9 @@ func (c *Controller) attachRootFS(ctx context.Context, sandboxID, containerID st
 // plug is the plugging of one image into one VM.
 type plug struct {
 	done chan struct{}
-	err  error
+	// serial is that of the disk in the guest.
+	serial string
+	err    error
 }
 
 // plugImage begins to make an image a disk of the VM, or joins whoever does. It
@@ -116,6 +118,7 @@ func (c *Controller) plugImage(ctx context.Context, p *pod, img *rootfs.Image) (
 	plugged, known := p.rec.Images[img.Key]
 	if plugged {
 		img.Release()
+		pl.serial = p.rec.serialOf(img)
 		close(pl.done)
 		return pl, nil
 	}
@@ -138,22 +141,21 @@ func (c *Controller) plugImage(ctx context.Context, p *pod, img *rootfs.Image) (
 		// Detached: another container may wait for the same image.
 		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), c.cfg.HotPlugTimeout)
 		defer cancel()
-		pl.err = c.addImage(ctx, p, vm, img, known)
+		pl.serial, pl.err = c.addImage(ctx, p, vm, img, known)
 	}()
 	return pl, nil
 }
 
 // addImage plugs the disk in and records it. A disk of which it is not known
 // whether it is plugged in, as an earlier attempt did not end well, is unplugged
-// first.
-func (c *Controller) addImage(ctx context.Context, p *pod, vm vmm.VM, img *rootfs.Image, unsure bool) error {
-	var err error
+// first. It returns the serial by which the guest finds it.
+func (c *Controller) addImage(ctx context.Context, p *pod, vm vmm.VM, img *rootfs.Image, unsure bool) (serial string, err error) {
 	if unsure {
 		err = vm.RemoveDisk(ctx, img.Serial)
 		unsure = err != nil
 	}
 	if err == nil {
-		err = vm.AddDisk(ctx, vmm.Disk{Serial: img.Serial, Path: img.Path, ReadOnly: true})
+		serial, err = vm.AddDisk(ctx, vmm.Disk{Serial: img.Serial, Path: img.Path, ReadOnly: true})
 		unsure = err != nil && !isRefusal(err)
 	}
 	p.mu.Lock()
@@ -161,18 +163,32 @@ func (c *Controller) addImage(ctx context.Context, p *pod, vm vmm.VM, img *rootf
 	delete(p.plugs, img.Key)
 	if unsure {
 		// The VM may have the disk: its file has to stay, and the record says so.
-		return fmt.Errorf("plug in the image: %w", err)
+		return "", fmt.Errorf("plug in the image: %w", err)
 	}
 	if err != nil {
 		delete(p.pins, img.Key)
 		img.Release()
 		undo := p.updateLocked(func(r *record) { r.Images = without(r.Images, img.Key) })
-		return errors.Join(fmt.Errorf("plug in the image: %w", err), undo)
+		return "", errors.Join(fmt.Errorf("plug in the image: %w", err), undo)
 	}
-	return p.updateLocked(func(r *record) {
+	return serial, p.updateLocked(func(r *record) {
 		r.Images = with(r.Images, img.Key, true)
+		switch {
+		case serial == vmm.ImageSerial:
+			r.ImageDisk = img.Key
+		case r.ImageDisk == img.Key:
+			r.ImageDisk = ""
+		}
 		r.VM = stateOf(vm)
 	})
+}
+
+// serialOf is that of an image's disk in the guest, once it is plugged in.
+func (r *record) serialOf(img *rootfs.Image) string {
+	if r.ImageDisk == img.Key {
+		return vmm.ImageSerial
+	}
+	return img.Serial
 }
 
 // isRefusal is true for an error of a hot-plug that was refused, so that the VM is

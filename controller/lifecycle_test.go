@@ -110,7 +110,7 @@ func TestLifeOfASandbox(t *testing.T) {
 	require.NoError(t, json.Unmarshal(data, &cfg))
 	require.Equal(t, shimapi.Config{
 		SandboxID: "a", Namespace: testNamespace, SandboxPid: inst.Pid, TTRPCAddress: "/run/x.ttrpc",
-		GuestEndpoint: "serial+unix://" + filepath.Join(n.cfg.StateDir, "a", "pod.sock"),
+		GuestEndpoint: "serial+unix://" + filepath.Join(n.cfg.StateDir, "a", "pod.sock"), Forwards: 1,
 	}, cfg)
 
 	exits := make(chan sandbox.ExitStatus, 1)

@@ -12,6 +12,7 @@ import (
 	"os"
 	"path/filepath"
 	"strconv"
+	"time"
 
 	"github.com/containerd/cgroups/v3"
 	"github.com/containerd/cgroups/v3/cgroup1"
@@ -26,14 +27,21 @@ import (
 // cgroupRoot is where cgroups are mounted.
 const cgroupRoot = "/sys/fs/cgroup"
 
+// moveWait bounds how long Metrics waits for a sandbox that has just started.
+const moveWait = time.Second
+
 // Metrics tells what a sandbox's VMM uses, from the host's point of view: the
 // guest is not asked, as a silent one would hold up the statistics of the node.
 // A sandbox that is not ready has none, which is ErrUnavailable.
-func (c *Controller) Metrics(_ context.Context, id string) (*types.Metric, error) {
+func (c *Controller) Metrics(ctx context.Context, id string) (*types.Metric, error) {
 	p, err := c.get(id)
 	if err != nil {
 		return nil, err
 	}
+	// Figures of before and after the move are not one count.
+	wait, cancel := context.WithTimeout(ctx, moveWait)
+	defer cancel()
+	p.awaitMove(wait)
 	rec := p.snapshot()
 	if err := rec.ready(); err != nil {
 		return nil, err

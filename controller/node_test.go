@@ -34,6 +34,7 @@ type fakeNetwork struct {
 	mu        sync.Mutex
 	connected map[string]int
 	err       error
+	listenErr error
 	// disconnectErr fails as often as it says.
 	disconnectErr int
 }
@@ -53,6 +54,18 @@ func (f *fakeNetwork) Join(_ context.Context, ns string, n *network.Network, _ s
 	f.connected[ns]++
 	return nil
 }
+
+func (f *fakeNetwork) Listen(context.Context, string) (*network.Forward, error) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if f.listenErr != nil {
+		return nil, f.listenErr
+	}
+	l, err := os.Open(os.DevNull)
+	return &network.Forward{Listeners: []*os.File{l}}, err
+}
+
+func (f *fakeNetwork) Clear(ctx context.Context, ns string) error { return f.Disconnect(ctx, ns) }
 
 func (f *fakeNetwork) Disconnect(_ context.Context, ns string) error {
 	f.mu.Lock()

@@ -20,6 +20,7 @@ import (
 
 	"github.com/cloudhv/containerd-cloudhv/controller/config"
 	hostv1 "github.com/cloudhv/containerd-cloudhv/controller/hostapi/v1"
+	"github.com/cloudhv/containerd-cloudhv/vmpool/vmm"
 )
 
 func TestCgroupPath(t *testing.T) {
@@ -123,6 +124,41 @@ func TestAttachRootFSOnceAVM(t *testing.T) {
 	require.Equal(t, map[string]int{"image-of-c": 1, "image-of-d": 1}, n.images.pins)
 	require.NoError(t, n.Shutdown(n.ctx(), "a"))
 	n.requireNothing()
+}
+
+// The guest finds the first image by another serial than its own, and its containers are
+// told that one for as long as the VM lives.
+func TestAttachRootFSInTheImageDisk(t *testing.T) {
+	n := newNode(t)
+	n.driver.vm.imageDisk = true
+	for _, c := range []string{"c1", "c2", "d"} {
+		n.containers.sandbox[c] = "a"
+	}
+	p := n.run("a")
+	want := map[string]string{"c1": vmm.ImageSerial, "d": "image-of-d", "c2": vmm.ImageSerial}
+	attach := func() {
+		t.Helper()
+		for _, c := range []string{"c1", "d", "c2"} {
+			serial, err := n.attachRootFS(n.ctx(), "a", c)
+			require.NoError(t, err)
+			require.Equal(t, want[c], serial, c)
+		}
+	}
+	attach()
+	n.restart()
+	attach()
+	require.Equal(t, map[string]int{"image-of-c": 1, "image-of-d": 1}, n.driver.only(t).disks)
+
+	// An earlier containerd ended while the first was unplugged and the second plugged.
+	require.NoError(t, p.handle().RemoveDisk(n.ctx(), "image-of-c"))
+	rewrite(n, "a", func(r *record) { r.Images = map[string]bool{"image-of-c": false, "image-of-d": false} })
+	n.restart()
+	want["d"], want["c1"], want["c2"] = vmm.ImageSerial, "image-of-c", "image-of-c"
+	for _, c := range []string{"d", "c1", "c2"} {
+		serial, err := n.attachRootFS(n.ctx(), "a", c)
+		require.NoError(t, err)
+		require.Equal(t, want[c], serial, c)
+	}
 }
 
 func TestAttachRootFSThatFails(t *testing.T) {

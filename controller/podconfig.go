@@ -14,6 +14,7 @@ import (
 	"maps"
 	"os"
 	"path"
+	"slices"
 	"strings"
 
 	"github.com/containerd/errdefs"
@@ -21,6 +22,7 @@ import (
 	runtime "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	"github.com/cloudhv/containerd-cloudhv/controller/network"
+	"github.com/cloudhv/containerd-cloudhv/guest/api"
 	guestv1 "github.com/cloudhv/containerd-cloudhv/guest/api/v1"
 	"github.com/cloudhv/containerd-cloudhv/vmpool/vmm"
 )
@@ -57,6 +59,12 @@ func checkPod(pc *runtime.PodSandboxConfig) error {
 	if u := o.GetUsernsOptions(); u != nil && u.GetMode() != runtime.NamespaceMode_NODE {
 		refuse("userns_options.mode = "+u.GetMode().String(),
 			"user namespaces are not supported (hostUsers: false); the virtual machine is the pod's boundary")
+	}
+	// The guest would refuse them too, when there is one.
+	for _, name := range slices.Sorted(maps.Keys(pc.GetLinux().GetSysctls())) {
+		if _, err := api.SysctlPath(name); err != nil {
+			errs = append(errs, fmt.Errorf("linux.sysctls: %w", err))
+		}
 	}
 	return errors.Join(errs...)
 }
@@ -160,10 +168,13 @@ func machineID(id string) string {
 	return hex.EncodeToString(sum[:16])
 }
 
+// leafName is what a VMM's cgroup is called.
+func leafName(id string) string { return "cloudhv-" + id }
+
 // cgroupPath is a VMM's cgroup: below the pod's own, which kubelet made and
 // limited, or else below ours. A systemd slice's name says its parents.
 func cgroupPath(ours, parent, id string) string {
-	leaf := "cloudhv-" + id
+	leaf := leafName(id)
 	if parent == "" {
 		return path.Join("/", ours, leaf)
 	}

@@ -53,7 +53,7 @@ const (
 func (c *Controller) OpenPool() error {
 	dirs := vmpool.Config{
 		Off: true, Dir: filepath.Join(c.cfg.StateDir, poolDir), ScratchDir: filepath.Join(c.cfg.CacheDir, poolScratch),
-		Cgroup: path.Join("/", c.cfg.CgroupParent, poolCgroup),
+		Cgroup: path.Join("/", c.cfg.CgroupParent, poolCgroup), Users: c.users,
 	}
 	var err error
 	if c.unfit == nil && c.cfg.Pool.Restore {
@@ -89,7 +89,7 @@ func (c *Controller) openPool(dirs vmpool.Config) error {
 	tcg := c.host.Accelerator == softwareEmulation
 	cfg := vmpool.Config{
 		Driver: c.driver, Store: store, Guest: guest, Inputs: inputs, Machine: machine,
-		Dir: dirs.Dir, ScratchDir: dirs.ScratchDir,
+		Dir: dirs.Dir, ScratchDir: dirs.ScratchDir, Users: c.users,
 		NewScratch: c.scratch.make, NewTAP: c.network.MakeTAP,
 		Demand:    vmpool.Demand{Min: c.cfg.Pool.Min, Max: c.cfg.Pool.Max, Window: c.cfg.Pool.Window, Horizon: c.cfg.Pool.Horizon},
 		Available: vmpool.HostMemory, ReserveMemory: c.cfg.Pool.ReserveMemory,
@@ -114,7 +114,7 @@ func (c *Controller) openPool(dirs vmpool.Config) error {
 func (c *Controller) snapshotInputs(m *vmm.Config) (snapshot.Inputs, error) {
 	cpu, err := snapshot.HostCPU()
 	in := snapshot.Inputs{
-		Driver: c.host.Driver, Version: c.host.Version, Accelerator: c.host.Accelerator,
+		Driver: c.host.Driver, Version: c.host.Version, Accelerator: c.host.Accelerator, Layout: c.host.SnapshotLayout,
 		KernelParams: slices.Clone(m.KernelParams), Size: m.Size, Max: m.Max, BuiltInNIC: true, ScratchBytes: c.cfg.ScratchSize, CPU: cpu,
 	}
 	for _, f := range []struct {
@@ -180,11 +180,12 @@ func (g *guestOfPool) WarmUp(ctx context.Context, vm vmm.VM) error {
 	if err != nil {
 		return err
 	}
-	if err := vm.AddDisk(ctx, vmm.Disk{Serial: warmUpDisk, Path: g.cfg.Image, ReadOnly: true}); err != nil {
+	serial, err := vm.AddDisk(ctx, vmm.Disk{Serial: warmUpDisk, Path: g.cfg.Image, ReadOnly: true})
+	if err != nil {
 		return err
 	}
 	_, err = callTasks(ctx, vm, g.cfg.BootTimeout, func(ctx context.Context, t guestv1.TaskService) (*emptypb.Empty, error) {
-		return t.WarmUp(ctx, &guestv1.WarmUpRequest{Spec: g.spec, ImageSerial: warmUpDisk})
+		return t.WarmUp(ctx, &guestv1.WarmUpRequest{Spec: g.spec, ImageSerial: serial})
 	})
 	if err != nil {
 		return err

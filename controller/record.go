@@ -43,6 +43,9 @@ type record struct {
 	NetNS string `json:"netns,omitempty"`
 	// Cgroup is the VMM's, below the hierarchy's root.
 	Cgroup string `json:"cgroup,omitempty"`
+	// UID is the user that the VMM runs as, if it was booted for the sandbox and is
+	// confined.
+	UID uint32 `json:"uid,omitempty"`
 	// Scratch is the path of the VM's writable disk.
 	Scratch string `json:"scratch,omitempty"`
 	// Size is the VM's, Max its bound, Sizing what decides it; see sizing.go.
@@ -62,6 +65,8 @@ type record struct {
 	Snapshot string `json:"snapshot,omitempty"`
 	// Images are the disks of the VM by image key: false while one is being plugged.
 	Images map[string]bool `json:"images,omitempty"`
+	// ImageDisk is which of them the guest finds as vmm.ImageSerial, and not by its own serial.
+	ImageDisk string `json:"image_disk,omitempty"`
 
 	// Guest is what the agent told of itself.
 	Guest guestInfo `json:"guest,omitzero"`

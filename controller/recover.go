@@ -16,6 +16,8 @@ import (
 	"github.com/containerd/errdefs"
 	"github.com/containerd/log"
 	"golang.org/x/sync/errgroup"
+
+	"github.com/cloudhv/containerd-cloudhv/vmpool/vmm"
 )
 
 const (
@@ -48,6 +50,7 @@ func (c *Controller) Recover(ctx context.Context) error {
 			all = append(all, c.find(withPod(ctx, e.Name()), filepath.Join(c.cfg.StateDir, e.Name())))
 		}
 	}
+	c.claimUsers(ctx)
 	// First, as the ending of a sandbox waits for a VM that it was about to get.
 	if err := c.recoverPool(ctx); err != nil {
 		log.G(ctx).WithError(err).Error("cannot recover the pool of VMs")
@@ -71,6 +74,21 @@ func (c *Controller) Recover(ctx context.Context) error {
 		c.pool.Run()
 	}
 	return err
+}
+
+// claimUsers takes the users of VMs that live, before any VM is made.
+func (c *Controller) claimUsers(ctx context.Context) {
+	for _, p := range c.allPods() {
+		if rec := p.snapshot(); rec.State != StateStopped {
+			c.users.Claim(rec.UID, p.id)
+		}
+	}
+	if c.pool != nil {
+		c.pool.ClaimUsers()
+	}
+	if err := c.users.ClaimRunning(); err != nil {
+		log.G(ctx).WithError(err).Warn("cannot find out which users run processes")
+	}
 }
 
 // found is a directory of an earlier containerd's sandbox.
@@ -223,7 +241,14 @@ func (c *Controller) setAside(ctx context.Context, dir string, damage error) err
 	keep := filepath.Join(c.cfg.StateDir, damagedDir)
 	to := filepath.Join(keep, filepath.Base(dir)+".json")
 	log.G(ctx).WithError(damage).WithField("kept", to).Error("a sandbox's record is damaged; its pod is ended")
-	c.killStrays(ctx, dir, c.scratch.path(filepath.Base(dir)))
+	id, group := filepath.Base(dir), linkedGroup(dir)
+	c.killStrays(ctx, dir, c.scratch.path(id))
+	if group != "" {
+		err := errors.Join(vmm.OpenCgroup(group).Remove(ctx), c.removeShimGroups(ctx, id, group))
+		if err != nil {
+			log.G(ctx).WithError(err).Warn("cannot remove the cgroups of a sandbox whose record is damaged")
+		}
+	}
 	if err := os.MkdirAll(keep, 0o700); err != nil {
 		return fmt.Errorf("set damaged record aside: %w", err)
 	}

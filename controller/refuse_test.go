@@ -36,6 +36,7 @@ func TestCreateRefuses(t *testing.T) {
 		"user namespace":  {"a", options(&runtime.NamespaceOption{UsernsOptions: &runtime.UserNamespace{Mode: runtime.NamespaceMode_POD}}), []string{"userns_options", "hostUsers"}},
 		"windows":         {"a", &runtime.PodSandboxConfig{Windows: &runtime.WindowsPodSandboxConfig{}}, []string{"windows"}},
 		"annotation":      {"a", &runtime.PodSandboxConfig{Annotations: map[string]string{"io.cloudhv.default_vcpus": "x"}}, []string{"io.cloudhv.default_vcpus", `"x"`}},
+		"sysctl":          {"a", &runtime.PodSandboxConfig{Linux: &runtime.LinuxPodSandboxConfig{Sysctls: map[string]string{"kernel.core_pattern": "|/x"}}}, []string{"linux.sysctls", "kernel.core_pattern"}},
 		"too much memory": {"a", &runtime.PodSandboxConfig{Linux: &runtime.LinuxPodSandboxConfig{Resources: &runtime.LinuxContainerResources{MemoryLimitInBytes: 3 << 30}}}, []string{"max_memory"}},
 		"other options":   {"a", &runtime.ContainerConfig{}, []string{"PodSandboxConfig"}},
 		"id with a slash": {"../a", &runtime.PodSandboxConfig{}, []string{"sandbox ID"}},
@@ -102,4 +103,24 @@ func TestALargeHostWithoutVirtualization(t *testing.T) {
 		require.Equal(t, want, c.cfg.MaxMemory, accelerator)
 		require.Equal(t, int64(4<<40), settings.MaxMemory, "the caller's own")
 	}
+}
+
+// A node's budget for writable disks admits so many pods, and others when those have
+// been removed.
+func TestScratchBudget(t *testing.T) {
+	n := newNode(t)
+	n.cfg.ScratchBudget = 2*n.cfg.ScratchSize + 1
+	n.run("a")
+	n.run("b")
+	err := n.Create(n.ctx(), sandbox.Sandbox{ID: "c"})
+	require.ErrorIs(t, err, errdefs.ErrResourceExhausted)
+	require.ErrorContains(t, err, `scratch_budget = "134217729B" has no room: 2 sandboxes have a writable disk of scratch_size = "64MiB" each`)
+	require.NoError(t, n.Stop(n.ctx(), "a"))
+	require.ErrorIs(t, n.Create(n.ctx(), sandbox.Sandbox{ID: "c"}), errdefs.ErrResourceExhausted, "a stopped one has its disk")
+	require.NoError(t, n.Shutdown(n.ctx(), "a"))
+	n.run("c")
+	for _, id := range []string{"b", "c"} {
+		require.NoError(t, n.Shutdown(n.ctx(), id))
+	}
+	n.requireNothing()
 }

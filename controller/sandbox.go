@@ -110,6 +110,9 @@ type pod struct {
 	pending string
 	// cancelStart ends a Start under way; nil if there is none.
 	cancelStart context.CancelCauseFunc
+	// moving is closed when the processes have moved into the pod's cgroup, or cannot;
+	// nil before that begins.
+	moving chan struct{}
 	// ending is the ending of the sandbox under way, or the last one.
 	ending *ending
 	// pins keep the images that are disks of the VM, by key.

@@ -20,6 +20,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/cloudhv/containerd-cloudhv/vmpool/sparse"
+	"github.com/cloudhv/containerd-cloudhv/vmpool/vmm"
 )
 
 const (
@@ -73,7 +74,12 @@ func (s *scratchStore) template(ctx context.Context) error {
 	} else if !errors.Is(err, fs.ErrNotExist) {
 		return fmt.Errorf("find scratch template: %w", err)
 	}
-	if err := os.MkdirAll(s.dir, 0o700); err != nil {
+	// A VMM that is no root goes through it to its own disk.
+	err := os.MkdirAll(s.dir, 0o711)
+	if err == nil {
+		err = os.Chmod(s.dir, 0o711)
+	}
+	if err != nil {
 		return fmt.Errorf("make scratch directory: %w", err)
 	}
 	// Detached: the next pod needs it also if this one's caller leaves.
@@ -126,6 +132,9 @@ func removeScratch(path string) error {
 	}
 	if err := os.Remove(path); err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return fmt.Errorf("remove scratch disk: %w", err)
+	}
+	if err := os.RemoveAll(vmm.DisksDir(path)); err != nil {
+		return fmt.Errorf("remove what is beside a scratch disk: %w", err)
 	}
 	return nil
 }

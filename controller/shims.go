@@ -65,10 +65,11 @@ func shimBinary(name string) (string, error) {
 	return path, nil
 }
 
-// startShim starts a pod's shim, whose socket is listening before. The
-// process is a session of its own and outlives containerd. After an error no
-// process is left.
-func startShim(ctx context.Context, p *pod, program string, cfg shimapi.Config) (_ *shim, retErr error) {
+// startShim starts a pod's shim, whose socket is listening before, and gives it the
+// listeners of the pod's port-forwards, which the caller closes. The process is a
+// session of its own and outlives containerd. After an error no process is left.
+func startShim(ctx context.Context, p *pod, program string, cfg shimapi.Config, forwards []*os.File) (_ *shim, retErr error) {
+	cfg.Forwards = len(forwards)
 	data, err := json.Marshal(cfg)
 	if err != nil {
 		return nil, fmt.Errorf("encode shim configuration: %w", err)
@@ -91,7 +92,7 @@ func startShim(ctx context.Context, p *pod, program string, cfg shimapi.Config) 
 	// The runtime reads GOMAXPROCS before main; the shim's tune.go says why one.
 	cmd.Env = []string{"PATH=" + os.Getenv("PATH"), "GOMAXPROCS=1"}
 	cmd.Stdout, cmd.Stderr = logFile, logFile
-	cmd.ExtraFiles = []*os.File{socket} // becomes shimapi.ListenFD
+	cmd.ExtraFiles = append([]*os.File{socket}, forwards...) // from shimapi.ListenFD on
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true}
 	if err := cmd.Start(); err != nil {
 		return nil, fmt.Errorf("start shim: %w: %w", err, errdefs.ErrFailedPrecondition)

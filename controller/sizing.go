@@ -5,13 +5,16 @@ package controller
 
 import (
 	"cmp"
+	"context"
 	"errors"
 	"fmt"
 	"math"
 
 	"github.com/containerd/errdefs"
+	"github.com/containerd/log"
 	runtime "k8s.io/cri-api/pkg/apis/runtime/v1"
 
+	"github.com/cloudhv/containerd-cloudhv/controller/annotation"
 	"github.com/cloudhv/containerd-cloudhv/controller/config"
 	"github.com/cloudhv/containerd-cloudhv/vmpool/vmm"
 )
@@ -19,9 +22,10 @@ import (
 // How large a pod's VM is.
 //
 // Memory: the pod's limit, which is what kubelet adds up from its containers
-// (linux.resources.memory_limit_in_bytes), plus an overhead for the guest's
-// kernel and agent: that of the RuntimeClass (linux.overhead), or else
-// memory_overhead. A pod without a limit begins with default_memory, or what its
+// (linux.resources.memory_limit_in_bytes), plus memory_overhead for the guest's
+// kernel and agent. The overhead of the RuntimeClass (linux.overhead) changes
+// nothing: it is what the pod may take on the host beyond its limit, where the
+// VMM has to live too. A pod without a limit begins with default_memory, or what its
 // annotation says, and grows with its containers: to the sum of their limits plus
 // the overhead or, if one of them has none, plus that default, which those
 // without one then share. The result is rounded up to what virtio-mem plugs at a
@@ -46,8 +50,8 @@ const defaultPeriod = 100000
 // sizing is what decides the size of a pod's VM, beside its containers. It is
 // recorded with the pod, which another configuration does not resize.
 type sizing struct {
-	// Memory is the pod's limit in bytes, without the Overhead; VCPUs is its CPU
-	// limit, rounded up. 0 is none.
+	// Memory is the pod's limit in bytes; VCPUs is its CPU limit, rounded up. 0 is
+	// none. Overhead is added to limits of memory.
 	Memory   int64 `json:"memory,omitempty"`
 	VCPUs    int   `json:"vcpus,omitempty"`
 	Overhead int64 `json:"overhead,omitempty"`
@@ -68,9 +72,9 @@ type limits struct {
 	period        uint64
 }
 
-// newSizing reads what a pod says of its size. Resources and overhead may be nil.
-// Errors wrap ErrInvalidArgument.
-func newSizing(cfg *config.Settings, o overrides, res, overhead *runtime.LinuxContainerResources) (sizing, error) {
+// newSizing reads what a pod says of its size. Resources may be nil. Errors wrap
+// ErrInvalidArgument.
+func newSizing(cfg *config.Settings, o overrides, res *runtime.LinuxContainerResources) (sizing, error) {
 	s := sizing{
 		Overhead:    cfg.MemoryOverhead,
 		Default:     vmm.Size{VCPUs: cfg.DefaultVCPUs, MemoryBytes: cfg.DefaultMemory},
@@ -80,35 +84,32 @@ func newSizing(cfg *config.Settings, o overrides, res, overhead *runtime.LinuxCo
 	}
 	maxVCPUsBy := "max_vcpus"
 	if o.maxVCPUs > 0 {
-		s.Max.VCPUs, maxVCPUsBy = o.maxVCPUs, o.said[annotMaxVCPUs].key
+		s.Max.VCPUs, maxVCPUsBy = o.maxVCPUs, o.said[annotation.MaxVCPUs].key
 		s.Default.VCPUs = min(s.Default.VCPUs, o.maxVCPUs)
 	}
 	if o.maxMemory > 0 {
-		s.Max.MemoryBytes, s.MaxMemoryBy = o.maxMemory/config.Granule*config.Granule, o.said[annotMaxMemory].key
+		s.Max.MemoryBytes, s.MaxMemoryBy = o.maxMemory/config.Granule*config.Granule, o.said[annotation.MaxMemory].key
 		s.Default.MemoryBytes = min(s.Default.MemoryBytes, s.Max.MemoryBytes)
 	}
 	if o.fixedMemory {
-		s.FixedMemory = o.said[annotVirtioMem].key
+		s.FixedMemory = o.said[annotation.VirtioMem].key
 	}
 	var errs []error
 	if s.Default.VCPUs = cmp.Or(o.vcpus, s.Default.VCPUs); s.Default.VCPUs > s.Max.VCPUs {
 		errs = append(errs, fmt.Errorf("%s: must be from 1 to %d (%s): %w",
-			o.said[annotVCPUs], s.Max.VCPUs, maxVCPUsBy, errdefs.ErrInvalidArgument))
+			o.said[annotation.VCPUs], s.Max.VCPUs, maxVCPUsBy, errdefs.ErrInvalidArgument))
 	}
 	if s.Default.MemoryBytes = cmp.Or(o.memory, s.Default.MemoryBytes); s.Default.MemoryBytes > s.Max.MemoryBytes {
 		errs = append(errs, fmt.Errorf("%s: must be at most %q (%s): %w",
-			o.said[annotMemory], config.FormatSize(s.Max.MemoryBytes), s.MaxMemoryBy, errdefs.ErrInvalidArgument))
+			o.said[annotation.Memory], config.FormatSize(s.Max.MemoryBytes), s.MaxMemoryBy, errdefs.ErrInvalidArgument))
 	}
-	s, err := s.with(res, overhead)
+	s, err := s.with(res)
 	return s, errors.Join(append(errs, err)...)
 }
 
 // with is the sizing after an update of the pod's limits; what is not said stays.
 // Errors wrap ErrInvalidArgument.
-func (s sizing) with(res, overhead *runtime.LinuxContainerResources) (sizing, error) {
-	if n := overhead.GetMemoryLimitInBytes(); n > 0 {
-		s.Overhead = n
-	}
+func (s sizing) with(res *runtime.LinuxContainerResources) (sizing, error) {
 	if n := res.GetMemoryLimitInBytes(); n > 0 {
 		s.Memory = n
 	}
@@ -176,6 +177,24 @@ func (s sizing) memory(containers []limits) (int64, error) {
 			what, want, s.Max.MemoryBytes, s.MaxMemoryBy, config.FormatSize(s.Max.MemoryBytes), s.Overhead, errdefs.ErrInvalidArgument)
 	}
 	return want, nil
+}
+
+// overhead is what a pod's RuntimeClass should state: memory_overhead, and what the
+// VMM takes beside its guest's memory.
+func (c *Controller) overhead() int64 {
+	return c.cfg.MemoryOverhead + c.host.OverheadBytes
+}
+
+// checkOverhead warns of a RuntimeClass whose overhead is too small, once for each.
+// 0 is none.
+func (c *Controller) checkOverhead(ctx context.Context, stated int64) {
+	if stated <= 0 || stated >= c.overhead() {
+		return
+	}
+	if _, told := c.overheads.LoadOrStore(stated, true); !told {
+		log.G(ctx).WithFields(log.Fields{"overhead_bytes": stated, "needed_bytes": c.overhead()}).
+			Warn("the overhead of the pod's RuntimeClass is too small: a pod that uses all of its limit may be killed by the host's kernel")
+	}
 }
 
 // addUp adds two numbers of which none is negative, up to what int64 holds.

@@ -8,9 +8,12 @@ import (
 	"testing"
 
 	"github.com/containerd/errdefs"
+	"github.com/containerd/log"
+	"github.com/sirupsen/logrus"
 	"github.com/stretchr/testify/require"
 	runtime "k8s.io/cri-api/pkg/apis/runtime/v1"
 
+	"github.com/cloudhv/containerd-cloudhv/controller/annotation"
 	"github.com/cloudhv/containerd-cloudhv/controller/config"
 	"github.com/cloudhv/containerd-cloudhv/vmpool/vmm"
 )
@@ -34,11 +37,11 @@ func cri(memory, quota, period int64) *runtime.LinuxContainerResources {
 func TestSizing(t *testing.T) {
 	t.Parallel()
 	for name, tc := range map[string]struct {
-		annotations   map[string]string
-		res, overhead *runtime.LinuxContainerResources
-		vcpus         int
-		memory        int64
-		bad           string
+		annotations map[string]string
+		res         *runtime.LinuxContainerResources
+		vcpus       int
+		memory      int64
+		bad         string
 	}{
 		"nothing said":                {vcpus: 1, memory: 256 * mib},
 		"no limits":                   {res: cri(0, -1, 100000), vcpus: 1, memory: 256 * mib},
@@ -47,8 +50,6 @@ func TestSizing(t *testing.T) {
 		"a fraction of a processor":   {res: cri(0, 1000, 100000), vcpus: 1, memory: 256 * mib},
 		"default period":              {res: cri(0, 300000, 0), vcpus: 3, memory: 256 * mib},
 		"another period":              {res: cri(0, 30000, 10000), vcpus: 3, memory: 256 * mib},
-		"overhead of the class":       {res: cri(512*mib, 0, 0), overhead: cri(100*mib, 0, 0), vcpus: 1, memory: 612 * mib},
-		"overhead without a limit":    {overhead: cri(100*mib, 0, 0), vcpus: 1, memory: 256 * mib},
 		"less than a guest needs":     {res: cri(4*mib, 0, 0), vcpus: 1, memory: 128 * mib},
 		"annotations":                 {annotations: map[string]string{"io.cloudhv.default_vcpus": "3", "io.cloudhv.default_memory": "300MiB"}, vcpus: 3, memory: 300 * mib},
 		"limits win over annotations": {annotations: map[string]string{"io.cloudhv.default_vcpus": "3", "io.cloudhv.default_memory": "300MiB"}, res: cri(512*mib, 200000, 0), vcpus: 2, memory: 576 * mib},
@@ -61,7 +62,7 @@ func TestSizing(t *testing.T) {
 		"both wrong":                  {res: cri(4<<30, 900000, 0), bad: "max_memory"},
 		"a lower bound":               {annotations: map[string]string{"io.cloudhv.default_maxmemory": "1GiB", "io.cloudhv.default_max_vcpus": "2"}, res: cri(960*mib, 200000, 0), vcpus: 2, memory: 1 << 30},
 		"memory over the bound":       {annotations: map[string]string{"io.cloudhv.default_maxmemory": "1GiB"}, res: cri(961*mib, 0, 0), bad: "io.cloudhv.default_maxmemory"},
-		"vcpus over the bound":        {annotations: map[string]string{kataPrefix + "default_max_vcpus": "2"}, res: cri(0, 200001, 0), vcpus: 2, memory: 256 * mib},
+		"vcpus over the bound":        {annotations: map[string]string{annotation.Kata + "default_max_vcpus": "2"}, res: cri(0, 200001, 0), vcpus: 2, memory: 256 * mib},
 		"the node's default bounded":  {annotations: map[string]string{"io.cloudhv.default_maxmemory": "200MiB"}, vcpus: 1, memory: 200 * mib},
 		"default over max":            {annotations: map[string]string{"io.cloudhv.default_maxmemory": "512MiB", "io.cloudhv.default_memory": "516MiB"}, bad: `annotation io.cloudhv.default_memory = "516MiB": must be at most "512MiB" (io.cloudhv.default_maxmemory)`},
 		"default vcpus over max":      {annotations: map[string]string{"io.cloudhv.default_max_vcpus": "1", "io.cloudhv.default_vcpus": "2"}, bad: `annotation io.cloudhv.default_vcpus = "2": must be from 1 to 1 (io.cloudhv.default_max_vcpus)`},
@@ -70,7 +71,7 @@ func TestSizing(t *testing.T) {
 			t.Parallel()
 			o, err := parseAnnotations(tc.annotations, sizingConfig())
 			require.NoError(t, err)
-			s, err := newSizing(sizingConfig(), o, tc.res, tc.overhead)
+			s, err := newSizing(sizingConfig(), o, tc.res)
 			var size vmm.Size
 			if err == nil {
 				size, err = s.size(nil)
@@ -122,7 +123,7 @@ func TestSizingWithContainers(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
-			s, err := newSizing(sizingConfig(), overrides{}, tc.pod, nil)
+			s, err := newSizing(sizingConfig(), overrides{}, tc.pod)
 			require.NoError(t, err)
 			size, err := s.size(tc.containers)
 			if tc.bad != "" {
@@ -139,18 +140,37 @@ func TestSizingWithContainers(t *testing.T) {
 // What an update does not mention stays.
 func TestSizingUpdated(t *testing.T) {
 	t.Parallel()
-	s, err := newSizing(sizingConfig(), overrides{}, cri(512*mib, 200000, 0), cri(100*mib, 0, 0))
+	s, err := newSizing(sizingConfig(), overrides{}, cri(512*mib, 200000, 0))
 	require.NoError(t, err)
-	same, err := s.with(nil, nil)
+	same, err := s.with(nil)
 	require.NoError(t, err)
 	require.Equal(t, s, same)
-	more, err := s.with(cri(1<<30, 0, 0), nil)
+	more, err := s.with(cri(1<<30, 0, 0))
 	require.NoError(t, err)
 	size, err := more.size(nil)
 	require.NoError(t, err)
-	require.Equal(t, vmm.Size{VCPUs: 2, MemoryBytes: 1<<30 + 100*mib}, size)
-	_, err = s.with(cri(0, 5, -5), nil)
+	require.Equal(t, vmm.Size{VCPUs: 2, MemoryBytes: 1<<30 + 64*mib}, size)
+	_, err = s.with(cri(0, 5, -5))
 	require.ErrorIs(t, err, errdefs.ErrInvalidArgument)
+}
+
+// A RuntimeClass whose overhead cannot hold a VMM is told of, once.
+func TestOverheadThatIsTooSmall(t *testing.T) {
+	n := newNode(t)
+	hooks := log.L.Logger.ReplaceHooks(logrus.LevelHooks{})
+	defer log.L.Logger.ReplaceHooks(hooks)
+	lines := &countLogs{}
+	log.L.Logger.AddHook(lines)
+	told := func(overhead int64) int64 {
+		before := lines.n.Load()
+		n.checkOverhead(t.Context(), overhead)
+		return lines.n.Load() - before
+	}
+	require.Zero(t, told(0), "none is stated")
+	require.Zero(t, told(n.overhead()))
+	require.EqualValues(t, 1, told(64*mib))
+	require.Zero(t, told(64*mib))
+	require.EqualValues(t, 1, told(n.overhead()-1))
 }
 
 // TestDocumentedSizes are the examples of docs/sizing.md, in its order.
@@ -161,7 +181,6 @@ func TestDocumentedSizes(t *testing.T) {
 	cfg.DefaultMemory, cfg.BaseMemory, cfg.MaxMemory = 512*mib, 512*mib, 32<<30
 	for i, tc := range []struct {
 		pod         *runtime.LinuxContainerResources
-		overhead    int64
 		annotations map[string]string
 		containers  []limits
 		memory      int64 // in MiB, 0 where the pod or the last container is refused
@@ -170,7 +189,6 @@ func TestDocumentedSizes(t *testing.T) {
 		{memory: 512, vcpus: 8},
 		{pod: cri(256*mib, 50000, 0), containers: []limits{{memory: 1 << 40}}, memory: 512, vcpus: 1},
 		{pod: cri(1024*mib, 250000, 0), containers: []limits{{}}, memory: 1088, vcpus: 3},
-		{pod: cri(1024*mib, 0, 0), overhead: 160 * mib, memory: 1184, vcpus: 8},
 		{annotations: map[string]string{"io.cloudhv.default_memory": "1GiB", "io.cloudhv.default_vcpus": "2"}, memory: 1024, vcpus: 2},
 		{pod: cri(2048*mib, 0, 0), annotations: map[string]string{"io.cloudhv.default_memory": "1GiB"}, memory: 2112, vcpus: 8},
 		{containers: []limits{{memory: 300 * mib}}, memory: 512, vcpus: 8},
@@ -184,7 +202,7 @@ func TestDocumentedSizes(t *testing.T) {
 	} {
 		o, err := parseAnnotations(tc.annotations, cfg)
 		require.NoError(t, err)
-		s, err := newSizing(cfg, o, tc.pod, cri(tc.overhead, 0, 0))
+		s, err := newSizing(cfg, o, tc.pod)
 		require.NoError(t, err)
 		size, err := s.size(tc.containers)
 		if tc.memory == 0 {

@@ -62,6 +62,7 @@ func (c *Controller) Start(ctx context.Context, id string) (_ sandbox.Controller
 	if err := c.becomeReady(ctx, p, watch); err != nil {
 		return sandbox.ControllerInstance{}, err
 	}
+	c.enterPod(ctx, p)
 	return p.instance(), nil
 }
 
@@ -168,9 +169,6 @@ func (c *Controller) fitOut(ctx context.Context, p *pod, n *network.Network, wat
 	}
 	part("shim", func(ctx context.Context) error { return c.launchShim(ctx, p, vm) })
 	part("join", func(ctx context.Context) error { return c.joinNetwork(ctx, p, vm, n) })
-	if rec := p.snapshot(); rec.Cgroup != "" && rec.VM != nil && rec.VM.Cgroup != rec.Cgroup {
-		part("cgroup", func(ctx context.Context) error { return vm.SetCgroup(ctx, rec.Cgroup) })
-	}
 	g.Go(func() error { return c.prepareGuest(gctx, p, vm, n, watch) })
 	if err := g.Wait(); err != nil {
 		return err
@@ -199,14 +197,13 @@ func (c *Controller) readNetwork(ctx context.Context, p *pod) (*network.Network,
 	return n, nil
 }
 
-// joinNetwork joins the pod's network to the VM, and plugs in the devices that it
+// joinNetwork joins the pod's network to the VM, and plugs in the devices that the VM
 // does not have yet.
 func (c *Controller) joinNetwork(ctx context.Context, p *pod, vm vmm.VM, n *network.Network) error {
-	if len(n.Interfaces) == 0 {
-		return nil
-	}
-	if err := c.network.Join(ctx, p.snapshot().NetNS, n, vm.ID()); err != nil {
-		return fmt.Errorf("pod network: %w", err)
+	if len(n.Interfaces) > 0 {
+		if err := c.network.Join(ctx, p.snapshot().NetNS, n, vm.ID()); err != nil {
+			return fmt.Errorf("pod network: %w", err)
+		}
 	}
 	ctx, cancel := context.WithTimeout(ctx, c.cfg.HotPlugTimeout)
 	defer cancel()
@@ -226,6 +223,13 @@ func (c *Controller) boot(ctx context.Context, p *pod, watch *stopwatch) (booted
 		return func() {}, fmt.Errorf("wait for other VMs to start: %w", err)
 	}
 	booted = func() { c.boots.Release(1) }
+	uid, err := c.users.Take(p.id)
+	if err != nil {
+		return booted, fmt.Errorf("start the VM: %w", err)
+	}
+	if err := p.update(func(r *record) { r.UID = uid }); err != nil {
+		return booted, err
+	}
 	rec := p.snapshot()
 	err = watch.time(ctx, "scratch", func(ctx context.Context) error { return c.scratch.make(ctx, rec.Scratch) })
 	if err != nil {
@@ -271,6 +275,7 @@ func (c *Controller) vmConfig(p *pod, rec *record) vmm.Config {
 		Max:          rec.Max,
 		ConsoleLimit: c.cfg.ConsoleLogLimit,
 		CgroupPath:   rec.Cgroup,
+		UID:          rec.UID,
 	}
 }
 
@@ -286,6 +291,8 @@ func (c *Controller) launchShim(ctx context.Context, p *pod, vm vmm.VM) error {
 		return err
 	}
 	rec := p.snapshot()
+	forward := c.listenForForwards(ctx, rec.NetNS)
+	defer forward.Close() //nolint:errcheck // the shim has its own
 	s, err := startShim(ctx, p, program, shimapi.Config{
 		SandboxID:     p.id,
 		Namespace:     rec.Namespace,
@@ -293,7 +300,7 @@ func (c *Controller) launchShim(ctx context.Context, p *pod, vm vmm.VM) error {
 		GuestEndpoint: vm.PodEndpoint(),
 		TTRPCAddress:  c.ttrpc,
 		Debug:         c.cfg.Debug,
-	})
+	}, forward.Listeners)
 	if err != nil {
 		return err
 	}
@@ -303,8 +310,21 @@ func (c *Controller) launchShim(ctx context.Context, p *pod, vm vmm.VM) error {
 	return p.updateLocked(func(r *record) { r.Shim = &s.id })
 }
 
-// prepareGuest waits for the guest, makes its VM as large as the pod, and
-// configures it.
+// listenForForwards makes the near end of the pod's port-forwards. A pod whose host
+// cannot have it runs without.
+func (c *Controller) listenForForwards(ctx context.Context, netns string) *network.Forward {
+	if netns == "" {
+		return &network.Forward{}
+	}
+	forward, err := c.network.Listen(ctx, netns)
+	if err != nil {
+		log.G(ctx).WithError(err).Warn("port-forward to this pod is not possible")
+		return &network.Forward{}
+	}
+	return forward
+}
+
+// prepareGuest waits for the guest, makes its VM as large as the pod, and configures it.
 func (c *Controller) prepareGuest(ctx context.Context, p *pod, vm vmm.VM, n *network.Network, watch *stopwatch) error {
 	var guest guestInfo
 	err := watch.time(ctx, "guest", func(ctx context.Context) (err error) {

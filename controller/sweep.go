@@ -20,6 +20,7 @@ import (
 	"golang.org/x/sync/errgroup"
 
 	"github.com/cloudhv/containerd-cloudhv/vmpool/process"
+	"github.com/cloudhv/containerd-cloudhv/vmpool/vmm"
 )
 
 // sweep removes what no record claims: scratch disks and processes. Both
@@ -31,6 +32,7 @@ func (c *Controller) sweep(ctx context.Context) error {
 	}
 
 	c.killStrays(ctx, c.cfg.StateDir, c.scratch.dir, filepath.Join(c.cfg.CacheDir, poolScratch))
+	c.sweepGroups(ctx)
 	entries, err := os.ReadDir(c.scratch.dir)
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil
@@ -41,11 +43,12 @@ func (c *Controller) sweep(ctx context.Context) error {
 	var errs []error
 	for _, e := range entries {
 		path := filepath.Join(c.scratch.dir, e.Name())
-		if claimed[path] {
+		disk := strings.TrimSuffix(path, vmm.DisksDir(""))
+		if claimed[disk] {
 			continue
 		}
 		log.G(ctx).WithField("path", path).Info("removing a scratch disk that nobody claims")
-		errs = append(errs, removeScratch(path))
+		errs = append(errs, removeScratch(disk))
 	}
 	return errors.Join(errs...)
 }
@@ -143,7 +146,8 @@ func (c *Controller) findProcesses(paths []string) []int {
 func (c *Controller) isOurs(exe string) bool {
 	name := filepath.Base(strings.TrimSuffix(exe, " (deleted)"))
 	return name == filepath.Base(c.cfg.Shim) || strings.HasPrefix(name, "qemu-") || name == "cloud-hypervisor" ||
-		c.cfg.QEMUBinary != "" && name == filepath.Base(c.cfg.QEMUBinary)
+		c.cfg.QEMUBinary != "" && name == filepath.Base(c.cfg.QEMUBinary) ||
+		c.cfg.CloudHypervisorBinary != "" && name == filepath.Base(c.cfg.CloudHypervisorBinary)
 }
 
 // namesPath is true if an argument of a command line contains the path, or one

@@ -119,6 +119,7 @@ func (c *Controller) adopt(ctx context.Context, p *pod, vm vmm.VM) error {
 		return vm.Close()
 	}
 	log.G(ctx).WithFields(log.Fields{"pid": vm.State().Pid, "shim": s.id.Pid}).Info("took up sandbox")
+	c.enterPod(ctx, p)
 	if p.snapshot().Resizing {
 		go c.endResize(context.WithoutCancel(ctx), p)
 	}

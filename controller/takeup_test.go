@@ -63,7 +63,7 @@ func TestAVMThatDoesNotAnswerInTimeRunsOn(t *testing.T) {
 	_, err = n.Metrics(n.ctx(), "a")
 	require.NoError(t, err)
 
-	grow := extension(t, &runtime.LinuxContainerResources{MemoryLimitInBytes: 1 << 30}, nil)
+	grow := extension(t, &runtime.LinuxContainerResources{MemoryLimitInBytes: 1 << 30})
 	err = n.Update(n.ctx(), "a", grow, "extensions")
 	require.ErrorIs(t, err, errdefs.ErrUnavailable)
 	require.ErrorContains(t, err, "taken up")

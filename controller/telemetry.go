@@ -56,7 +56,7 @@ const (
 
 var (
 	startPhases = []string{
-		"network", "acquire", "queue", "scratch", "boot", "shim", "guest", "join", "resize", "cgroup", "configure",
+		"network", "acquire", "queue", "scratch", "boot", "shim", "guest", "join", "resize", "configure",
 	}
 	// checkPhase is a part of acquire. A start goes on without it, so it has no failures.
 	checkPhase     = "check"

@@ -23,9 +23,8 @@ import (
 // what a pod is to have from now on.
 const resourcesKey = "updated-resources"
 
-// updatedResources is that extension; CRI's own type is internal to it.
+// updatedResources is of that extension what concerns a VM; CRI's own type is internal to it.
 type updatedResources struct {
-	Overhead  *runtime.LinuxContainerResources
 	Resources *runtime.LinuxContainerResources
 }
 
@@ -48,7 +47,7 @@ func (c *Controller) Update(ctx context.Context, id string, info sandbox.Sandbox
 		return fmt.Errorf("decode %s: %w: %w", resourcesKey, err, errdefs.ErrInvalidArgument)
 	}
 	return c.resize(ctx, p, func(rec *record) (sizing, vmm.Size, error) {
-		s, err := rec.sizing().with(res.Resources, res.Overhead)
+		s, err := rec.sizing().with(res.Resources)
 		if err != nil {
 			return s, vmm.Size{}, err
 		}

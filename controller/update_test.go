@@ -22,9 +22,9 @@ import (
 )
 
 // extension is how CRI passes updated resources; the type's name is its own.
-func extension(t *testing.T, res, overhead *runtime.LinuxContainerResources) sandbox.Sandbox {
+func extension(t *testing.T, res *runtime.LinuxContainerResources) sandbox.Sandbox {
 	t.Helper()
-	data, err := json.Marshal(updatedResources{Overhead: overhead, Resources: res})
+	data, err := json.Marshal(updatedResources{Resources: res})
 	require.NoError(t, err)
 	return sandbox.Sandbox{Extensions: map[string]typeurl.Any{resourcesKey: criAny(data)}}
 }
@@ -38,7 +38,7 @@ func TestUpdateResizesTheVM(t *testing.T) {
 	p := n.run("a")
 	m := n.driver.only(t)
 	update := func(memory, quota int64) error {
-		return n.Update(n.ctx(), "a", extension(t, &runtime.LinuxContainerResources{MemoryLimitInBytes: memory, CpuQuota: quota}, nil), "extensions")
+		return n.Update(n.ctx(), "a", extension(t, &runtime.LinuxContainerResources{MemoryLimitInBytes: memory, CpuQuota: quota}), "extensions")
 	}
 	require.NoError(t, update(1024*mib, 300000))
 	require.Equal(t, vmm.Size{VCPUs: 3, MemoryBytes: 1088 * mib}, m.size)
@@ -69,7 +69,7 @@ func TestUpdateResizesTheVM(t *testing.T) {
 	require.Equal(t, int64(576*mib), p.snapshot().Size.MemoryBytes)
 
 	require.NoError(t, n.Update(n.ctx(), "a", sandbox.Sandbox{}, "labels"))
-	require.NoError(t, n.Update(n.ctx(), "a", extension(t, nil, nil), "labels"))
+	require.NoError(t, n.Update(n.ctx(), "a", extension(t, nil), "labels"))
 	bad := sandbox.Sandbox{Extensions: map[string]typeurl.Any{resourcesKey: criAny([]byte("{"))}}
 	require.ErrorIs(t, n.Update(n.ctx(), "a", bad), errdefs.ErrInvalidArgument)
 	m.agent.resize = nil
@@ -83,7 +83,7 @@ func TestUpdateThatTheGuestRefuses(t *testing.T) {
 	p := n.run("a")
 	m := n.driver.only(t)
 	update := func(memory, quota int64) error {
-		return n.Update(n.ctx(), "a", extension(t, cri(memory, quota, 0), nil), "extensions")
+		return n.Update(n.ctx(), "a", extension(t, cri(memory, quota, 0)), "extensions")
 	}
 	require.NoError(t, update(1024*mib, 200000))
 	before := vmm.Size{VCPUs: 2, MemoryBytes: 1088 * mib}
@@ -185,7 +185,7 @@ func TestContainersResizeTheVM(t *testing.T) {
 	require.ErrorIs(t, n.resizeFor("b", false, one), errdefs.ErrNotFound)
 
 	// The pod's own limit, once there is one, is what counts.
-	require.NoError(t, n.Update(n.ctx(), "a", extension(t, cri(512*mib, 0, 0), nil), "extensions"))
+	require.NoError(t, n.Update(n.ctx(), "a", extension(t, cri(512*mib, 0, 0)), "extensions"))
 	require.NoError(t, n.resizeFor("a", true, limits{memory: 1 << 30, quota: 200000}))
 	require.Equal(t, vmm.Size{VCPUs: 2, MemoryBytes: 576 * mib}, m.size)
 

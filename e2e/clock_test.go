@@ -24,15 +24,6 @@ import (
 // standstill is how long a VM stands still.
 const standstill = 4 * time.Second
 
-// cont undoes hang.
-func (p *pod) cont() {
-	p.t.Helper()
-	conn := p.monitor()
-	defer conn.Close()
-	_, err := conn.WriteString(`{"execute":"cont","id":"e2e"}` + "\n")
-	require.NoError(p.t, err)
-}
-
 // awaitClock waits until the guest's clock is right, and returns how far it was off
 // when it was asked first.
 func (p *pod) awaitClock(limit time.Duration) time.Duration {
@@ -104,7 +95,9 @@ func TestClock(t *testing.T) {
 		time.Sleep(standstill)
 		p.cont()
 		p.awaitClock(5 * time.Second)
-		awaitStep(t, before)
+		if !suite.kvm { // where the processor's own counter goes on meanwhile, and the guest's clock by it
+			awaitStep(t, before)
+		}
 	})
 	for _, by := range []string{"1h", "-36h", "300ms"} {
 		t.Run("it is set by "+by, func(t *testing.T) {
@@ -117,9 +110,9 @@ func TestClock(t *testing.T) {
 	t.Run("containerd is away", func(t *testing.T) {
 		vm := filepath.Dir(p.info().VMMLog)
 		require.NoError(t, p.n.Kill(testContext(t)))
-		control(t, vm, "stop")
+		control(t, vm, stop)
 		time.Sleep(standstill)
-		control(t, vm, "cont")
+		control(t, vm, cont)
 		require.NoError(t, p.n.Start(testContext(t)))
 		p.awaitClock(10 * time.Second)
 	})
@@ -128,6 +121,10 @@ func TestClock(t *testing.T) {
 // control has the VMM do something over its monitor, which nobody else has.
 func control(t *testing.T, vm, command string) {
 	t.Helper()
+	if socket := filepath.Join(vm, "api.sock"); exists(socket) {
+		require.NoError(t, askCloudHypervisor(socket, command))
+		return
+	}
 	conn, err := net.Dial("unix", filepath.Join(vm, "qmp.sock"))
 	require.NoError(t, err)
 	defer conn.Close()

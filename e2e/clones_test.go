@@ -27,9 +27,6 @@ import (
 )
 
 const (
-	// clones is how many VMs of one snapshot are compared, and clonesAtOnce how many
-	// of them there are at a time.
-	clones, clonesAtOnce = 64, 4
 	// clockError is by how much a guest's clock may be off.
 	clockError = 50 * time.Millisecond
 	timePort   = 7000
@@ -120,26 +117,49 @@ func lookAt(ctx context.Context, n *testnode.Node, i int) (c clone, retErr error
 	if err != nil {
 		return c, err
 	}
+	log := filepath.Join(cfg.GetLogDirectory(), box.GetLogPath())
 	off, boot, err := guestTime(ctx, ips[0])
 	if err != nil {
-		return c, err
+		text, _ := os.ReadFile(log)
+		return c, fmt.Errorf("%w; pod %s has printed %q", err, id, text)
 	}
 	c.off = off
-	lines, err := readLog(filepath.Join(cfg.GetLogDirectory(), box.GetLogPath()))
+	// What was printed before may come later than an answer by the network.
+	for {
+		c.who, err = drawn(n, id, log)
+		if err == nil || ctx.Err() != nil {
+			break
+		}
+		time.Sleep(50 * time.Millisecond)
+	}
 	if err != nil {
 		return c, err
-	}
-	c.who = map[string]string{}
-	for _, l := range lines {
-		name, value, _ := strings.Cut(l.text, " ")
-		c.who[name] = value
-	}
-	if m := machineIDInLog.FindStringSubmatch(consoles(n)[id]); m != nil {
-		c.who["machine_id"] = m[1]
 	}
 	_, again, err := guestTime(ctx, ips[0])
 	c.rate = again - boot
 	return c, err
+}
+
+// drawn is what a pod's programs drew. It is an error if some of it is not there yet.
+func drawn(n *testnode.Node, pod, log string) (map[string]string, error) {
+	lines, err := readLog(log)
+	if err != nil {
+		return nil, err
+	}
+	who := map[string]string{}
+	for _, l := range lines {
+		name, value, _ := strings.Cut(l.text, " ")
+		who[name] = value
+	}
+	if m := machineIDInLog.FindStringSubmatch(consoles(n)[pod]); m != nil {
+		who["machine_id"] = m[1]
+	}
+	for _, source := range draws {
+		if who[source] == "" {
+			return who, fmt.Errorf("it has drawn no %s: %v", source, who)
+		}
+	}
+	return who, nil
 }
 
 // consoles are the logs of the VMs' consoles, by the pod that their agent names.
@@ -172,25 +192,25 @@ func TestClones(t *testing.T) {
 	require.NoError(t, err)
 	require.NoError(t, n.Import(testContext(t), testimage.ClonesRef, img))
 	awaitOutcome(t, n, "miss").remove()
-	ctx, began := testContext(t), time.Now()
-	all, next := make([]clone, clones), make(chan int)
+	began := time.Now()
+	all, next := make([]clone, count.clones), make(chan int)
 	var wg sync.WaitGroup
-	for range clonesAtOnce {
+	for range count.clonesAtOnce {
 		wg.Go(func() {
 			for i := range next {
-				c, err := lookAt(ctx, n, i)
+				c, err := lookAt(testContext(t), n, i)
 				assert.NoError(t, err, "clone %d", i)
 				all[i] = c
 			}
 		})
 	}
-	for i := range clones {
+	for i := range count.clones {
 		next <- i
 	}
 	close(next)
 	wg.Wait()
 	require.False(t, t.Failed(), n.LogTail(4000))
-	t.Logf("%d clones in %s", clones, time.Since(began).Round(time.Second))
+	t.Logf("%d clones in %s", count.clones, time.Since(began).Round(time.Second))
 	seen := map[string]string{}
 	var worst time.Duration
 	for i, c := range all {

@@ -24,7 +24,7 @@ type ctlStatus struct {
 	Fit        bool     `json:"fit"`
 	Reasons    []string `json:"reasons"`
 	Hypervisor struct {
-		Name, Accelerator string
+		Name, Version, Accelerator string
 	} `json:"hypervisor"`
 	Pool struct {
 		On, Drained, Usable                                              bool
@@ -144,7 +144,7 @@ func ctlAgreesWithMetrics(t *testing.T, n *testnode.Node, address string) {
 	f := scrape(t, address)
 	assert.True(t, s.Fit)
 	assert.Empty(t, s.Reasons)
-	assert.Equal(t, "qemu", s.Hypervisor.Name)
+	assert.Equal(t, suite.vmm, s.Hypervisor.Name)
 	assert.True(t, s.Pool.On && s.Pool.Usable && !s.Pool.Drained)
 	for _, c := range []struct {
 		got    float64

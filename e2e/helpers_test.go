@@ -14,6 +14,7 @@ import (
 	"regexp"
 	"slices"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -45,11 +46,17 @@ func node(t *testing.T) *testnode.Node {
 		t.Skip(suite.skip)
 	}
 	require.NoError(t, suite.ctx.Err(), "interrupted")
+	if _, said := saidOn.LoadOrStore(t.Name(), true); !said && suite.on != "" {
+		t.Log("cloudhv: " + suite.on)
+	}
 	if suite.node.Pid() == 0 {
 		require.NoError(t, suite.node.Start(testContext(t)))
 	}
 	return suite.node
 }
+
+// saidOn are the tests that have said what they run on.
+var saidOn sync.Map
 
 // requireCloudHV skips a test of our handler when it is not under test.
 func requireCloudHV(t *testing.T) {

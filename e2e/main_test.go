@@ -9,12 +9,15 @@
 // a skip; E2E_TIME_FACTOR stretches all time limits; E2E_HANDLERS chooses
 // handlers ("runc,cloudhv"); E2E_BIN and E2E_GUEST are used instead of build/bin and build/guest; E2E_NAME names the
 // node, for two runs at once; E2E_KEEP=1
-// leaves the node's directory behind after a failure.
+// leaves the node's directory behind after a failure; E2E_VMM chooses the
+// hypervisor, and E2E_ACCELERATOR says what it has to run with; E2E_COUNTS=small
+// takes fewer pods and bytes; E2E_PROGRAMS is where the tests' own programs lie ready.
 package e2e
 
 import (
 	"cmp"
 	"context"
+	"encoding/json"
 	"errors"
 	"flag"
 	"fmt"
@@ -46,6 +49,10 @@ var suite struct {
 	// before is the census that must be the same in the end.
 	before testnode.Census
 	helper []byte
+	// vmm is the hypervisor's driver; on is all that our handler's pods run on, for people.
+	vmm, on string
+	// kvm is true where pods run on the processor itself, not in software emulation.
+	kvm bool
 }
 
 func TestMain(m *testing.M) {
@@ -65,6 +72,7 @@ func runSuite(m *testing.M) int {
 	opts := nodeOptions(cmp.Or(os.Getenv("E2E_NAME"), "e2e"))
 	// No VM is ready, each is restored: a census needs a node that is at rest.
 	opts.CloudHV = map[string]any{"pool": map[string]any{"min": 0, "max": 0}}
+	opts.NRI = true
 	if reason := unfit(opts); reason != "" {
 		if os.Getenv("E2E_REQUIRE") == "1" {
 			fmt.Fprintln(os.Stderr, "the end-to-end tests cannot run:", reason)
@@ -154,9 +162,6 @@ func prepare(ctx context.Context, n *testnode.Node) error {
 	if suite.helper, err = testimage.BuildHelper(n.Repo(), n.Dir("tmp")); err != nil {
 		return err
 	}
-	if err := os.Remove(n.Dir("tmp", "helper")); err != nil {
-		return err
-	}
 	images := map[string]func([]byte) (v1.Image, error){testimage.HelperRef: testimage.Helper}
 	if run := flag.Lookup("test.run").Value.String(); run == "" || run == "." || strings.Contains(run, "RootFS") {
 		images[testimage.NastyRef] = testimage.Nasty // half a minute's work
@@ -186,9 +191,33 @@ func prepare(ctx context.Context, n *testnode.Node) error {
 		if err := testnode.Eventually(made, func(ctx context.Context) error { return snapshotMade(ctx, n) }); err != nil {
 			return err
 		}
+		if err := lookAtHypervisor(ctx, n); err != nil {
+			return err
+		}
 	}
 	suite.before, err = settled(ctx, n)
 	return err
+}
+
+// lookAtHypervisor notes what the pods run on, and fails if it is not what the
+// environment wants.
+func lookAtHypervisor(ctx context.Context, n *testnode.Node) error {
+	out, errOut, err := n.Ctl(ctx, "-o", "json", "status")
+	if err != nil {
+		return fmt.Errorf("asking for the hypervisor: %w: %s", err, errOut)
+	}
+	var st ctlStatus
+	if err := json.Unmarshal([]byte(out), &st); err != nil {
+		return fmt.Errorf("asking for the hypervisor: %w", err)
+	}
+	h := st.Hypervisor
+	suite.vmm, suite.kvm = h.Name, h.Accelerator == "kvm"
+	suite.on = fmt.Sprintf("%s %s, accelerator %s", h.Name, h.Version, h.Accelerator)
+	fmt.Fprintf(os.Stderr, "hypervisor: %s\n", suite.on)
+	if want := os.Getenv("E2E_ACCELERATOR"); want != "" && want != h.Accelerator {
+		return fmt.Errorf("the hypervisor runs with %s, want %s: %w", h.Accelerator, want, errdefs.ErrFailedPrecondition)
+	}
+	return nil
 }
 
 // snapshotMade fails until the base snapshot is there, and has been read.

@@ -234,6 +234,7 @@ func startTrace(t *testing.T, otlp *collector) {
 		start+` > cloudhv\.start\.acquire`, start+` > cloudhv\.start\.acquire > cloudhv\.pool\.acquire > cloudhv\.pool\.hand_over`,
 		start+` > cloudhv\.start\.configure > cloudhv\.guest\.clock`, start+` > cloudhv\.start\.configure > cloudhv\.guest\.network`,
 		create+` > cloudhv\.task\.create > cloudhv\.task\.create\.guest > cloudhv\.guest\.crun create`,
+		create+` > cloudhv\.task\.create > cloudhv\.task\.create\.guest > cloudhv\.guest\.image`,
 		create+` > cloudhv\.task\.create > cloudhv\.task\.create\.image`, create+` > cloudhv\.host\.v1\.Host/AttachRootFS`,
 		`runtime\.v1\.RuntimeService/StartContainer > .*Task/Start > cloudhv\.task\.start`,
 		`runtime\.v1\.RuntimeService/ExecSync > .*Task/Start > cloudhv\.task\.exec`,

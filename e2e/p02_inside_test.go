@@ -189,28 +189,33 @@ var insideCases = []insideCase{
 func TestInsideContainer(t *testing.T) {
 	forHandlers(t, func(t *testing.T, h string) {
 		p := newPod(t, h, func(cfg *runtimeapi.PodSandboxConfig) { cfg.Hostname = "inside-pod" })
-		for i, tc := range insideCases {
-			t.Run(tc.name, func(t *testing.T) {
-				sub := *p
-				sub.t = t
-				cfg := shellConfig(fmt.Sprintf("c%d", i), tc.script)
-				if tc.change != nil {
-					tc.change(cfg)
-				}
-				c := sub.start(cfg)
-				st := c.awaitExit()
-				lines, err := readLog(c.log)
-				require.NoError(t, err)
-				var got strings.Builder
-				for _, l := range lines {
-					got.WriteString(l.text + "\n")
-				}
-				require.Equal(t, tc.want, got.String())
-				require.Zero(t, st.GetExitCode())
-				require.NoError(t, p.n.RemoveContainer(testContext(t), c.id))
-			})
-		}
+		p.inside(t, insideCases)
 	})
+}
+
+// inside runs a container for each case, and compares what it prints.
+func (p *pod) inside(t *testing.T, cases []insideCase) {
+	for i, tc := range cases {
+		t.Run(tc.name, func(t *testing.T) {
+			sub := *p
+			sub.t = t
+			cfg := shellConfig(fmt.Sprintf("c%d", i), tc.script)
+			if tc.change != nil {
+				tc.change(cfg)
+			}
+			c := sub.start(cfg)
+			st := c.awaitExit()
+			lines, err := readLog(c.log)
+			require.NoError(t, err)
+			var got strings.Builder
+			for _, l := range lines {
+				got.WriteString(l.text + "\n")
+			}
+			require.Equal(t, tc.want, got.String())
+			require.Zero(t, st.GetExitCode())
+			require.NoError(t, p.n.RemoveContainer(testContext(t), c.id))
+		})
+	}
 }
 
 // TestInsidePrivileged checks a privileged container: it has all capabilities of

@@ -16,15 +16,7 @@ import (
 	"github.com/cloudhv/containerd-cloudhv/e2e/testimage/pattern"
 )
 
-const (
-	// bulk is what goes over TCP each way between two ends, and bulk6 the same over
-	// IPv6, which differs too little to take as long again in software emulation;
-	// smaller goes where it is only to be seen that they reach each other.
-	bulk    = 100 << 20
-	bulk6   = 16 << 20
-	smaller = 4 << 20
-	port    = "8000"
-)
+const port = "8000"
 
 // TestNetwork is point 4.
 func TestNetwork(t *testing.T) {
@@ -38,20 +30,20 @@ func TestNetwork(t *testing.T) {
 		b.start(helperConfig("server", "serve", port)).awaitLine("listening")
 		for i, family := range []string{"IPv4", "IPv6"} {
 			t.Run(family, func(t *testing.T) {
-				localhost, large := []string{"127.0.0.1", "::1"}[i], []int64{bulk, bulk6}[i]
+				localhost, large := []string{"127.0.0.1", "::1"}[i], []int64{count.bulk, count.bulk6}[i]
 				hosts := a.n.HostIPs()
 				if i >= len(hosts) {
 					t.Skip("NOT TESTED: this host has no " + family)
 				}
 				ipA, ipB := a.ips()[i], b.ips()[i]
 				host := hostServer(t, hosts[i])
-				inA.transfer(t, "container to container", net.JoinHostPort(localhost, port), smaller)
+				inA.transfer(t, "container to container", net.JoinHostPort(localhost, port), count.smaller)
 				inB.transfer(t, "pod to pod", net.JoinHostPort(ipA, port), large)
-				inA.transfer(t, "pod to pod, back", net.JoinHostPort(ipB, port), smaller)
+				inA.transfer(t, "pod to pod, back", net.JoinHostPort(ipB, port), count.smaller)
 				inA.transfer(t, "pod to host", host, large)
-				inB.transfer(t, "the other pod to host", host, smaller)
+				inB.transfer(t, "the other pod to host", host, count.smaller)
 				hostTransfer(t, "host to pod", net.JoinHostPort(ipA, port), large)
-				hostTransfer(t, "host to the other pod", net.JoinHostPort(ipB, port), smaller)
+				hostTransfer(t, "host to the other pod", net.JoinHostPort(ipB, port), count.smaller)
 			})
 		}
 	})

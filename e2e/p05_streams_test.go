@@ -24,13 +24,8 @@ import (
 	"github.com/cloudhv/containerd-cloudhv/e2e/testnode"
 )
 
-const (
-	// outputBytes and inputBytes are what point 5 asks for.
-	outputBytes = 200 << 20
-	inputBytes  = 50 << 20
-	// bounded is by how much memory may grow while a reader stalls.
-	bounded = 8 << 20
-)
+// bounded is by how much memory may grow while a reader stalls.
+const bounded = 8 << 20
 
 // stallingWriter sums up what it gets. After so many bytes it calls stall once.
 type stallingWriter struct {
@@ -73,10 +68,10 @@ func TestOutputToStallingReader(t *testing.T) {
 			least = min(least, c.guestMemory())
 		}}
 		var errOut strings.Builder
-		require.NoError(t, c.stream(remotecommand.StreamOptions{Stdout: out, Stderr: &errOut}, testimage.HelperPath, "gen", strconv.Itoa(outputBytes), "9"))
-		require.Equal(t, int64(outputBytes), out.n)
-		require.Equal(t, pattern.Sum(9, outputBytes), out.sum.String())
-		require.Equal(t, pattern.Line(9, outputBytes)+"\n", errOut.String())
+		require.NoError(t, c.stream(remotecommand.StreamOptions{Stdout: out, Stderr: &errOut}, testimage.HelperPath, "gen", strconv.FormatInt(count.outputBytes, 10), "9"))
+		require.Equal(t, count.outputBytes, out.n)
+		require.Equal(t, pattern.Sum(9, count.outputBytes), out.sum.String())
+		require.Equal(t, pattern.Line(9, count.outputBytes)+"\n", errOut.String())
 		if h == testnode.CloudHV {
 			t.Logf("%d KiB of the guest's memory were taken", (before-least)>>10)
 			require.Less(t, before-least, int64(bounded), "memory taken in the guest while the reader stalled")
@@ -93,7 +88,7 @@ func TestLogToStoppedContainerd(t *testing.T) {
 		p.start(helperConfig("memory", "memd", port)).awaitLine("listening")
 		addr := net.JoinHostPort(p.ips()[0], port)
 		before := askMemory(t, addr)
-		c := p.start(helperConfig("c", "gen", strconv.Itoa(outputBytes), "10"))
+		c := p.start(helperConfig("c", "gen", strconv.FormatInt(count.outputBytes, 10), "10"))
 		c.awaitLog(func(l []logLine) bool { return len(l) > 100 })
 		require.NoError(t, syscall.Kill(p.n.Pid(), syscall.SIGSTOP))
 		t.Cleanup(func() { _ = syscall.Kill(p.n.Pid(), syscall.SIGCONT) })
@@ -113,8 +108,8 @@ func TestLogToStoppedContainerd(t *testing.T) {
 			// It cannot fail.
 			_, _ = io.WriteString(&sum, l.text+"\n")
 		}))
-		require.Equal(t, pattern.Sum(10, outputBytes), sum.String())
-		require.Equal(t, pattern.Line(10, outputBytes), errLine)
+		require.Equal(t, pattern.Sum(10, count.outputBytes), sum.String())
+		require.Equal(t, pattern.Line(10, count.outputBytes), errLine)
 		if h == testnode.CloudHV {
 			t.Logf("%d KiB of the guest's memory were taken", (before-least)>>10)
 			require.Less(t, before-least, int64(bounded), "memory taken in the guest while the log stood still")
@@ -142,15 +137,15 @@ func TestInput(t *testing.T) {
 		p := newPod(t, h)
 		c := p.idle("c")
 		var out strings.Builder
-		require.NoError(t, c.stream(remotecommand.StreamOptions{Stdin: pattern.New(11, inputBytes), Stdout: &out}, testimage.HelperPath, "sink"))
-		require.Equal(t, pattern.Line(11, inputBytes)+"\n", out.String())
+		require.NoError(t, c.stream(remotecommand.StreamOptions{Stdin: pattern.New(11, count.inputBytes), Stdout: &out}, testimage.HelperPath, "sink"))
+		require.Equal(t, pattern.Line(11, count.inputBytes)+"\n", out.String())
 
 		cfg := helperConfig("sink", "sink")
 		cfg.Stdin, cfg.StdinOnce = true, true
 		sink := p.start(cfg)
-		require.NoError(t, sink.attach(remotecommand.StreamOptions{Stdin: pattern.New(12, inputBytes), Stdout: io.Discard, Stderr: io.Discard}))
+		require.NoError(t, sink.attach(remotecommand.StreamOptions{Stdin: pattern.New(12, count.inputBytes), Stdout: io.Discard, Stderr: io.Discard}))
 		require.Zero(t, sink.awaitExit().GetExitCode())
-		sink.awaitLine(pattern.Line(12, inputBytes))
+		sink.awaitLine(pattern.Line(12, count.inputBytes))
 	})
 }
 

@@ -16,29 +16,24 @@ import (
 	"github.com/cloudhv/containerd-cloudhv/e2e/testnode"
 )
 
-const (
-	churnPods   = 20
-	churnRounds = 3
-)
-
 // TestChurn is point 8: nothing fails, and nothing is left of it.
 func TestChurn(t *testing.T) {
 	forHandlers(t, func(t *testing.T, h string) {
 		n := node(t)
 		before, err := settled(testContext(t), n)
 		require.NoError(t, err)
-		for round := range churnRounds {
+		for round := range count.churnRounds {
 			start := time.Now()
-			errs := make(chan error, churnPods)
-			for i := range churnPods {
+			errs := make(chan error, count.churnPods)
+			for i := range count.churnPods {
 				go func() { errs <- churn(testContext(t), n, h, i) }()
 			}
-			for range churnPods {
+			for range count.churnPods {
 				if err := <-errs; err != nil {
 					t.Errorf("round %d: %v", round, err)
 				}
 			}
-			t.Logf("round %d: %d pods in %s", round, churnPods, time.Since(start).Round(time.Millisecond))
+			t.Logf("round %d: %d pods in %s", round, count.churnPods, time.Since(start).Round(time.Millisecond))
 		}
 		if err := n.AwaitCensus(testContext(t), before); err != nil {
 			t.Error(err)

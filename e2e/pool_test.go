@@ -41,11 +41,17 @@ func ownNode(t *testing.T, cfg map[string]any, change ...func(*testnode.Options)
 	return n
 }
 
-// podOn runs a pod on a node, and removes it when the test ends.
+// podOn runs a pod of ours on a node, and removes it when the test ends.
 func podOn(t *testing.T, n *testnode.Node) *pod {
 	t.Helper()
-	p := &pod{t: t, n: n, handler: testnode.CloudHV, cfg: n.PodConfig("pool")}
-	id, err := n.RunPod(testContext(t), p.cfg, testnode.CloudHV)
+	return podBy(t, n, testnode.CloudHV)
+}
+
+// podBy is podOn by any handler.
+func podBy(t *testing.T, n *testnode.Node, h string) *pod {
+	t.Helper()
+	p := &pod{t: t, n: n, handler: h, cfg: n.PodConfig("pool")}
+	id, err := n.RunPod(testContext(t), p.cfg, h)
 	require.NoError(t, err, n.LogTail(4000))
 	p.id = id
 	t.Cleanup(p.remove)

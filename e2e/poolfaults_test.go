@@ -4,6 +4,7 @@
 package e2e
 
 import (
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -24,6 +25,7 @@ import (
 
 	"github.com/cloudhv/containerd-cloudhv/e2e/testimage"
 	"github.com/cloudhv/containerd-cloudhv/e2e/testnode"
+	"github.com/cloudhv/containerd-cloudhv/vmpool/snapshot"
 )
 
 // smallVM makes templates small, for tests that make many.
@@ -237,7 +239,9 @@ func TestSnapshotFaults(t *testing.T) {
 	})
 	for name, spoil := range map[string]func(){
 		"altered memory": func() { overwrite(t, f.snapshotFile("memory"), 1<<20) },
-		"other version":  func() { replace(t, f.snapshotFile("manifest.json"), `"format":1`, `"format":99`) },
+		"other version": func() {
+			replace(t, f.snapshotFile("manifest.json"), fmt.Sprintf(`"format":%d`, snapshot.Format), `"format":99`)
+		},
 	} {
 		t.Run(name, func(t *testing.T) {
 			old := f.ready()
@@ -328,24 +332,31 @@ func fill(path string) error {
 	}
 }
 
-// brokenQEMU is a QEMU that restores nothing as long as a file is there.
-func brokenQEMU(t *testing.T) (binary, flag string) {
+// brokenVMM is the hypervisor under test, which restores nothing as long as a file is
+// there, as an option of the plugin's.
+func brokenVMM(t *testing.T) (option, binary, flag string) {
 	t.Helper()
-	qemu, err := exec.LookPath("qemu-system-x86_64")
+	option, program := "qemu_binary", "qemu-system-x86_64"
+	if suite.vmm == "cloudhypervisor" {
+		option, program = "cloud_hypervisor_binary", cmp.Or(os.Getenv("CLOUD_HYPERVISOR"), "cloud-hypervisor")
+	}
+	program, err := exec.LookPath(program)
 	require.NoError(t, err)
 	dir := t.TempDir()
-	binary, flag = filepath.Join(dir, "qemu"), filepath.Join(dir, "broken")
-	script := fmt.Sprintf("#!/bin/sh\nfor a; do\n\tif [ \"$a\" = -incoming ] && [ -e '%s' ]; then echo 'no restore today' >&2; exit 1; fi\ndone\nexec '%s' \"$@\"\n", flag, qemu)
+	binary, flag = filepath.Join(dir, "vmm"), filepath.Join(dir, "broken")
+	script := fmt.Sprintf("#!/bin/sh\nfor a; do\n\tcase $a in\n\t-incoming | --restore)\n"+
+		"\t\t[ ! -e '%s' ] || { echo 'no restore today' >&2; exit 1; } ;;\n\tesac\ndone\nexec '%s' \"$@\"\n", flag, program)
 	require.NoError(t, os.WriteFile(binary, []byte(script), 0o755))
-	return binary, flag
+	return option, binary, flag
 }
 
 // TestPoolFaults lets ready VMs fall silent, a crowd come to a pool that is empty, and
 // restores fail, one after the other on one node.
 func TestPoolFaults(t *testing.T) {
 	requireCloudHV(t)
-	binary, broken := brokenQEMU(t)
-	f := newFaultNode(t, map[string]any{"qemu_binary": binary}, map[string]any{"min": 1, "max": 1})
+	option, binary, broken := brokenVMM(t)
+	// A confined VMM runs no script.
+	f := newFaultNode(t, map[string]any{option: binary, "confinement": map[string]any{"enabled": false}}, map[string]any{"min": 1, "max": 1})
 	f.image()
 	f.awaitRest(1)
 	assert.Equal(t, "hit", f.serves())
@@ -406,15 +417,14 @@ func TestPoolFaults(t *testing.T) {
 // silence stops a ready VM's guest again whenever somebody makes it go on, until the
 // function that it returns is called. Its VMM answers.
 func (f *faultNode) silence(vm poolVM) (quiet func()) {
-	conn := monitorOf(f.t, f.Node, filepath.Join(vm.VM.Dir, "qmp.sock"))
+	give, done := orders(f.t, f.Node, vm.VM.Dir)
 	ctx, cancel := context.WithCancel(context.Background())
 	var wg sync.WaitGroup
 	wg.Go(func() {
-		defer conn.Close()
+		defer done()
 		for ctx.Err() == nil {
-			if _, err := conn.WriteString(`{"execute":"stop","id":"e2e"}` + "\n"); err != nil {
-				return
-			}
+			// It is in vain while it stands still, and when it has gone.
+			_ = give(stop)
 			time.Sleep(time.Millisecond)
 		}
 	})
@@ -424,9 +434,6 @@ func (f *faultNode) silence(vm poolVM) (quiet func()) {
 	}
 }
 
-// crowdSize is how many pods come at once, half of which have no time.
-const crowdSize = 24
-
 // crowd lets pods come all at once to a pool that has one VM. Those that have time are
 // served, and those that have none fail with the cause.
 func (f *faultNode) crowd() {
@@ -435,7 +442,7 @@ func (f *faultNode) crowd() {
 	var wg sync.WaitGroup
 	var ids []string
 	outcomes := map[bool]int{}
-	for i := range crowdSize {
+	for i := range count.crowd {
 		wg.Go(func() {
 			ctx, cancel := context.WithTimeout(context.Background(), testnode.Scale(3*time.Minute))
 			defer cancel()
@@ -461,9 +468,9 @@ func (f *faultNode) crowd() {
 		})
 	}
 	wg.Wait()
-	t.Logf("%d of %d pods with time and %d of as many without were served within %s", outcomes[false], crowdSize/2, outcomes[true],
+	t.Logf("%d of %d pods with time and %d of as many without were served within %s", outcomes[false], count.crowd/2, outcomes[true],
 		time.Since(began).Round(time.Millisecond))
-	assert.Equal(t, crowdSize/2, outcomes[false])
+	assert.Equal(t, count.crowd/2, outcomes[false])
 	for _, id := range ids {
 		ctx := testContext(t)
 		assert.NoError(t, errors.Join(f.StopPod(ctx, id), f.RemovePod(ctx, id)))

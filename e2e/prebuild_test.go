@@ -8,26 +8,20 @@ import (
 	"bytes"
 	"context"
 	"fmt"
-	"io"
-	"log"
-	"net/http"
-	"net/http/httptest"
 	"os"
 	"path/filepath"
 	"strings"
 	"testing"
 
-	"github.com/google/go-containerregistry/pkg/name"
-	"github.com/google/go-containerregistry/pkg/registry"
 	v1 "github.com/google/go-containerregistry/pkg/v1"
 	"github.com/google/go-containerregistry/pkg/v1/mutate"
-	"github.com/google/go-containerregistry/pkg/v1/partial"
 	"github.com/google/go-containerregistry/pkg/v1/static"
 	"github.com/google/go-containerregistry/pkg/v1/types"
 	"github.com/stretchr/testify/require"
 
 	"github.com/cloudhv/containerd-cloudhv/e2e/testimage"
 	"github.com/cloudhv/containerd-cloudhv/e2e/testnode"
+	"github.com/cloudhv/containerd-cloudhv/e2e/testregistry"
 )
 
 // prebuildNode is a node of the test's own whose option prebuild is as said.
@@ -55,46 +49,15 @@ func version(t *testing.T, text string) v1.Image {
 // startRegistry serves images on the loopback interface; it returns its address.
 func startRegistry(t *testing.T) string {
 	t.Helper()
-	s := httptest.NewServer(registry.New(registry.Logger(log.New(io.Discard, "", 0))))
-	t.Cleanup(s.Close)
-	return strings.TrimPrefix(s.URL, "http://")
-}
-
-// push puts an image into a registry.
-func push(t *testing.T, ref string, img v1.Image) {
-	t.Helper()
-	tag, err := name.NewTag(ref, name.Insecure)
-	require.NoError(t, err)
-	base := "http://" + tag.RegistryStr() + "/v2/" + tag.RepositoryStr()
-	send := func(method, url, mediaType string, body io.Reader) {
-		req, err := http.NewRequestWithContext(testContext(t), method, url, body)
-		require.NoError(t, err)
-		req.Header.Set("Content-Type", mediaType)
-		resp, err := http.DefaultClient.Do(req)
-		require.NoError(t, err)
-		defer resp.Body.Close()
-		require.Equal(t, http.StatusCreated, resp.StatusCode, url)
-	}
-	layers, err := img.Layers()
-	require.NoError(t, err)
-	config, err := partial.ConfigLayer(img)
-	require.NoError(t, err)
-	for _, l := range append(layers, config) {
-		digest, err := l.Digest()
-		require.NoError(t, err)
-		data, err := l.Compressed()
-		require.NoError(t, err)
-		send(http.MethodPost, base+"/blobs/uploads/?digest="+digest.String(), "application/octet-stream", data)
-	}
-	manifest, err := img.RawManifest()
-	require.NoError(t, err)
-	send(http.MethodPut, base+"/manifests/"+tag.TagStr(), string(types.OCIManifestSchema1), bytes.NewReader(manifest))
+	r := testregistry.Start()
+	t.Cleanup(r.Close)
+	return r.Address()
 }
 
 // pull puts an image into the registry and has crictl pull it.
 func pull(t *testing.T, n *testnode.Node, ref string, img v1.Image) {
 	t.Helper()
-	push(t, ref, img)
+	require.NoError(t, testregistry.Push(testContext(t), ref, img))
 	cli{t: t, n: n, ctx: testContext(t)}.run("pull", ref)
 }
 

@@ -7,6 +7,7 @@ import (
 	"bytes"
 	"context"
 	"flag"
+	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -15,6 +16,7 @@ import (
 
 	"github.com/pelletier/go-toml/v2"
 	"github.com/stretchr/testify/require"
+	"golang.org/x/sys/unix"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	"github.com/cloudhv/containerd-cloudhv/e2e/testnode"
@@ -92,7 +94,7 @@ func TestHostNetwork(t *testing.T) {
 	})
 }
 
-// TestMounts checks what may be bind mounted: for us a small file, and nothing
+// TestMounts checks what may be bind mounted: for us files and directories, and nothing
 // that would be dropped in silence.
 func TestMounts(t *testing.T) {
 	forHandlers(t, func(t *testing.T, h string) {
@@ -109,7 +111,12 @@ func TestMounts(t *testing.T) {
 		require.Equal(t, "640 12 34\n", c.sh("stat -c '%a %u %g' /etc/carried"))
 		require.Equal(t, "refused\n", c.sh("echo x 2>/dev/null > /etc/carried || echo refused"))
 
-		for name, host := range map[string]string{"directory": dir, "device": "/dev/null", "missing": filepath.Join(dir, "missing")} {
+		fifo, socket := filepath.Join(dir, "fifo"), filepath.Join(dir, "socket")
+		require.NoError(t, unix.Mkfifo(fifo, 0o600))
+		l, err := net.Listen("unix", socket)
+		require.NoError(t, err)
+		defer l.Close()
+		for name, host := range map[string]string{"device": "/dev/null", "fifo": fifo, "socket": socket} {
 			cfg := idleConfig(name)
 			cfg.Mounts = []*runtimeapi.Mount{{ContainerPath: "/mnt/" + name, HostPath: host}}
 			id, err := p.n.CreateContainer(testContext(t), p.id, p.cfg, cfg)
@@ -120,7 +127,6 @@ func TestMounts(t *testing.T) {
 				require.NoError(t, err, name)
 				continue
 			}
-			// CRI makes what is missing a directory.
 			require.ErrorContains(t, err, "/mnt/"+name)
 			require.ErrorContains(t, err, host)
 		}
@@ -132,11 +138,7 @@ func TestMounts(t *testing.T) {
 // with a golden file.
 func TestConfigDefault(t *testing.T) {
 	requireCloudHV(t)
-	bin := os.Getenv("E2E_BIN")
-	if bin == "" {
-		bin = filepath.Join(node(t).Repo(), "build", "bin")
-	}
-	out, err := exec.Command(filepath.Join(bin, "containerd"), "config", "default").Output()
+	out, err := exec.Command(filepath.Join(node(t).BinDir(), "containerd"), "config", "default").Output()
 	require.NoError(t, err)
 	var cfg struct {
 		Plugins map[string]map[string]any `toml:"plugins"`

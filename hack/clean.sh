@@ -34,7 +34,7 @@ remove_nodes() {
 
 step "Clean"
 case ${1:-} in
-outputs) rm -rf "$repo"/build/{bin,guest,bench.json} ;;
+outputs) rm -rf "$repo"/build/{bin,critest,guest,kvm,node,bench.json} ;;
 all) rm -rf "$repo/build" ;;
 *) die "usage: clean.sh outputs|all" ;;
 esac

@@ -10,6 +10,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"regexp"
 	"strings"
 	"testing"
 
@@ -145,6 +146,43 @@ func TestWhatConflictsIsUnpacked(t *testing.T) {
 	require.Equal(t, "prefix="+root+"/usr\nlibdir=${prefix}/lib\nLibs: -L"+root+"/usr/lib/x -lbad\n", string(text))
 }
 
+// Files for images are unpacked with the libraries that they need, and with nothing else.
+func TestPackagesForImages(t *testing.T) {
+	t.Parallel()
+	if release, err := os.ReadFile("/etc/os-release"); err != nil || !regexp.MustCompile(`(?m)^ID=debian$`).Match(release) {
+		t.Skip("set-up knows Debian's packages only")
+	}
+	commands := fakes(t, map[string]string{
+		"apt-cache": `echo "  Candidate: 1.0"`,
+		"apt-get": `
+			case " $* " in
+			*" download "*) for p in "$@"; do [[ $p != *[a-z0-9] || $p == *=* || $p == download || $p == -* ]] || : >"${p}_1.0_all.deb"; done ;;
+			*" Dir::State::status=/dev/null "*) printf 'Inst %s (1.0)\n' libc6 zlib1g perl-base libperl5.36 debconf "${@: -1}" ;;
+			*) exit 100 ;;
+			esac`,
+		"dpkg-deb": `: >"$3/$(basename "$2" _1.0_all.deb)"`,
+	})
+	dir := filepath.Join(t.TempDir(), "files")
+	out, code := run(t, commands, []string{"SKIP_SYSTEM=1"}, "setup/packages.sh", "files", "critest", dir)
+	require.Equal(t, 1, code, out)
+	require.Contains(t, out, "SKIP_SYSTEM=1: busybox procps util-linux nginx are not fetched")
+	require.NoDirExists(t, dir)
+
+	out, code = run(t, commands, nil, "setup/packages.sh", "files", "critest", dir)
+	require.Zero(t, code, out)
+	entries, err := os.ReadDir(dir)
+	require.NoError(t, err)
+	var names []string
+	for _, e := range entries {
+		names = append(names, e.Name())
+	}
+	require.Equal(t, []string{".stamp", "busybox", "libc6", "nginx", "procps", "util-linux", "zlib1g"}, names)
+
+	out, code = run(t, commands, nil, "setup/packages.sh", "files", "critest", dir)
+	require.Zero(t, code, out)
+	require.Contains(t, out, "files of busybox procps util-linux nginx: up to date")
+}
+
 // Every package of a build but the certificates can be had without installing it.
 func TestBuildPackagesCanBeUnpacked(t *testing.T) {
 	t.Parallel()
@@ -157,7 +195,7 @@ func TestBuildPackagesCanBeUnpacked(t *testing.T) {
 			continue
 		}
 		rows++
-		require.Contains(t, []string{"run", "build", "generate", "lint"}, f[0])
+		require.Contains(t, []string{"run", "build", "generate", "lint", "critest"}, f[0])
 		if f[1] != "ca-certificates" {
 			require.Equal(t, "unpack", f[3], f[1])
 		}

@@ -21,10 +21,10 @@ done
 [[ $# -gt 1 && ${#packages[@]} -gt 0 ]] || die "usage: unit.sh PACKAGE... -- COMMAND..."
 shift
 
-# Whoever boots a machine names its kernel.
+# Whoever boots a machine names its kernel, or the package with the tests that do.
 list=$(go list -f '{{.ImportPath}} {{.Dir}}' "${packages[@]}")
 while read -r path dir; do
-	if grep -qs vmlinux "$dir"/*_test.go; then
+	if grep -qsE "vmlinux|realvm" "$dir"/*_test.go; then
 		machines+=("$path")
 	else
 		quiet+=("$path")

@@ -24,6 +24,7 @@ import (
 	"github.com/cloudhv/containerd-cloudhv/controller/config"
 	"github.com/cloudhv/containerd-cloudhv/controller/prebuild"
 	"github.com/cloudhv/containerd-cloudhv/controller/rootfs"
+	"github.com/cloudhv/containerd-cloudhv/vmpool/confine"
 	"github.com/cloudhv/containerd-cloudhv/vmpool/vmm"
 )
 
@@ -49,7 +50,7 @@ func build(ctx context.Context, ic *plugin.InitContext) *controller.Controller {
 		lockErr = lockDirs(settings.StateDir, settings.CacheDir, settings.Pool.TemplateDir)
 	}
 	stores, storeErr := containerdStores(ic)
-	opts := controller.Options{Settings: settings, TTRPCAddress: ic.Properties[propertyTTRPCAddress]}
+	opts := controller.Options{Settings: settings, Layers: layers, TTRPCAddress: ic.Properties[propertyTTRPCAddress]}
 	if stores != nil {
 		opts.Sandboxes, opts.Containers = metadata.NewSandboxStore(stores.db), metadata.NewContainerStore(stores.db)
 	}
@@ -60,9 +61,9 @@ func build(ctx context.Context, ic *plugin.InitContext) *controller.Controller {
 			opts.Images = images
 		}
 	}
-	chosen, driverErr := chooseDriver(ctx, settings)
+	chosen, driverErr := chooseDriver(ctx, settings.VMM, drivers(settings))
 	opts.Drivers, opts.Driver, opts.Host, opts.DriverReason = chosen.all, chosen.driver, chosen.host, chosen.why
-	opts.Unfit = allOf(unfit, lockErr, storeErr, imageErr, driverErr)
+	opts.Unfit = allOf(unfit, lockErr, storeErr, imageErr, driverErr, confinement(ctx, settings, chosen.host))
 	if opts.Unfit == nil {
 		opts.Network, opts.Unfit = controller.OpenNetwork(settings.StateDir)
 	}
@@ -83,6 +84,26 @@ func build(ctx context.Context, ic *plugin.InitContext) *controller.Controller {
 		})
 	}
 	return c
+}
+
+// confinement says why VMMs cannot be confined, if they are to be.
+func confinement(ctx context.Context, s *config.Settings, host vmm.Host) error {
+	if !s.Confine {
+		log.G(ctx).Warn("VMMs are not confined: confinement.enabled is false")
+		return nil
+	}
+	if err := confine.Need(); err != nil {
+		return fmt.Errorf("confinement.enabled: %w", err)
+	}
+	if device := vmm.Device(host.Accelerator); device != "" {
+		if _, err := confine.DeviceGroups(device); err != nil {
+			return fmt.Errorf("confinement.enabled: %w", err)
+		}
+	}
+	if !confine.HasLandlock() {
+		log.G(ctx).WithField("confinement", confine.Support()).Warn("the kernel has no Landlock: only users and seccomp keep VMMs from files")
+	}
+	return nil
 }
 
 // allOf is one error of several, on one line, or nil.
@@ -189,44 +210,4 @@ func newImages(s *config.Settings, st *stores) (*rootfs.Store, error) {
 		Snapshotter: st.snapshotter,
 		Leases:      st.leases,
 	})
-}
-
-// choice is the hypervisor that new sandboxes use.
-type choice struct {
-	// all are returned in any case: VMs of an earlier configuration may live.
-	all    []vmm.Driver
-	driver vmm.Driver
-	host   vmm.Host
-	// why it is that one, for people.
-	why string
-}
-
-// chooseDriver takes the configured hypervisor, if the host can run it.
-func chooseDriver(ctx context.Context, s *config.Settings) (choice, error) {
-	ctx, cancel := context.WithTimeout(ctx, probeTimeout)
-	defer cancel()
-	all := drivers(s)
-	name := s.VMM
-	why := "vmm is " + name
-	if name == config.VMMAuto {
-		name, why = config.VMMQEMU, "vmm is auto, and this build has no other"
-	}
-	if name != config.VMMQEMU {
-		return choice{all: all}, nil // Validate has said what is wrong
-	}
-	for _, d := range all {
-		if d.Name() != name {
-			continue
-		}
-		host, err := d.Probe(ctx)
-		if err != nil {
-			return choice{all: all}, fmt.Errorf("hypervisor %s: %w", name, err)
-		}
-		log.G(ctx).WithFields(log.Fields{
-			"hypervisor": host.Driver, "why": why, "version": host.Version, "binary": host.Binary,
-			"accelerator": host.Accelerator, "reason": host.Reason,
-		}).Info("chose hypervisor")
-		return choice{all: all, driver: d, host: host, why: why}, nil
-	}
-	return choice{all: all}, fmt.Errorf("hypervisor %q is not in this build: %w", name, errdefs.ErrFailedPrecondition)
 }

@@ -23,22 +23,29 @@ import (
 
 // plan makes the directory and the record of a new VM, and its configuration. The
 // snapshot with the ID snap, if any, is held for it. One that no pod has taken runs in
-// a group of its own.
+// a group of its own, and each as a user of its own.
 func (p *Pool) plan(id, snap string, req Request) (*VM, vmm.Config, error) {
 	owner, cgroup := req.Owner, req.Cgroup
 	if owner == "" {
 		cgroup = p.idleGroup(id)
 	}
+	uid, err := p.cfg.Users.Take(id)
+	if err != nil {
+		return nil, vmm.Config{}, fmt.Errorf("make VM %s: %w", id, err)
+	}
 	vm := &VM{Dir: p.dir(id), Scratch: p.scratch(id), Made: time.Now()}
-	vm.rec = record{ID: id, Key: snap, Scratch: vm.Scratch, Cgroup: cgroup, Owner: owner, Made: vm.Made.Round(0)}
+	vm.rec = record{ID: id, Key: snap, Scratch: vm.Scratch, Cgroup: cgroup, UID: uid, Owner: owner, Made: vm.Made.Round(0)}
 	if err := os.Mkdir(vm.Dir, 0o700); err != nil {
+		p.cfg.Users.Release(uid, id)
 		return nil, vmm.Config{}, fmt.Errorf("make VM %s: %w", id, err)
 	}
 	if err := vm.rec.save(vm.Dir); err != nil {
+		p.cfg.Users.Release(uid, id)
 		return nil, vmm.Config{}, errors.Join(err, os.RemoveAll(vm.Dir))
 	}
 	cfg := p.cfg.Machine
 	cfg.ID, cfg.Dir, cfg.Scratch, cfg.CgroupPath = id, vm.Dir, vm.Scratch, cgroup
+	cfg.UID = uid
 	cfg.KernelParams = slices.Clone(cfg.KernelParams)
 	return vm, cfg, nil
 }
@@ -222,6 +229,10 @@ func (p *Pool) template(ctx context.Context, dir string) (_ vmm.Snapshot, retErr
 	}
 	scratch := filepath.Join(dir, snapshot.ScratchFile)
 	if err := move(vm.Scratch, scratch); err != nil {
+		return vmm.Snapshot{}, err
+	}
+	// The user that its VM had will be another's.
+	if err := os.Chown(scratch, os.Getuid(), os.Getgid()); err != nil {
 		return vmm.Snapshot{}, err
 	}
 	return snap, p.prove(ctx, &snapshot.Snapshot{VMM: snap, Scratch: scratch})

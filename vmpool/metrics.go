@@ -14,6 +14,7 @@ var (
 	acquireCounter metrics.LabeledCounter
 	failCounter    metrics.LabeledCounter
 	badCounter     metrics.Counter
+	drainedCounter metrics.Counter
 	restoreTimer   metrics.Timer
 	readyTimer     metrics.Timer
 	snapshotTimer  metrics.Timer
@@ -30,6 +31,7 @@ func init() {
 	acquireCounter = ns.NewLabeledCounter("acquire", "VMs that pods were given, by how: hit (was ready), miss (restored), cold (booted), failed", "outcome")
 	failCounter = ns.NewLabeledCounter("failures", "What the pool failed to do, by step: snapshot, restore, ready", "step")
 	badCounter = ns.NewCounter("bad", "Ready VMs that died or did not answer, and were ended")
+	drainedCounter = ns.NewCounter("drained", "Pods that found no VM ready although the pool was to have some")
 	restoreTimer = ns.NewTimerWithBuckets("restore", "Time to restore a VM until its guest runs", DurationBuckets)
 	readyTimer = ns.NewTimerWithBuckets("ready", "Time to make a VM ready for the pool: restore, answer, warm-up", DurationBuckets)
 	snapshotTimer = ns.NewTimerWithBuckets("snapshot", "Time to make a base snapshot", DurationBuckets)
@@ -57,6 +59,9 @@ type Status struct {
 	Drained bool
 	// Outcomes counts what Acquire did since the start.
 	Outcomes map[Outcome]int
+	// Outran counts the pods among them that found none ready although there were to be
+	// some: they came faster than the pool is filled, or it cannot be.
+	Outran int
 	// Failures are those of the refill since something succeeded. Err is the last
 	// failure that nothing has made good since.
 	Failures int
@@ -74,7 +79,7 @@ func (p *Pool) Status() Status {
 	defer p.mu.Unlock()
 	s := Status{
 		Key: key, Usable: err == nil, Ready: len(p.ready), Making: p.making, Target: p.target(), Ending: p.ending,
-		Drained: p.drained, Outcomes: maps.Clone(p.outcomes), Failures: p.failures, Err: p.lastErr,
+		Drained: p.drained, Outcomes: maps.Clone(p.outcomes), Outran: p.outran, Failures: p.failures, Err: p.lastErr,
 	}
 	if s.Err == nil {
 		s.Err = p.memoryErr()

@@ -30,6 +30,7 @@ import (
 	"github.com/containerd/log"
 	"golang.org/x/sync/semaphore"
 
+	"github.com/cloudhv/containerd-cloudhv/vmpool/confine"
 	"github.com/cloudhv/containerd-cloudhv/vmpool/snapshot"
 	"github.com/cloudhv/containerd-cloudhv/vmpool/vmm"
 )
@@ -79,6 +80,9 @@ type Config struct {
 	NewTAP func(vmID string) (*os.File, error)
 	// Cgroup is the parent group of VMs that no pod has taken; empty for none.
 	Cgroup string
+	// Users are those that VMMs run as; nil for VMMs that are not confined. They are the
+	// caller's, who may give some to VMs of his own.
+	Users *confine.Users
 
 	// Demand sizes the pool; its Max is 0 for a pool that only restores.
 	Demand Demand
@@ -132,6 +136,7 @@ type Pool struct {
 	pressure  pressure
 	available int64
 	outcomes  map[Outcome]int
+	outran    int
 	// changed is closed, and replaced, when something of this has changed.
 	changed chan struct{}
 }
@@ -179,7 +184,12 @@ type Request struct {
 // New makes a pool that does nothing yet: call Recover, then Run.
 func New(cfg Config) (*Pool, error) {
 	for _, dir := range []string{cfg.Dir, cfg.ScratchDir} {
-		if err := os.MkdirAll(dir, 0o700); err != nil {
+		// A VMM that is no root goes through it to what is its own.
+		err := os.MkdirAll(dir, 0o711)
+		if err == nil {
+			err = os.Chmod(dir, 0o711)
+		}
+		if err != nil {
 			return nil, fmt.Errorf("pool: %w", err)
 		}
 	}
@@ -203,15 +213,19 @@ func (p *Pool) Acquire(ctx context.Context, req Request) (got *VM, retErr error)
 	}
 	ctx, span := tracing.StartSpan(ctx, tracing.Name(spanPrefix, "acquire"))
 	defer func() { endAcquire(span, got, retErr) }()
-	done := p.begin()
+	wanted, done := p.begin()
 	defer done()
-	if vm := p.take(); vm != nil {
-		err := step(ctx, "hand_over", func(ctx context.Context) error { return p.handOver(ctx, vm, req) })
+	ready := p.take()
+	if ready == nil && wanted {
+		p.outrun()
+	}
+	if ready != nil {
+		err := step(ctx, "hand_over", func(ctx context.Context) error { return p.handOver(ctx, ready, req) })
 		if err == nil {
-			return p.counted(vm, nil)
+			return p.counted(ready, nil)
 		}
 		// The next one may be no better: the pod does not try them all.
-		p.wg.Go(func() { p.discardBad(ctx, vm, err) })
+		p.wg.Go(func() { p.discardBad(ctx, ready, err) })
 		if ctx.Err() != nil {
 			return p.counted(nil, fmt.Errorf("acquire a VM: %w", context.Cause(ctx)))
 		}
@@ -258,17 +272,27 @@ func (p *Pool) restoreFor(ctx context.Context, snap *snapshot.Snapshot, req Requ
 // while a pod waits.
 const restoreShare = 3
 
-// begin notes that a pod came, and holds the refill back until done is called.
-func (p *Pool) begin() (done func()) {
+// begin notes that a pod came, and holds the refill back until done is called. It tells
+// whether there were to be VMs ready for it.
+func (p *Pool) begin() (wanted bool, done func()) {
 	p.mu.Lock()
 	now := time.Now()
+	wanted = p.target() > 0
 	p.arrivals = p.cfg.Demand.Forget(append(p.arrivals, now), now)
 	p.mu.Unlock()
 	end := p.cfg.Turns.Begin()
-	return func() {
+	return wanted, func() {
 		end()
 		p.poke()
 	}
+}
+
+// outrun notes that the pool did not have what it was to have.
+func (p *Pool) outrun() {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.outran++
+	drainedCounter.Inc()
 }
 
 // poke makes Run look again.
@@ -402,6 +426,7 @@ func (p *Pool) remove(rec *record, dir string) error {
 		if err := os.Remove(rec.Scratch); err != nil && !errors.Is(err, os.ErrNotExist) {
 			errs = append(errs, err)
 		}
+		errs = append(errs, os.RemoveAll(vmm.DisksDir(rec.Scratch)))
 	}
 	if rec.Cgroup != "" {
 		ctx, cancel := context.WithTimeout(context.Background(), discardLimit)
@@ -415,6 +440,7 @@ func (p *Pool) remove(rec *record, dir string) error {
 		return fmt.Errorf("remove VM %s: %w", rec.ID, err)
 	}
 	p.release(rec)
+	p.cfg.Users.Release(rec.UID, rec.ID)
 	return nil
 }
 

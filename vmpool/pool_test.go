@@ -6,6 +6,7 @@ package vmpool
 import (
 	"context"
 	"errors"
+	"fmt"
 	"os"
 	"path/filepath"
 	"slices"
@@ -128,6 +129,14 @@ func (r *rig) full(n int) {
 	r.eventually("the pool is full", func(s Status) bool { return s.Ready == n && s.Making == 0 })
 }
 
+// gone waits until VMs have ended, which the driver learns after their processes have.
+func (r *rig) gone(ids ...string) {
+	r.t.Helper()
+	r.eventually("they have ended", func(Status) bool {
+		return !slices.ContainsFunc(r.driver.VMs(), func(id string) bool { return slices.Contains(ids, id) })
+	})
+}
+
 func (r *rig) acquire(owner string) *VM {
 	r.t.Helper()
 	vm, err := r.pool.Acquire(r.t.Context(), Request{Owner: owner})
@@ -169,6 +178,10 @@ func TestHit(t *testing.T) {
 	r.full(0)
 	r.left(0)
 	assert.Equal(t, 2, r.pool.Status().Outcomes[Hit])
+	c := r.acquire("c")
+	assert.Equal(t, Miss, c.Outcome)
+	require.NoError(t, r.pool.Discard(t.Context(), c))
+	assert.Zero(t, r.pool.Status().Outran, "there were to be none")
 }
 
 func TestMiss(t *testing.T) {
@@ -191,6 +204,20 @@ func TestMiss(t *testing.T) {
 	require.NoError(t, r.pool.Discard(t.Context(), next))
 	require.NoError(t, r.pool.Discard(t.Context(), vm))
 	r.left(0)
+}
+
+// TestOutrun has pods come while no VM can be made ready.
+func TestOutrun(t *testing.T) {
+	r := newRig(t)
+	r.full(2)
+	fail := func(string) error { return errTest }
+	r.guest.warm.Store(&fail)
+	for i, want := range []Outcome{Hit, Hit, Miss, Miss} {
+		vm := r.acquire(fmt.Sprint(i))
+		assert.Equal(t, want, vm.Outcome)
+		assert.Equal(t, max(0, i-1), r.pool.Status().Outran)
+		require.NoError(t, r.pool.Discard(t.Context(), vm))
+	}
 }
 
 // TestNoSnapshot lets the making of a snapshot fail at each step: pods have to
@@ -230,16 +257,19 @@ func TestBadVM(t *testing.T) {
 		return nil
 	}
 	check := func(_ context.Context, vm vmm.VM) error { return say(vm.ID()) }
+	var got []*VM
 	for range silent {
 		// A pod does not try them all: it is restored one.
 		vm, err := r.pool.Acquire(t.Context(), Request{Owner: "a", Check: check})
 		require.NoError(t, err)
 		assert.NotContains(t, silent, vm.ID())
+		got = append(got, vm)
+	}
+	r.gone(silent...)
+	for _, vm := range got {
+		assert.False(t, isClosed(vm.Done()), "what a pod was given instead is not ended")
 		require.NoError(t, r.pool.Discard(t.Context(), vm))
 	}
-	r.eventually("the silent ones are gone", func(Status) bool {
-		return !slices.ContainsFunc(r.driver.VMs(), func(id string) bool { return slices.Contains(silent, id) })
-	})
 }
 
 // TestBadSnapshot lets restores fail: pods boot, and after three failures the
@@ -290,7 +320,7 @@ func TestRestart(t *testing.T) {
 	before := r.driver.VMs()
 	r.restart(pods.Dir)
 	r.full(2)
-	assert.NotContains(t, r.driver.VMs(), lost.ID(), "its pod is gone")
+	r.gone(lost.ID())
 	assert.Contains(t, r.driver.VMs(), pods.ID())
 	assert.Equal(t, len(before)-1, len(r.driver.VMs()), "the ready ones were adopted")
 	next := r.acquire("b")
@@ -315,9 +345,7 @@ func TestUpgrade(t *testing.T) {
 	r.cfg.Inputs.Kernel = "another"
 	r.restart()
 	r.full(2)
-	for _, id := range old {
-		assert.NotContains(t, r.driver.VMs(), id)
-	}
+	r.gone(old...)
 	assert.NotEqual(t, oldKey, r.pool.Status().Key)
 	list, err := r.store.List()
 	require.NoError(t, err)
@@ -354,9 +382,7 @@ func TestUnreachable(t *testing.T) {
 	r.driver.Fail(vmmtest.OpAttach, errTest)
 	r.start(nil)
 	r.full(2)
-	for _, id := range old {
-		assert.NotContains(t, r.driver.VMs(), id)
-	}
+	r.gone(old...)
 	r.left(2)
 }
 

@@ -35,6 +35,8 @@ type record struct {
 	Scratch string `json:"scratch,omitempty"`
 	// Cgroup is the group that it was started in.
 	Cgroup string `json:"cgroup,omitempty"`
+	// UID is the user that the VMM runs as; 0 if it is not confined.
+	UID uint32 `json:"uid,omitempty"`
 	// VM is set once the VMM runs.
 	VM *vmm.State `json:"vm,omitempty"`
 	// Ready is true once the VM may be handed out, Owner names the pod it was given

@@ -61,12 +61,13 @@ func (p *Pool) sweep(ctx context.Context) error {
 	var errs []error
 	for _, e := range entries {
 		path := filepath.Join(p.cfg.ScratchDir, e.Name())
-		_, err := os.Lstat(filepath.Join(p.cfg.Dir, strings.TrimSuffix(e.Name(), scratchSuffix)))
-		if !errors.Is(err, fs.ErrNotExist) || !strings.HasSuffix(path, scratchSuffix) {
+		id, _, ours := strings.Cut(e.Name(), scratchSuffix)
+		_, err := os.Lstat(filepath.Join(p.cfg.Dir, id))
+		if !errors.Is(err, fs.ErrNotExist) || !ours {
 			continue
 		}
 		log.G(ctx).WithField("path", path).Info("removing a disk that no VM claims")
-		errs = append(errs, os.Remove(path))
+		errs = append(errs, os.RemoveAll(path))
 	}
 	return errors.Join(errs...)
 }
@@ -136,6 +137,14 @@ func (p *Pool) unfit(rec *record) string {
 		return "it is another hypervisor's"
 	default:
 		return ""
+	}
+}
+
+// ClaimUsers takes the users of all VMs that there are records of. It comes before any
+// VM is made.
+func (p *Pool) ClaimUsers() {
+	for _, rec := range p.records() {
+		p.cfg.Users.Claim(rec.UID, rec.ID)
 	}
 }
 

@@ -150,7 +150,7 @@ func TestStatus(t *testing.T) {
 	t.Parallel()
 	s := &server{status: &ctlv1.StatusResponse{
 		Fit: true, Version: "v2+cloudhv.1",
-		Hypervisor: &ctlv1.Hypervisor{Name: "qemu", Version: "7.2", Binary: "/usr/bin/q", Reason: "vmm is auto", Accelerator: "tcg", AcceleratorReason: "no KVM"},
+		Hypervisor: &ctlv1.Hypervisor{Name: "qemu", Version: "7.2", Binary: "/usr/bin/q", Reason: "vmm is auto", Accelerator: "tcg", AcceleratorReason: "no KVM", Confinement: "users", OverheadBytes: 192 << 20},
 		Pool: &ctlv1.Pool{
 			On: true, Ready: 1, Making: 1, Target: 2, Max: 8, MemoryBytes: 192 << 20, MaxMemoryBytes: 1 << 30, Usable: true, Hits: 5, Misses: 1, Failures: 2,
 			Pause: durationpb.New(1500 * time.Millisecond), LastError: "it\nfailed\x07",
@@ -167,6 +167,8 @@ hypervisor   qemu 7.2, /usr/bin/q
              because vmm is auto
 accelerator  tcg
              because no KVM
+confinement  users
+overhead     192 MiB a pod, for the RuntimeClass
 pool         on
 ready        1 of 2 wanted, 8 at most; 1 being made
 memory       192 MiB of 1 GiB

@@ -59,6 +59,8 @@ func (s *statusView) print(w io.Writer) error {
 		p.row("", "because "+h.Reason)
 		p.row("accelerator", h.Accelerator)
 		p.row("", "because "+h.AcceleratorReason)
+		p.row("confinement", h.Confinement)
+		p.row("overhead", fmt.Sprintf("%d MiB a pod, for the RuntimeClass", h.OverheadBytes>>20))
 	}
 	s.Pool.print(p)
 	if err := p.flush(); err != nil || len(s.Snapshots) == 0 {

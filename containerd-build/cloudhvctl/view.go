@@ -52,6 +52,8 @@ type hypervisorView struct {
 	Reason            string `json:"reason"`
 	Accelerator       string `json:"accelerator"`
 	AcceleratorReason string `json:"accelerator_reason"`
+	Confinement       string `json:"confinement"`
+	OverheadBytes     int64  `json:"overhead_bytes"`
 }
 
 type poolView struct {
@@ -139,6 +141,7 @@ func viewStatus(s *ctlv1.StatusResponse) statusView {
 		Hypervisor: hypervisorView{
 			Name: h.GetName(), Version: h.GetVersion(), Binary: h.GetBinary(), Reason: h.GetReason(),
 			Accelerator: h.GetAccelerator(), AcceleratorReason: h.GetAcceleratorReason(),
+			Confinement: h.GetConfinement(), OverheadBytes: h.GetOverheadBytes(),
 		},
 		Pool: poolView{
 			On: p.GetOn(), OffReason: p.GetOffReason(), Drained: p.GetDrained(), Ready: p.GetReady(), Making: p.GetMaking(),

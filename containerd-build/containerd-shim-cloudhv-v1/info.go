@@ -56,8 +56,8 @@ func printInfo(stdout io.Writer) error {
 }
 
 // guestFeatures are those of the guest's crun 1.8.1 and kernel, less what the
-// way into the guest does not carry: user namespaces, ID-mapped mounts,
-// recursive read-only mounts, and listeners of seccomp.
+// way into the guest does not carry: user namespaces, ID-mapped mounts, and listeners of
+// seccomp. Recursive read-only mounts are the host's doing (package volumes).
 func guestFeatures() *features.Features {
 	yes, no := true, false
 	return &features.Features{
@@ -87,7 +87,7 @@ var (
 	mountOptions = []string{
 		"async", "atime", "bind", "defaults", "dev", "diratime", "dirsync", "exec", "mand", "noatime", "nodev",
 		"nodiratime", "noexec", "nomand", "norelatime", "nostrictatime", "nosuid", "private", "rbind", "relatime",
-		"remount", "ro", "rprivate", "rslave", "rw", "slave", "strictatime", "suid", "sync", "tmpcopyup",
+		"remount", "ro", "rprivate", "rro", "rslave", "rw", "slave", "strictatime", "suid", "sync", "tmpcopyup",
 	}
 	capabilities = []string{
 		"CAP_CHOWN", "CAP_DAC_OVERRIDE", "CAP_DAC_READ_SEARCH", "CAP_FOWNER", "CAP_FSETID", "CAP_KILL", "CAP_SETGID",

@@ -116,7 +116,7 @@ func serve(opts *options) error {
 			return err
 		}
 	}
-	listener, err := shim.Listener()
+	sockets, err := shim.Inherit(cfg)
 	if err != nil {
 		return err
 	}
@@ -128,5 +128,5 @@ func serve(opts *options) error {
 	signal.Ignore(syscall.SIGPIPE, syscall.SIGHUP)
 	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGTERM, syscall.SIGINT)
 	defer stop()
-	return shim.Serve(ctx, *cfg, dir, listener, guest)
+	return shim.Serve(ctx, *cfg, dir, sockets, guest)
 }

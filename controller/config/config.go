@@ -21,6 +21,9 @@ type Config struct {
 	VMM Value `toml:"vmm"`
 	// QEMUBinary is QEMU's path; empty looks for it on PATH.
 	QEMUBinary Value `toml:"qemu_binary"`
+	// CloudHypervisorBinary is Cloud Hypervisor's path; empty looks for it on PATH. Whether
+	// it is of use is found out when the hypervisor is chosen.
+	CloudHypervisorBinary Value `toml:"cloud_hypervisor_binary"`
 	// Kernel is the guest kernel, Image the guest's own erofs root file system.
 	Kernel Value `toml:"kernel"`
 	Image  Value `toml:"image"`
@@ -37,8 +40,7 @@ type Config struct {
 	MaxMemory Value `toml:"max_memory"`
 	// BaseMemory is what a VM boots with; the rest is plugged.
 	BaseMemory Value `toml:"base_memory"`
-	// MemoryOverhead is added to a pod's limit for the guest's kernel and agent
-	// when the pod's config states no overhead of its own.
+	// MemoryOverhead is added to a pod's limit for the guest's kernel and agent.
 	MemoryOverhead Value `toml:"memory_overhead"`
 
 	// BootParallel is how many VMs may start at a time; others wait for their
@@ -57,6 +59,8 @@ type Config struct {
 
 	// ScratchSize is the size of a pod's writable disk (a sparse file).
 	ScratchSize Value `toml:"scratch_size"`
+	// ScratchBudget bounds the sizes of all pods' writable disks together; 0 does not.
+	ScratchBudget Value `toml:"scratch_budget"`
 	// ImageCacheLimit bounds the image file systems in CacheDir that no pod uses.
 	ImageCacheLimit Value `toml:"image_cache_limit"`
 	// Prebuild says of which images the file systems are made when they are pulled:
@@ -88,6 +92,8 @@ type Config struct {
 	RootFSBuilder Value `toml:"rootfs_builder"`
 	// Pool, a Pool or a table, sizes the pool of ready VMs.
 	Pool Value `toml:"pool"`
+	// Confinement, a Confinement or a table, keeps VMMs from the host.
+	Confinement Value `toml:"confinement"`
 	// Timeouts, a Timeouts or a table, bound what waits for something else.
 	Timeouts Value `toml:"timeouts"`
 }
@@ -117,6 +123,16 @@ type Pool struct {
 	Window Value `toml:"window"`
 	// TemplateDir holds the snapshots; empty stands for templates in cache_dir.
 	TemplateDir Value `toml:"template_dir"`
+}
+
+// Confinement is the section confinement.
+type Confinement struct {
+	// Enabled runs each VMM as a user of its own, who may use nothing but its VM's files.
+	Enabled Value `toml:"enabled"`
+	// FirstUID and UIDs are the users, and the groups of the same numbers, that VMMs may
+	// run as. There can be no more VMs than users.
+	FirstUID Value `toml:"first_uid"`
+	UIDs     Value `toml:"uids"`
 }
 
 // Values of Config.Prebuild.
@@ -175,6 +191,7 @@ func Default() *Config {
 	return &Config{
 		VMM:                     VMMAuto,
 		QEMUBinary:              "",
+		CloudHypervisorBinary:   "",
 		Kernel:                  "/usr/share/cloudhv/vmlinux",
 		Image:                   "/usr/share/cloudhv/rootfs.erofs",
 		KernelParams:            []string{},
@@ -189,6 +206,7 @@ func Default() *Config {
 		CacheDir:                "/var/lib/cloudhv",
 		Shim:                    "containerd-shim-cloudhv-v1",
 		ScratchSize:             "10GiB",
+		ScratchBudget:           "0",
 		ImageCacheLimit:         "20GiB",
 		Prebuild:                PrebuildUsed,
 		ConsoleLogLimit:         "1MiB",
@@ -201,6 +219,7 @@ func Default() *Config {
 		Debug:                   false,
 		RootFSBuilder:           defaultBuilder(),
 		Pool:                    defaultPool(),
+		Confinement:             defaultConfinement(),
 		Timeouts:                defaultTimeouts(),
 	}
 }
@@ -213,6 +232,12 @@ func defaultPool() Pool {
 	return Pool{
 		Restore: true, Min: 1, Max: 16, MaxMemory: "0", ReserveMemory: "0", Parallel: 0, WarmUp: WarmUpAuto, Memory: "10m", Window: "5s", TemplateDir: "",
 	}
+}
+
+// defaultConfinement has the first users after those that systemd's conventions give to
+// containers.
+func defaultConfinement() Confinement {
+	return Confinement{Enabled: true, FirstUID: 1879048192, UIDs: 65536}
 }
 
 func defaultTimeouts() Timeouts {

@@ -14,12 +14,16 @@ import (
 	"github.com/containerd/errdefs"
 	"github.com/pelletier/go-toml/v2"
 	"github.com/stretchr/testify/require"
+
+	"github.com/cloudhv/containerd-cloudhv/vmpool/confine"
 )
 
 var update = flag.Bool("update", false, "rewrite the golden file")
 
 // testHost is what open values are filled from in these tests.
-var testHost = HostInfo{VCPUs: 4, Memory: 8<<30 + 12345}
+var testHost = HostInfo{
+	VCPUs: 4, Memory: 8<<30 + 12345, Users: confine.Database{Passwd: "testdata/passwd", SubUID: "testdata/subuid"},
+}
 
 // valid is a configuration whose files exist.
 func valid(t *testing.T) *Config {
@@ -28,7 +32,7 @@ func valid(t *testing.T) *Config {
 	c := Default()
 	for name, to := range map[string]*Value{"vmlinux": &c.Kernel, "rootfs.erofs": &c.Image} {
 		path := filepath.Join(dir, name)
-		require.NoError(t, os.WriteFile(path, []byte("x"), 0o600))
+		require.NoError(t, os.WriteFile(path, []byte("x"), 0o644))
 		*to = path
 	}
 	return c
@@ -94,7 +98,7 @@ func TestValidateNamesFieldValueAndRemedy(t *testing.T) {
 		want   []string
 	}{
 		"unknown hypervisor":      {func(c *Config) { c.VMM = "xen" }, []string{`vmm = "xen"`, `"qemu"`}},
-		"hypervisor to come":      {func(c *Config) { c.VMM = "cloudhypervisor" }, []string{`vmm = "cloudhypervisor"`, "not in this build yet"}},
+		"relative hypervisor":     {func(c *Config) { c.CloudHypervisorBinary = "cloud-hypervisor" }, []string{`cloud_hypervisor_binary = "cloud-hypervisor"`, "absolute path"}},
 		"missing kernel":          {func(c *Config) { c.Kernel = "/nonexistent/vmlinux" }, []string{`kernel = "/nonexistent/vmlinux"`, "guest kernel", "no such file"}},
 		"empty kernel path":       {func(c *Config) { c.Kernel = "" }, []string{`kernel = ""`, "absolute path"}},
 		"kernel is a directory":   {func(c *Config) { c.Kernel = "/tmp" }, []string{`kernel = "/tmp"`, "no regular file"}},
@@ -118,6 +122,7 @@ func TestValidateNamesFieldValueAndRemedy(t *testing.T) {
 		"vcpus above max":         {func(c *Config) { c.DefaultVCPUs, c.MaxVCPUs = 3, 2 }, []string{`default_vcpus = "3"`, "max_vcpus = 2"}},
 		"less than no vcpus":      {func(c *Config) { c.DefaultVCPUs = -1 }, []string{`default_vcpus = "-1"`, "from 0 to 64"}},
 		"vcpus no number":         {func(c *Config) { c.DefaultVCPUs = 1.5 }, []string{"default_vcpus", "whole number"}},
+		"budget below one disk":   {func(c *Config) { c.ScratchBudget = "1GiB" }, []string{`scratch_budget = "1GiB"`, `scratch_size = "10GiB"`}},
 		"scratch too small":       {func(c *Config) { c.ScratchSize = "1MiB" }, []string{`scratch_size = "1MiB"`, `"64MiB"`}},
 		"negative size":           {func(c *Config) { c.ImageCacheLimit = "-1" }, []string{`image_cache_limit = "-1"`}},
 		"prebuild":                {func(c *Config) { c.Prebuild = "sometimes" }, []string{`prebuild = "sometimes"`, `"used", "always" or "never"`}},
@@ -127,6 +132,10 @@ func TestValidateNamesFieldValueAndRemedy(t *testing.T) {
 		"reserve of memory":       {func(c *Config) { c.Pool = map[string]any{"reserve_memory": "lots"} }, []string{`pool.reserve_memory = "lots"`}},
 		"duration of nothing":     {func(c *Config) { c.Timeouts = Timeouts{PowerOff: "0s"} }, []string{`timeouts.power_off = "0s"`}},
 		"kernel parameter":        {func(c *Config) { c.KernelParams = []string{"a\nb"} }, []string{"kernel_params"}},
+		"first user":              {func(c *Config) { c.Confinement = map[string]any{"first_uid": 0} }, []string{`confinement.first_uid = "0"`, "from 1000"}},
+		"too many users":          {func(c *Config) { c.Confinement = map[string]any{"first_uid": 2147483000} }, []string{`confinement.uids = "65536"`, "2147483646 is the last"}},
+		"users of others":         {func(c *Config) { c.Confinement = map[string]any{"first_uid": 4000, "uids": 1000} }, []string{`confinement.first_uid = "4000"`, "has alice with the number 4999"}},
+		"users of containers":     {func(c *Config) { c.Confinement = map[string]any{"first_uid": 150000} }, []string{`confinement.first_uid = "150000"`, "gives 100000 to 165535 to alice"}},
 		"foreign annotation":      {func(c *Config) { c.Annotations = []string{"*"} }, []string{`annotations = "*"`}},
 		"builder's memory":        {func(c *Config) { c.RootFSBuilder = map[string]any{"memory": "1KiB"} }, []string{`rootfs_builder.memory = "1KiB"`}},
 		"unknown time limit":      {func(c *Config) { c.Timeouts = map[string]any{"bot": "5s"} }, []string{`timeouts.bot = "5s"`, "no such option"}},

@@ -5,19 +5,18 @@ package config
 
 import (
 	"fmt"
-	"math"
 	"os"
 	"path/filepath"
 	"regexp"
 	"runtime"
 	"slices"
-	"strconv"
 	"strings"
 	"time"
 
 	"github.com/containerd/errdefs"
 	"golang.org/x/sys/unix"
 
+	"github.com/cloudhv/containerd-cloudhv/vmpool/confine"
 	"github.com/cloudhv/containerd-cloudhv/vmpool/vmm"
 )
 
@@ -53,11 +52,13 @@ const MaxStateDirLen = maxSocketPath - (1 + maxSandboxID + 1 + vmm.MaxDirName)
 // Settings is a checked Config: units parsed, what is left open filled in from
 // the host. Sizes are in bytes.
 type Settings struct {
-	VMM          string
-	QEMUBinary   string
-	Kernel       string
-	Image        string
-	KernelParams []string
+	VMM        string
+	QEMUBinary string
+	// CloudHypervisorBinary may be a path at which there is nothing.
+	CloudHypervisorBinary string
+	Kernel                string
+	Image                 string
+	KernelParams          []string
 
 	DefaultVCPUs, MaxVCPUs     int
 	DefaultMemory, MaxMemory   int64
@@ -67,9 +68,11 @@ type Settings struct {
 
 	StateDir, CacheDir, Shim string
 	ScratchSize              int64
-	ImageCacheLimit          int64
-	Prebuild                 string
-	ConsoleLogLimit          int64
+	// ScratchBudget is 0 for none.
+	ScratchBudget   int64
+	ImageCacheLimit int64
+	Prebuild        string
+	ConsoleLogLimit int64
 	// ClockSync is 0 for never.
 	ClockSync         time.Duration
 	Cgroup            bool
@@ -85,6 +88,9 @@ type Settings struct {
 	BuilderParallel  int
 
 	Pool PoolSettings
+	// Confine runs VMMs as users of VMMUsers.
+	Confine  bool
+	VMMUsers confine.Range
 
 	BootTimeout, AgentTimeout, HotPlugTimeout, PowerOffTimeout time.Duration
 	CleanupTimeout, RootFSTimeout, RecoverTimeout              time.Duration
@@ -106,11 +112,13 @@ type PoolSettings struct {
 type HostInfo struct {
 	VCPUs  int
 	Memory int64
+	// Users are those that there are.
+	Users confine.Database
 }
 
 // ReadHostInfo reads it from this host.
 func ReadHostInfo() HostInfo {
-	info := HostInfo{VCPUs: runtime.NumCPU(), Memory: 1 << 30}
+	info := HostInfo{VCPUs: runtime.NumCPU(), Memory: 1 << 30, Users: confine.HostDatabase}
 	var si unix.Sysinfo_t
 	if err := unix.Sysinfo(&si); err == nil {
 		info.Memory = int64(si.Totalram) * int64(si.Unit)
@@ -140,6 +148,7 @@ func (c *Config) Validate(host HostInfo) (*Settings, error) {
 	v.limits(c, s)
 	v.builder(section(v, "rootfs_builder", c.RootFSBuilder, defaultBuilder()), s)
 	v.pool(section(v, "pool", c.Pool, defaultPool()), s, host)
+	v.confinement(section(v, "confinement", c.Confinement, defaultConfinement()), s, host)
 	v.timeouts(section(v, "timeouts", c.Timeouts, defaultTimeouts()), s)
 	v.apart(s)
 	if len(v.errs) > 0 {
@@ -178,9 +187,7 @@ func (v *validator) errorf(field string, value any, format string, args ...any) 
 func (v *validator) vmm(value Value) string {
 	name, ok := v.text("vmm", value)
 	switch name {
-	case VMMAuto, VMMQEMU:
-	case VMMCloudHypervisor:
-		v.errorf("vmm", name, "this hypervisor is not in this build yet; use %q or %q", VMMAuto, VMMQEMU)
+	case VMMAuto, VMMQEMU, VMMCloudHypervisor:
 	default:
 		if ok {
 			v.errorf("vmm", name, "no such hypervisor; use %q, %q or %q", VMMAuto, VMMQEMU, VMMCloudHypervisor)
@@ -193,6 +200,9 @@ func (v *validator) guest(c *Config, s *Settings) {
 	s.Kernel = v.file("kernel", c.Kernel, "the guest kernel (vmlinux)")
 	s.Image = v.file("image", c.Image, "the guest's root file system (rootfs.erofs)")
 	s.QEMUBinary = v.optionalProgram("qemu_binary", c.QEMUBinary)
+	if c.CloudHypervisorBinary != "" {
+		s.CloudHypervisorBinary = v.path("cloud_hypervisor_binary", c.CloudHypervisorBinary)
+	}
 	for _, p := range v.texts("kernel_params", c.KernelParams) {
 		if p == "" || strings.ContainsFunc(p, func(r rune) bool { return r < ' ' || r == 0x7f }) {
 			v.errorf("kernel_params", p, "a kernel parameter is a word without control characters")
@@ -270,6 +280,10 @@ func (v *validator) apart(s *Settings) {
 
 func (v *validator) limits(c *Config, s *Settings) {
 	s.ScratchSize = v.atLeast("scratch_size", c.ScratchSize, minScratch)
+	s.ScratchBudget = v.atLeast("scratch_budget", c.ScratchBudget, 0)
+	if s.ScratchBudget > 0 && s.ScratchBudget < s.ScratchSize {
+		v.errorf("scratch_budget", c.ScratchBudget, "must be 0 or at least scratch_size = %q", FormatSize(s.ScratchSize))
+	}
 	s.ImageCacheLimit = v.atLeast("image_cache_limit", c.ImageCacheLimit, 0)
 	s.Prebuild = v.oneOf("prebuild", c.Prebuild, PrebuildUsed, PrebuildAlways, PrebuildNever)
 	s.ConsoleLogLimit = v.atLeast("console_log_limit", c.ConsoleLogLimit, minConsole)
@@ -449,42 +463,4 @@ func (v *validator) memory(field string, value Value, least int64) int64 {
 		v.errorf(field, value, "must be a multiple of %q; %q is the next", FormatSize(Granule), FormatSize(RoundUp(n)))
 	}
 	return n
-}
-
-// RoundUp rounds a size of memory up to a multiple of Granule.
-func RoundUp(n int64) int64 {
-	if n > math.MaxInt64-Granule {
-		return math.MaxInt64 / Granule * Granule
-	}
-	return (n + Granule - 1) / Granule * Granule
-}
-
-var sizeFormat = regexp.MustCompile(`^([0-9]{1,19}) ?(B|KiB|MiB|GiB|TiB)?$`)
-
-// ParseSize reads a size with a binary unit, as "512MiB"; a bare number is bytes.
-func ParseSize(s string) (int64, error) {
-	m := sizeFormat.FindStringSubmatch(s)
-	if m == nil {
-		return 0, fmt.Errorf("%q is no size: %w", s, errdefs.ErrInvalidArgument)
-	}
-	n, err := strconv.ParseInt(m[1], 10, 64)
-	shift := map[string]uint{"": 0, "B": 0, "KiB": 10, "MiB": 20, "GiB": 30, "TiB": 40}[m[2]]
-	if err != nil || n > math.MaxInt64>>shift {
-		return 0, fmt.Errorf("%q is too large a size: %w", s, errdefs.ErrInvalidArgument)
-	}
-	return n << shift, nil
-}
-
-// FormatSize writes a size as ParseSize reads it, in the largest unit that divides it.
-func FormatSize(n int64) string {
-	units := []string{"B", "KiB", "MiB", "GiB", "TiB"}
-	i := 0
-	for n != 0 && n%1024 == 0 && i < len(units)-1 {
-		n /= 1024
-		i++
-	}
-	if n == 0 {
-		return "0"
-	}
-	return strconv.FormatInt(n, 10) + units[i]
 }

@@ -4,9 +4,7 @@
 package network
 
 import (
-	"bytes"
 	"context"
-	"encoding/binary"
 	"fmt"
 	"net"
 	"os"
@@ -114,7 +112,8 @@ const vmID = "0123456789ab"
 // connection is a VM's TAP and the network that it was joined to.
 type connection struct {
 	*Network
-	tap *os.File
+	tap     *os.File
+	waiting *Waiting
 }
 
 // waiting is a namespace for TAPs, which goes with the test.
@@ -140,7 +139,7 @@ func connect(ctx context.Context, t *testing.T, path string) (*connection, error
 	tap, err := w.Make(vmID)
 	require.NoError(t, err)
 	t.Cleanup(func() { _ = tap.Close() })
-	return &connection{n, tap}, n.Join(ctx, path, w, vmID)
+	return &connection{n, tap, w}, n.Join(ctx, path, w, vmID)
 }
 
 // Close is what the end of the VM is.
@@ -161,9 +160,11 @@ func TestWaiting(t *testing.T) {
 	tap, err := w.Make(vmID)
 	require.NoError(t, err)
 	defer tap.Close()
+	_, err = tap.Write(make([]byte, 100))
+	require.NoError(t, err, "it takes what the VM sends")
 	_, err = w.Make(vmID)
 	require.Error(t, err, "it has one")
-	_, err = netlink.LinkByName(tapName(vmID))
+	_, err = netlink.LinkByName(linkName(vmID))
 	require.Error(t, err, "the host's namespace shows it")
 
 	w, err = OpenWaiting(path)
@@ -175,7 +176,7 @@ func TestWaiting(t *testing.T) {
 	require.ErrorIs(t, n.Join(t.Context(), pod.path, w, "another"), errdefs.ErrNotFound)
 	require.Equal(t, before, state(t, pod))
 	require.NoError(t, n.Join(t.Context(), pod.path, w, vmID))
-	require.ErrorIs(t, n.Join(t.Context(), pod.path, w, vmID), errdefs.ErrNotFound, "it was given away")
+	require.ErrorIs(t, n.Join(t.Context(), pod.path, w, vmID), errdefs.ErrAlreadyExists, "it was joined")
 }
 
 func TestReadReadsWhatCNIMade(t *testing.T) {
@@ -224,55 +225,6 @@ func TestReadReadsWhatCNIMade(t *testing.T) {
 	}, got)
 }
 
-// The guest's end of the TAP and the outside see each other's frames, and the
-// namespace's own stack answers nothing, though it has the same addresses.
-func TestFramesPassBothWays(t *testing.T) {
-	pod, outside := podNetwork(t)
-	n, err := connect(t.Context(), t, pod.path)
-	require.NoError(t, err)
-	defer n.Close()
-	tap := n.tap
-
-	// In: an ARP request for the pod's address reaches the guest.
-	packet := rawSocket(t, outside, "peer0")
-	request := arpFrame(1, net.HardwareAddr{2, 9, 9, 9, 9, 9}, net.ParseIP("10.88.0.1"), net.ParseIP("10.88.0.5"))
-	_, err = unix.Write(packet, request)
-	require.NoError(t, err)
-	require.Equal(t, request, readTAP(t, tap, func(f []byte) bool { return bytes.HasPrefix(f, request[:14]) })[:len(request)])
-
-	// Out: what the guest answers reaches the outside; nobody else has answered.
-	answer := arpFrame(2, net.HardwareAddr{2, 0, 0, 0, 0, 1}, net.ParseIP("10.88.0.5"), net.ParseIP("10.88.0.1"))
-	_, err = tap.Write(append(make([]byte, vnetHeader), answer...))
-	require.NoError(t, err)
-	got := readPacket(t, packet, func(f []byte) bool { return isARP(f) && f[21] == 2 })
-	require.Equal(t, answer, got[:len(answer)], "the first answer is the guest's")
-	require.NoError(t, unix.SetsockoptTimeval(packet, unix.SOL_SOCKET, unix.SO_RCVTIMEO, &unix.Timeval{Usec: 200000}))
-	buf := make([]byte, 2048)
-	for {
-		size, err := unix.Read(packet, buf)
-		if err != nil {
-			break
-		}
-		require.False(t, isARP(buf[:size]) && buf[21] == 2, "a second answer")
-	}
-}
-
-// Frames with an odd payload and of full size pass unharmed.
-func TestFramesOfFullSize(t *testing.T) {
-	pod, outside := podNetwork(t)
-	n, err := connect(t.Context(), t, pod.path)
-	require.NoError(t, err)
-	defer n.Close()
-	packet := rawSocket(t, outside, "peer0")
-	for _, size := range []int{46, 1001, 1450} {
-		frame := append([]byte{2, 0, 0, 0, 0, 1, 2, 9, 9, 9, 9, 9, 0x88, 0xb5}, bytes.Repeat([]byte{byte(size)}, size)...)
-		_, err = unix.Write(packet, frame)
-		require.NoError(t, err)
-		got := readTAP(t, n.tap, func(f []byte) bool { return bytes.HasPrefix(f, frame[:14]) })
-		require.Equal(t, frame, got[:len(frame)])
-	}
-}
-
 func TestANamespaceWithLoopbackOnly(t *testing.T) {
 	pod := newNetNS(t)
 	n, err := connect(t.Context(), t, pod.path)
@@ -291,20 +243,50 @@ func TestDisconnectUndoesJoin(t *testing.T) {
 		require.NoError(t, err)
 		require.NotEqual(t, before, state(t, pod))
 		require.NoError(t, Disconnect(t.Context(), pod.path))
-		require.Equal(t, before, state(t, pod))
+		require.NotContains(t, state(t, pod), "ingress")
 		require.NoError(t, Disconnect(t.Context(), pod.path))
+		require.NoError(t, Clear(t.Context(), pod.path))
+		require.Equal(t, before, state(t, pod))
+		require.NoError(t, Clear(t.Context(), pod.path))
 		require.NoError(t, n.Close())
 		require.NoError(t, n.Close())
 	}
 }
 
-func TestATapGoesWithItsFile(t *testing.T) {
-	pod, _ := podNetwork(t)
+// A VM that ends takes its TAPs along; the pair of devices that led to one goes when the
+// pod's namespace is cleared, or with it.
+func TestWhatGoesWithAVM(t *testing.T) {
+	pod, outside := podNetwork(t)
+	addVeth(t, pod, outside, 1, 1500, "172.16.0.2/24")
+	before := state(t, pod)
 	n, err := connect(t.Context(), t, pod.path)
 	require.NoError(t, err)
+	require.Contains(t, state(t, pod), linkPrefix+"nic1")
 	require.NoError(t, n.Close())
-	require.Eventually(t, func() bool { return !strings.Contains(state(t, pod), tapPrefix) }, 5*time.Second, 10*time.Millisecond)
-	require.NoError(t, Disconnect(t.Context(), pod.path))
+	require.Eventually(t, func() bool { return !strings.Contains(state(t, pod), linkPrefix+"nic1") }, 5*time.Second, 10*time.Millisecond)
+	require.NoError(t, Clear(t.Context(), pod.path))
+	require.Equal(t, before, state(t, pod))
+
+	n, err = connect(t.Context(), t, pod.path)
+	require.NoError(t, err)
+	defer n.Close()
+	w, h, err := open(n.waiting.path)
+	require.NoError(t, err)
+	defer w.Close()
+	defer h.Close()
+	pairs := func() (names []string) {
+		links, err := h.LinkList()
+		require.NoError(t, err)
+		for _, l := range links {
+			if l.Type() == "veth" {
+				names = append(names, l.Attrs().Name)
+			}
+		}
+		return names
+	}
+	require.Len(t, pairs(), 1)
+	require.NoError(t, Clear(t.Context(), pod.path))
+	require.Empty(t, pairs(), "the other end is left")
 }
 
 func TestConnectingFailsWithoutTraces(t *testing.T) {
@@ -313,7 +295,7 @@ func TestConnectingFailsWithoutTraces(t *testing.T) {
 		want    error
 	}{
 		"a name is taken": {func(t *testing.T, pod *netNS) {
-			require.NoError(t, pod.LinkAdd(&netlink.Veth{LinkAttrs: netlink.LinkAttrs{Name: tapPrefix + "nic1"}, PeerName: "other"}))
+			require.NoError(t, pod.LinkAdd(&netlink.Bridge{LinkAttrs: netlink.LinkAttrs{Name: linkPrefix + "nic1"}}))
 		}, nil},
 		"a tunnel": {func(t *testing.T, pod *netNS) {
 			tun := &netlink.Tuntap{LinkAttrs: netlink.LinkAttrs{Name: "tun9"}, Mode: netlink.TUNTAP_MODE_TUN}
@@ -358,6 +340,7 @@ func TestANamespaceThatIsGone(t *testing.T) {
 	_, err := Read(t.Context(), gone)
 	require.ErrorIs(t, err, errdefs.ErrNotFound)
 	require.NoError(t, Disconnect(t.Context(), gone))
+	require.NoError(t, Clear(t.Context(), gone))
 	require.NoError(t, os.WriteFile(gone, nil, 0o600), "the mount point without its namespace")
 	_, err = Read(t.Context(), gone)
 	require.ErrorIs(t, err, errdefs.ErrNotFound)
@@ -419,58 +402,3 @@ func state(t *testing.T, ns *netNS) string {
 }
 
 const vnetHeader = 10
-
-func htons(v uint16) uint16 { return v<<8 | v>>8 }
-
-func rawSocket(t *testing.T, ns *netNS, name string) int {
-	t.Helper()
-	link, err := ns.LinkByName(name)
-	require.NoError(t, err)
-	var fd int
-	require.NoError(t, inNetNS(ns.NsHandle, func() error {
-		var err error
-		fd, err = unix.Socket(unix.AF_PACKET, unix.SOCK_RAW|unix.SOCK_CLOEXEC, int(htons(unix.ETH_P_ALL)))
-		return err
-	}))
-	t.Cleanup(func() { _ = unix.Close(fd) })
-	require.NoError(t, unix.Bind(fd, &unix.SockaddrLinklayer{Protocol: htons(unix.ETH_P_ALL), Ifindex: link.Attrs().Index}))
-	require.NoError(t, unix.SetsockoptTimeval(fd, unix.SOL_SOCKET, unix.SO_RCVTIMEO, &unix.Timeval{Sec: 10}))
-	return fd
-}
-
-func readPacket(t *testing.T, fd int, want func([]byte) bool) []byte {
-	t.Helper()
-	for {
-		buf := make([]byte, 4096)
-		n, err := unix.Read(fd, buf)
-		require.NoError(t, err)
-		if want(buf[:n]) {
-			return buf[:n]
-		}
-	}
-}
-
-// readTAP reads frames as a hypervisor does, without the header before them.
-func readTAP(t *testing.T, tap *os.File, want func([]byte) bool) []byte {
-	t.Helper()
-	require.NoError(t, tap.SetReadDeadline(time.Now().Add(10*time.Second)))
-	for {
-		buf := make([]byte, 4096)
-		n, err := tap.Read(buf)
-		require.NoError(t, err)
-		if f := buf[vnetHeader:n]; want(f) {
-			return f
-		}
-	}
-}
-
-func isARP(f []byte) bool {
-	return len(f) >= 42 && binary.BigEndian.Uint16(f[12:]) == unix.ETH_P_ARP
-}
-
-func arpFrame(op byte, mac net.HardwareAddr, from, to net.IP) []byte {
-	f := append(bytes.Repeat([]byte{0xff}, 6), mac...)
-	f = append(f, 0x08, 0x06, 0, 1, 0x08, 0, 6, 4, 0, op)
-	f = append(append(f, mac...), from.To4()...)
-	return append(append(f, make([]byte, 6)...), to.To4()...)
-}

@@ -9,6 +9,7 @@ import (
 	"net"
 	"os"
 	"runtime"
+	"slices"
 	"strings"
 
 	"github.com/vishvananda/netlink"
@@ -19,30 +20,40 @@ import (
 // addrGenNone keeps the kernel from giving an interface a link-local address.
 const addrGenNone = 1
 
-// join redirects between link and the TAP of this name.
+// join redirects between link and our device of this name.
 func join(h *netlink.Handle, link netlink.Link, name string) error {
-	tap, err := h.LinkByName(name)
+	ours, err := h.LinkByName(name)
 	if err != nil {
 		return fmt.Errorf("find %s: %w", name, err)
 	}
-	// The TAP's own end speaks to nobody: no address, no ARP.
-	if err := h.LinkSetIP6AddrGenMode(tap, addrGenNone); err != nil && !errors.Is(err, unix.EAFNOSUPPORT) &&
+	if err := h.LinkSetMTU(ours, link.Attrs().MTU); err != nil {
+		return fmt.Errorf("set the MTU of %s to %d: %w", name, link.Attrs().MTU, err)
+	}
+	if err := setUp(h, ours); err != nil {
+		return err
+	}
+	return cross(h, ours, link)
+}
+
+// cross redirects between two devices, both ways.
+func cross(h *netlink.Handle, a, b netlink.Link) error {
+	return errors.Join(redirect(h, a, b), redirect(h, b, a))
+}
+
+// setUp sets a device of ours up, whose own end speaks to nobody: no address, no ARP. A
+// TAP that is down refuses what the VM sends, and Cloud Hypervisor then gives the device
+// up.
+func setUp(h *netlink.Handle, ours netlink.Link) error {
+	name := ours.Attrs().Name
+	if err := h.LinkSetIP6AddrGenMode(ours, addrGenNone); err != nil && !errors.Is(err, unix.EAFNOSUPPORT) &&
 		!errors.Is(err, unix.EOPNOTSUPP) {
 		return fmt.Errorf("turn IPv6 off on %s: %w", name, err)
 	}
-	if err := h.LinkSetARPOff(tap); err != nil {
+	if err := h.LinkSetARPOff(ours); err != nil {
 		return fmt.Errorf("turn ARP off on %s: %w", name, err)
 	}
-	if err := h.LinkSetMTU(tap, link.Attrs().MTU); err != nil {
-		return fmt.Errorf("set the MTU of %s to %d: %w", name, link.Attrs().MTU, err)
-	}
-	if err := h.LinkSetUp(tap); err != nil {
+	if err := h.LinkSetUp(ours); err != nil {
 		return fmt.Errorf("set %s up: %w", name, err)
-	}
-	for _, dir := range [][2]netlink.Link{{tap, link}, {link, tap}} {
-		if err := redirect(h, dir[0], dir[1]); err != nil {
-			return err
-		}
 	}
 	return nil
 }
@@ -124,9 +135,9 @@ func redirect(h *netlink.Handle, from, to netlink.Link) error {
 	return nil
 }
 
-// disconnect removes our TAPs and the ingress qdiscs of the interfaces that
-// they were joined to. What is gone already is no error.
-func disconnect(h *netlink.Handle) error {
+// remove removes our devices of these kinds and all ingress qdiscs of others, with the
+// redirections. What is gone already is no error.
+func remove(h *netlink.Handle, kinds ...string) error {
 	links, err := retry(h.LinkList)
 	if err != nil {
 		return fmt.Errorf("list interfaces: %w", err)
@@ -135,7 +146,7 @@ func disconnect(h *netlink.Handle) error {
 	for _, link := range links {
 		a := link.Attrs()
 		switch {
-		case isTAP(link):
+		case isOurs(link, kinds...):
 			err = h.LinkDel(link)
 		case a.Flags&net.FlagLoopback == 0:
 			err = h.QdiscDel(&netlink.Ingress{QdiscAttrs: netlink.QdiscAttrs{
@@ -151,8 +162,15 @@ func disconnect(h *netlink.Handle) error {
 	return errors.Join(errs...)
 }
 
-func isTAP(link netlink.Link) bool {
-	return link.Type() == "tuntap" && strings.HasPrefix(link.Attrs().Name, tapPrefix)
+// The kinds of devices that Join makes in a pod's namespace.
+const (
+	tapKind  = "tuntap"
+	pairKind = "veth"
+)
+
+// isOurs is true for a device of ours of one of these kinds.
+func isOurs(link netlink.Link, kinds ...string) bool {
+	return slices.Contains(kinds, link.Type()) && strings.HasPrefix(link.Attrs().Name, linkPrefix)
 }
 
 // isGone is true for what netlink says about a link or qdisc that is not there.

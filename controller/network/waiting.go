@@ -12,16 +12,17 @@ import (
 	"os"
 	"path/filepath"
 	"runtime"
+	"strings"
 
 	"github.com/containerd/errdefs"
+	"github.com/vishvananda/netlink"
 	"github.com/vishvananda/netns"
 	"golang.org/x/sys/unix"
 )
 
-// Waiting is where the TAPs of VMs are that no pod has taken yet: a network
-// namespace of their own, so that the host's shows nothing of them and none of its
-// services looks after them. It is mounted at a path and outlives the process, as
-// the VMs do.
+// Waiting is where the TAPs of VMs are: a network namespace of their own, so that the
+// host's shows nothing of them and none of its services looks after them. It is
+// mounted at a path and outlives the process, as the VMs do.
 type Waiting struct{ path string }
 
 // OpenWaiting makes the namespace at path unless it is there.
@@ -77,40 +78,80 @@ func (w *Waiting) Remove() error {
 	return err
 }
 
-// Make makes the TAP of a VM. It goes with its last file, wherever it is by then.
-func (w *Waiting) Make(vmID string) (*os.File, error) {
-	ns, err := openNS(w.path)
+// Make makes the TAP of a VM, and sets it up: what the VM sends is lost. It goes with
+// its last file.
+func (w *Waiting) Make(vmID string) (_ *os.File, retErr error) {
+	ns, h, err := open(w.path)
 	if err != nil {
 		return nil, err
 	}
 	defer ns.Close()
-	return createTAP(ns, tapName(vmID))
+	defer h.Close()
+	name := linkName(vmID)
+	file, err := createTAP(ns, name)
+	if err != nil {
+		return nil, err
+	}
+	defer func() {
+		if retErr != nil {
+			_ = file.Close()
+		}
+	}()
+	tap, err := h.LinkByName(name)
+	if err != nil {
+		return nil, fmt.Errorf("find the TAP of VM %s: %w", vmID, err)
+	}
+	return file, setUp(h, tap)
 }
 
-// move gives a VM's TAP to a pod's namespace. It waits for the kernel's RCU, some
-// 15 ms.
-func (w *Waiting) move(vmID string, to netns.NsHandle) error {
+// lead makes a pair of devices from a VM's TAP to a pod's namespace, where its end has
+// the name that linkName gives. The pair goes with either namespace, and when its end
+// in the pod's is removed. It returns ErrNotFound for a VM without a TAP, and
+// ErrAlreadyExists for one that has a pair; after an error there is none.
+func (w *Waiting) lead(vmID string, to netns.NsHandle, mtu int) (retErr error) {
 	ns, h, err := open(w.path)
 	if err != nil {
 		return err
 	}
 	defer ns.Close()
 	defer h.Close()
-	name := tapName(vmID)
+	name := linkName(vmID)
 	tap, err := h.LinkByName(name)
 	if err != nil {
 		return fmt.Errorf("find the TAP of VM %s: %w: %w", vmID, err, errdefs.ErrNotFound)
 	}
-	if err := h.LinkSetNsFd(tap, int(to)); err != nil {
-		return fmt.Errorf("move the TAP of VM %s: %w", vmID, err)
+	if err := h.LinkSetMTU(tap, mtu); err != nil {
+		return fmt.Errorf("set the MTU of the TAP of VM %s to %d: %w", vmID, mtu, err)
 	}
-	return nil
+	pair := &netlink.Veth{
+		LinkAttrs: netlink.LinkAttrs{Name: leadPrefix + strings.TrimPrefix(name, linkPrefix), MTU: mtu},
+		PeerName:  name, PeerNamespace: netlink.NsFd(int(to)), PeerMTU: uint32(mtu), //nolint:gosec // an MTU
+	}
+	err = h.LinkAdd(pair)
+	if errors.Is(err, unix.EEXIST) {
+		err = errdefs.ErrAlreadyExists
+	}
+	if err != nil {
+		return fmt.Errorf("lead from the TAP of VM %s to its pod: %w", vmID, err)
+	}
+	defer func() {
+		if retErr != nil {
+			retErr = errors.Join(retErr, h.LinkDel(pair))
+		}
+	}()
+	if err := setUp(h, pair); err != nil {
+		return err
+	}
+	return cross(h, tap, pair)
 }
 
-// tapName is the name of a VM's TAP.
-func tapName(vmID string) string {
+// leadPrefix begins the names of the pairs' ends here. It is as long as linkPrefix.
+const leadPrefix = "chp"
+
+// linkName is the name of a VM's TAP, and of what leads to it in its pod's namespace.
+func linkName(vmID string) string {
 	sum := sha256.Sum256([]byte(vmID))
-	return tapPrefix + hex.EncodeToString(sum[:(netlinkNameMax-len(tapPrefix))/2])
+	return linkPrefix + hex.EncodeToString(sum[:(netlinkNameMax-len(linkPrefix))/2])
 }
 
 // netlinkNameMax is the longest name of a link.

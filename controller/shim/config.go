@@ -8,8 +8,9 @@ package shim
 //
 //	containerd-shim-cloudhv-v1 -sandbox DIR
 //
-// with DIR the directory of ConfigFile, and the listening socket of its Task API as
-// file descriptor ListenFD. Standard output and error are its log.
+// with DIR the directory of ConfigFile, the listening socket of its Task API as
+// file descriptor ListenFD, and the listeners of Forwards after it. Standard output and
+// error are its log.
 type Config struct {
 	// SandboxID is the pod's, Namespace containerd's for it.
 	SandboxID string `json:"sandbox_id"`
@@ -21,6 +22,9 @@ type Config struct {
 	GuestEndpoint string `json:"guest_endpoint"`
 	// TTRPCAddress is containerd's ttrpc socket, for events and the host service.
 	TTRPCAddress string `json:"ttrpc_address"`
+	// Forwards is how many listeners the shim has for port-forwards: TCP sockets to which
+	// the connections to any port are redirected.
+	Forwards int `json:"forwards,omitempty"`
 	// Debug logs every request.
 	Debug bool `json:"debug,omitempty"`
 }

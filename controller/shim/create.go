@@ -57,22 +57,8 @@ func (s *service) Create(ctx context.Context, r *wirev1.CreateTaskRequest) (_ *w
 	if err != nil {
 		return nil, err
 	}
-	end := rep.part(PartImage)
-	req.Rootfs, err = s.prepareVM(ctx, r.Id)
-	end()
-	if err != nil {
-		return nil, err
-	}
-	end = rep.part(PartConnect)
-	_, err = s.guest.client(ctx)
-	end()
-	if err != nil {
-		return nil, err
-	}
 	paths := stdioPaths{stdin: r.Stdin, stdout: r.Stdout, stderr: r.Stderr, terminal: r.Terminal}
-	end = rep.part(PartStreams)
-	pio, err := openIO(ctx, s.guest.transport, paths)
-	end()
+	pio, err := openIO(paths)
 	if err != nil {
 		return nil, err
 	}
@@ -81,6 +67,9 @@ func (s *service) Create(ctx context.Context, r *wirev1.CreateTaskRequest) (_ *w
 			pio.cut()
 		}
 	}()
+	if req.Rootfs, err = s.prepare(ctx, r.Id, pio, rep); err != nil {
+		return nil, err
+	}
 	req.Stdio = pio.streams
 	t := &task{svc: s, id: r.Id, bundle: r.Bundle}
 	t.init = newProcess(t, "", paths, pio)
@@ -103,6 +92,7 @@ func (s *service) reserve(id string) error {
 }
 
 func (s *service) forget(id string) {
+	defer s.volumes.remove(id)
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	delete(s.tasks, id)
@@ -128,8 +118,7 @@ func (s *service) guestCreate(r *wirev1.CreateTaskRequest) (*guestv1.CreateReque
 			r.Id, c.Spec.Process.Terminal, r.Terminal, errdefs.ErrInvalidArgument)
 	}
 	s.sizer.set(r.Id, limitsOf(r.Id, c.Spec.Linux.Resources, s.sizer.get(r.Id)))
-	files, err := guestspec.ReadFiles(c.Binds)
-	if err != nil {
+	if err := s.volumes.add(r.Id, c.Spec.Mounts); err != nil {
 		return nil, fmt.Errorf("container %q cannot run in a VM: %w", r.Id, err)
 	}
 	spec, err := marshalSpec(c.Spec)
@@ -139,7 +128,6 @@ func (s *service) guestCreate(r *wirev1.CreateTaskRequest) (*guestv1.CreateReque
 	return &guestv1.CreateRequest{
 		Id:           r.Id,
 		Spec:         spec,
-		Files:        files,
 		PidNamespace: c.PidNamespace,
 		TargetPid:    c.TargetPid,
 		PrivateShm:   c.PrivateShm,
@@ -176,6 +164,40 @@ func readSpec(path string) (*specs.Spec, error) {
 	return &spec, nil
 }
 
+// prepare prepares the VM and, meanwhile, connects a container's streams.
+func (s *service) prepare(ctx context.Context, id string, pio *processIO, rep *report) (rootfs *guestv1.RootFS, _ error) {
+	g, gctx := errgroup.WithContext(ctx)
+	end := rep.part(PartImage)
+	g.Go(func() (err error) {
+		defer end()
+		rootfs, err = s.prepareVM(gctx, id)
+		return err
+	})
+	g.Go(func() error { return s.connectIO(gctx, pio, rep) })
+	g.Go(func() error { return s.volumes.mount(gctx, id, s.guest) })
+	began := time.Now()
+	if err := g.Wait(); err != nil {
+		return nil, err
+	}
+	if time.Since(began) < s.streamAge {
+		return rootfs, nil
+	}
+	// The image had to be made first, and that took long.
+	return rootfs, s.connectIO(ctx, pio, rep)
+}
+
+// connectIO connects streams, when the agent is there.
+func (s *service) connectIO(ctx context.Context, pio *processIO, rep *report) error {
+	end := rep.part(PartConnect)
+	_, err := s.guest.client(ctx)
+	end()
+	if err != nil {
+		return err
+	}
+	defer rep.part(PartStreams)()
+	return pio.connect(ctx, s.guest.transport)
+}
+
 // prepareVM has the container's image made a disk of the VM and, at the same time,
 // the VM made large enough for the container.
 func (s *service) prepareVM(ctx context.Context, id string) (*guestv1.RootFS, error) {
@@ -186,7 +208,8 @@ func (s *service) prepareVM(ctx context.Context, id string) (*guestv1.RootFS, er
 		rootfs, err = s.attachRootFS(ctx, id)
 		return err
 	})
-	return rootfs, g.Wait()
+	err := g.Wait()
+	return rootfs, err
 }
 
 // attachRootFS asks the plugin for the container's image as a disk of the VM.

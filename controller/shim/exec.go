@@ -46,7 +46,7 @@ func (s *service) Exec(ctx context.Context, r *wirev1.ExecProcessRequest) (_ *em
 		}
 	}()
 	paths := stdioPaths{stdin: r.Stdin, stdout: r.Stdout, stderr: r.Stderr, terminal: r.Terminal}
-	pio, err := openIO(ctx, s.guest.transport, paths)
+	pio, err := openIO(paths)
 	if err != nil {
 		return nil, err
 	}
@@ -55,6 +55,9 @@ func (s *service) Exec(ctx context.Context, r *wirev1.ExecProcessRequest) (_ *em
 			pio.cut()
 		}
 	}()
+	if err := pio.connect(ctx, s.guest.transport); err != nil {
+		return nil, err
+	}
 	p := newProcess(t, r.ExecId, paths, pio)
 	if err := s.execInGuest(ctx, p, process); err != nil {
 		return nil, err

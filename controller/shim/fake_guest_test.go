@@ -5,6 +5,7 @@ package shim
 
 import (
 	"context"
+	"encoding/binary"
 	"encoding/json"
 	"fmt"
 	"io"
@@ -37,16 +38,20 @@ type fakeGuest struct {
 
 	// before is called at the start of each call, with its name; an error fails it.
 	before atomic.Pointer[func(ctx context.Context, call string) error]
+	// forward serves port-forwards.
+	forward atomic.Pointer[func(conn net.Conn, port uint16)]
 
-	mu      sync.Mutex
-	conns   []net.Conn
-	streams map[string]net.Conn
-	procs   map[string]*fakeProc
-	nextPid uint32
-	created []*guestv1.CreateRequest
-	steps   []*guestv1.Step // that a create tells
-	updated [][]byte
-	sizes   []string
+	mu    sync.Mutex
+	conns []net.Conn
+	// forwards are those of port-forwards.
+	forwards []net.Conn
+	streams  map[string]net.Conn
+	procs    map[string]*fakeProc
+	nextPid  uint32
+	created  []*guestv1.CreateRequest
+	steps    []*guestv1.Step // that a create tells
+	updated  [][]byte
+	sizes    []string
 }
 
 // fakeProc is a process of a fakeGuest.
@@ -102,7 +107,15 @@ func (g *fakeGuest) die() {
 
 func (g *fakeGuest) Done() <-chan struct{} { return g.done }
 
-func (g *fakeGuest) Close() error { return nil }
+// Close ends port-forwards only: the tests look at what becomes of the rest.
+func (g *fakeGuest) Close() error {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	for _, c := range g.forwards {
+		_ = c.Close()
+	}
+	return nil
+}
 
 func (g *fakeGuest) Dial(ctx context.Context, port uint32) (net.Conn, error) {
 	select {
@@ -113,6 +126,9 @@ func (g *fakeGuest) Dial(ctx context.Context, port uint32) (net.Conn, error) {
 	host, guest := connPair(g.t)
 	g.mu.Lock()
 	g.conns = append(g.conns, host, guest)
+	if port == api.PortForward {
+		g.forwards = append(g.forwards, host, guest)
+	}
 	g.mu.Unlock()
 	switch port {
 	case api.PortRPC:
@@ -124,6 +140,13 @@ func (g *fakeGuest) Dial(ctx context.Context, port uint32) (net.Conn, error) {
 			return nil, err
 		}
 		go g.accept(guest)
+	case api.PortForward:
+		go func() {
+			var port [api.ForwardRequestBytes]byte
+			if _, err := io.ReadFull(guest, port[:]); err == nil {
+				(*g.forward.Load())(guest, binary.BigEndian.Uint16(port[:]))
+			}
+		}()
 	}
 	return host, nil
 }
@@ -411,6 +434,8 @@ func (g *fakeGuest) Stats(ctx context.Context, r *guestv1.StatsRequest) (*guestv
 		Memory: &guestv1.MemoryStats{Usage: 4096, UsageLimit: 8192, Stat: map[string]uint64{"anon": 1, "inactive_file": 2, "strange": 3}, OomKill: 0},
 		Pids:   &guestv1.PidsStats{Current: 3},
 		Io:     []*guestv1.IOStats{{Major: 254, Rbytes: 9}},
+
+		WritableBytes: 123 << 10, WritableInodes: 45,
 	}, nil
 }
 
@@ -424,4 +449,15 @@ func (g *fakeGuest) State(context.Context, *guestv1.StateRequest) (*guestv1.Stat
 
 func (g *fakeGuest) WarmUp(context.Context, *guestv1.WarmUpRequest) (*emptypb.Empty, error) {
 	return nil, errgrpc.ToGRPC(errdefs.ErrNotImplemented)
+}
+
+// MountVolumes reads nothing of what is served.
+func (g *fakeGuest) MountVolumes(ctx context.Context, r *guestv1.MountVolumesRequest) (*emptypb.Empty, error) {
+	g.mu.Lock()
+	open := g.streams[r.Stream] != nil
+	g.mu.Unlock()
+	if !open {
+		return nil, fmt.Errorf("stream %s: %w", r.Stream, errdefs.ErrNotFound)
+	}
+	return &emptypb.Empty{}, g.call(ctx, "MountVolumes")
 }

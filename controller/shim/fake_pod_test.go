@@ -51,6 +51,7 @@ type fakeDaemon struct {
 	attach   func(context.Context) error
 	resizes  []*hostv1.ResizeRequest
 	resize   func(*hostv1.ResizeRequest) error
+	usages   []*hostv1.UsageRequest
 }
 
 func newFakeDaemon(t testing.TB, dir string) *fakeDaemon {
@@ -144,6 +145,13 @@ func (d *fakeDaemon) Report(ctx context.Context, r *hostv1.ReportRequest) (*empt
 	defer d.mu.Unlock()
 	d.noteTrace(ctx, "Report "+r.Call)
 	d.reports = append(d.reports, r)
+	return &emptypb.Empty{}, nil
+}
+
+func (d *fakeDaemon) Usage(_ context.Context, r *hostv1.UsageRequest) (*emptypb.Empty, error) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	d.usages = append(d.usages, r)
 	return &emptypb.Empty{}, nil
 }
 

@@ -39,9 +39,15 @@ func TestCreateFails(t *testing.T) {
 		}, errdefs.IsInvalidArgument},
 		{"refused mount", func(p *pod, r *taskapi.CreateTaskRequest) {
 			r.Bundle = p.bundle("dir", func(s *specs.Spec) {
-				s.Mounts = append(s.Mounts, specs.Mount{Type: "bind", Source: p.dir, Destination: "/data", Options: []string{"rbind"}})
+				s.Mounts = append(s.Mounts, specs.Mount{Type: "bind", Source: "/dev/null", Destination: "/data", Options: []string{"rbind"}})
 			})
 		}, errdefs.IsInvalidArgument},
+		{"guest mount", func(p *pod, r *taskapi.CreateTaskRequest) {
+			p.guest.failing("MountVolumes", refused)
+			r.Bundle = p.bundle("volume", func(s *specs.Spec) {
+				s.Mounts = append(s.Mounts, specs.Mount{Type: "bind", Source: p.dir, Destination: "/data", Options: []string{"rbind"}})
+			})
+		}, errdefs.IsFailedPrecondition},
 		{"pod has ended", func(p *pod, r *taskapi.CreateTaskRequest) {
 			r.Bundle = p.bundle("late", func(s *specs.Spec) {
 				for i, ns := range s.Linux.Namespaces {
@@ -364,7 +370,8 @@ func TestContainerdAway(t *testing.T) {
 	t.Parallel()
 	p, ctx := newPod(t), testContext(t)
 	p.create("c", nil, "exit", "6")
-	p.daemon.wait(1)
+	// An event whose answer is lost is told twice.
+	p.svc.events.flush(ctx)
 	p.daemon.stop()
 	_, err := p.client.Start(ctx, &taskapi.StartRequest{ID: "c"})
 	require.NoError(t, err)

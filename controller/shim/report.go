@@ -5,6 +5,7 @@ package shim
 
 import (
 	"context"
+	"sync"
 	"time"
 
 	"github.com/containerd/log"
@@ -41,7 +42,9 @@ var TraceHeaders = []string{"traceparent", "tracestate"}
 type report struct {
 	svc   *service
 	began time.Time
-	req   *hostv1.ReportRequest
+
+	mu  sync.Mutex
+	req *hostv1.ReportRequest
 }
 
 // newReport begins the report of a call.
@@ -52,10 +55,12 @@ func (s *service) newReport(call, container string) *report {
 	}}
 }
 
-// part begins a part of the call, which the returned function ends.
+// part begins a part of the call, which the returned function ends. Parts may overlap.
 func (r *report) part(name string) (end func()) {
 	began := time.Now()
 	p := &hostv1.Part{Name: name, AtUsec: usec(began.Sub(r.began))}
+	r.mu.Lock()
+	defer r.mu.Unlock()
 	r.req.Parts = append(r.req.Parts, p)
 	return func() { p.TookUsec = usec(time.Since(began)) }
 }

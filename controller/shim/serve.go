@@ -51,24 +51,67 @@ func LoadConfig(dir string) (*Config, error) {
 	return &cfg, nil
 }
 
-// Listener is the socket of the Task API that the controller has made.
-func Listener() (net.Listener, error) {
-	f := os.NewFile(ListenFD, "task socket")
+// Sockets are the listeners that the controller has made for a shim. Their files are
+// inherited.
+type Sockets struct {
+	// Task is that of the Task API.
+	Task net.Listener
+	// Forwards are for port-forwards.
+	Forwards []*net.TCPListener
+}
+
+// Inherit takes the sockets that cfg tells of.
+func Inherit(cfg *Config) (_ *Sockets, retErr error) {
+	s := &Sockets{}
+	defer func() {
+		if retErr != nil {
+			s.close()
+		}
+	}()
+	var err error
+	if s.Task, err = inherit("task socket", ListenFD); err != nil {
+		return nil, err
+	}
+	for i := range cfg.Forwards {
+		l, err := inherit("port-forward", ListenFD+1+i)
+		if err != nil {
+			return nil, err
+		}
+		tcp, ok := l.(*net.TCPListener)
+		if !ok {
+			_ = l.Close()
+			return nil, fmt.Errorf("port-forward: file descriptor %d is no TCP socket: %w", ListenFD+1+i, errdefs.ErrFailedPrecondition)
+		}
+		s.Forwards = append(s.Forwards, tcp)
+	}
+	return s, nil
+}
+
+func inherit(name string, fd int) (net.Listener, error) {
+	f := os.NewFile(uintptr(fd), name)
 	if f == nil {
-		return nil, fmt.Errorf("file descriptor %d is not open: %w", ListenFD, errdefs.ErrFailedPrecondition)
+		return nil, fmt.Errorf("%s: file descriptor %d is not open: %w", name, fd, errdefs.ErrFailedPrecondition)
 	}
 	defer f.Close()
 	l, err := net.FileListener(f)
 	if err != nil {
-		return nil, fmt.Errorf("file descriptor %d is no listening socket: %w", ListenFD, err)
+		return nil, fmt.Errorf("%s: file descriptor %d is no listening socket: %w", name, fd, err)
 	}
 	return l, nil
 }
 
-// Serve serves the Task API of the pod in dir until ctx ends. It closes listener
-// and transport. The loss of the VM does not end it: containerd is still to
+func (s *Sockets) close() {
+	if s.Task != nil {
+		_ = s.Task.Close()
+	}
+	closeAll(s.Forwards)
+}
+
+// Serve serves the Task API of the pod in dir, and its port-forwards, until ctx ends. It
+// closes sockets and transport. The loss of the VM does not end it: containerd is still to
 // learn how the containers ended.
-func Serve(ctx context.Context, cfg Config, dir string, listener net.Listener, transport Guest) error {
+func Serve(ctx context.Context, cfg Config, dir string, sockets *Sockets, transport Guest) error {
+	defer sockets.close()
 	ctx = log.WithLogger(ctx, log.G(ctx).WithField("sandbox", cfg.SandboxID))
 	// What is told at the end needs a context that has not ended.
 	s := newService(context.WithoutCancel(ctx), cfg, dir, transport)
@@ -77,14 +120,14 @@ func Serve(ctx context.Context, cfg Config, dir string, listener net.Listener, t
 		ttrpc.WithServerHandshaker(ttrpc.UnixSocketRequireSameUser()),
 		ttrpc.WithUnaryServerInterceptor(s.intercept))
 	if err != nil {
-		_ = listener.Close()
 		return fmt.Errorf("make task server: %w", err)
 	}
 	s.register(server)
+	s.forwards.serve(sockets.Forwards)
 	stop := context.AfterFunc(ctx, func() { _ = server.Close() })
 	defer stop()
 	log.G(ctx).Info("shim serves the pod's tasks")
-	err = server.Serve(s.ctx, listener)
+	err = server.Serve(s.ctx, sockets.Task)
 	if ctx.Err() != nil {
 		log.G(ctx).Info("shim ends")
 		return nil

@@ -48,7 +48,7 @@ func TestServeEnds(t *testing.T) {
 	ctx, cancel := context.WithCancel(context.Background())
 	defer cancel()
 	served := make(chan error)
-	go func() { served <- Serve(ctx, cfg, dir, l, p.guest) }()
+	go func() { served <- Serve(ctx, cfg, dir, &Sockets{Task: l}, p.guest) }()
 	conn, err := net.Dial("unix", path)
 	require.NoError(t, err)
 	client := ttrpc.NewClient(conn)

@@ -61,6 +61,10 @@ type service struct {
 	daemon *daemon
 	sizer  *sizer
 	events *publisher
+	// forwards are the pod's port-forwards.
+	forwards *forwarder
+	// volumes are what containers mount of the host.
+	volumes podVolumes
 
 	// ctx ends with the service. It carries the logger.
 	ctx        context.Context
@@ -70,6 +74,7 @@ type service struct {
 	killLimit  time.Duration
 	tailLimit  time.Duration
 	endLimit   time.Duration
+	streamAge  time.Duration
 	// silent is set while the guest owes an answer about figures.
 	silent atomic.Bool
 	calm   *time.Timer // gives memory back
@@ -89,10 +94,11 @@ func newService(ctx context.Context, cfg Config, dir string, transport Guest) *s
 		cfg: cfg, dir: dir, ctx: ctx, cancel: cancel,
 		daemon: d, sizer: newSizer(), events: newPublisher(d, cfg.Namespace),
 		drainLimit: defaultDrainLimit, killLimit: quickLimit,
-		tailLimit: defaultTailLimit, endLimit: defaultEndLimit,
+		tailLimit: defaultTailLimit, endLimit: defaultEndLimit, streamAge: defaultStreamAge,
 		tasks: make(map[string]*task),
 	}
 	s.guest = newGuestClient(transport, s.vmLost)
+	s.forwards = newForwarder(s)
 	s.calm = time.AfterFunc(time.Hour, freeMemory)
 	s.calm.Stop()
 	s.stir = time.AfterFunc(time.Hour, func() {
@@ -115,7 +121,9 @@ func (s *service) close(limit time.Duration) {
 	s.calm.Stop()
 	s.stir.Stop()
 	s.daemon.close()
+	s.forwards.close()
 	s.guest.close()
+	s.volumes.close()
 	for _, t := range s.all() {
 		for _, p := range t.processes() {
 			p.io.cut()
@@ -150,6 +158,8 @@ func (s *service) stirred() {
 
 // vmLost ends every process: there is nothing left that could run it.
 func (s *service) vmLost(reason error) {
+	// They keep the pod's network namespace.
+	s.forwards.close()
 	if s.ctx.Err() != nil {
 		return
 	}
@@ -158,6 +168,8 @@ func (s *service) vmLost(reason error) {
 	if err := os.WriteFile(filepath.Join(s.dir, VMLostFile), []byte(text), 0o600); err != nil {
 		log.G(s.ctx).WithError(err).Warn("cannot note that the VM is lost")
 	}
+	// It may have to wait for a file system of the host's.
+	s.running.Go(s.volumes.close)
 	now := time.Now()
 	for _, t := range s.all() {
 		for _, p := range t.processes() {

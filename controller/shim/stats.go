@@ -157,6 +157,7 @@ func (t *task) ask(asking chan struct{}) {
 			s.age = nextAge(age, before.Cpu.UsageUsec, s.sample.Cpu.UsageUsec, s.at.Sub(last))
 		}
 		t.svc.silent.Store(false)
+		t.tellUsage(resp)
 		if t.init.info().state == stateRunning {
 			t.noteOOM(s.sample.MemoryEvents.OomKill)
 		}

@@ -21,6 +21,7 @@ import (
 
 	"github.com/containerd/errdefs"
 	"github.com/containerd/log"
+	"golang.org/x/sync/errgroup"
 	"golang.org/x/sys/unix"
 
 	"github.com/cloudhv/containerd-cloudhv/guest/api"
@@ -33,6 +34,9 @@ const (
 	copyBytes = 4096
 	// streamLimit is how long the guest may take to accept a stream.
 	streamLimit = 30 * time.Second
+	// defaultStreamAge is how old a stream may be when its process is made: the guest keeps
+	// one without a process for two minutes.
+	defaultStreamAge = time.Minute
 )
 
 // stdioPaths are a process's as containerd names them: FIFOs, files as
@@ -52,9 +56,9 @@ type processIO struct {
 	drained chan struct{} // closed when all output is where it belongs
 }
 
-// openIO opens both ends. The guest's streams are to be named in the call that
-// makes the process; start begins to copy, and cut ends it all.
-func openIO(ctx context.Context, g Guest, paths stdioPaths) (_ *processIO, retErr error) {
+// openIO opens the host's ends. connect opens the guest's, which are to be named in the
+// call that makes the process; start begins to copy, and cut ends it all.
+func openIO(paths stdioPaths) (_ *processIO, retErr error) {
 	p := &processIO{
 		streams: &guestv1.Stdio{Terminal: paths.terminal},
 		drained: make(chan struct{}),
@@ -70,9 +74,6 @@ func openIO(ctx context.Context, g Guest, paths stdioPaths) (_ *processIO, retEr
 			return nil, fmt.Errorf("stdin: %w", err)
 		}
 		p.stdin = in
-		if in.stream, p.streams.Stdin, err = openStream(ctx, g); err != nil {
-			return nil, fmt.Errorf("stdin: %w", err)
-		}
 	}
 	for _, o := range []struct {
 		name, path string
@@ -89,12 +90,34 @@ func openIO(ctx context.Context, g Guest, paths stdioPaths) (_ *processIO, retEr
 		if err != nil {
 			return nil, fmt.Errorf("%s: %w", o.name, err)
 		}
+		out.name, out.id = o.name, o.id
 		p.outputs = append(p.outputs, out)
-		if out.stream, *o.id, err = openStream(ctx, g); err != nil {
-			return nil, fmt.Errorf("%s: %w", o.name, err)
-		}
 	}
 	return p, nil
+}
+
+// connect opens a stream of the guest for each end, side by side, as each takes the
+// guest two answers. Streams that were opened before are replaced.
+func (p *processIO) connect(ctx context.Context, g Guest) error {
+	group, ctx := errgroup.WithContext(ctx)
+	open := func(name string, stream *net.Conn, id *string) {
+		if *stream != nil {
+			_ = (*stream).Close()
+		}
+		group.Go(func() (err error) {
+			if *stream, *id, err = openStream(ctx, g); err != nil {
+				return fmt.Errorf("%s: %w", name, err)
+			}
+			return nil
+		})
+	}
+	if p.stdin != nil {
+		open("stdin", &p.stdin.stream, &p.streams.Stdin)
+	}
+	for _, o := range p.outputs {
+		open(o.name, &o.stream, o.id)
+	}
+	return group.Wait()
 }
 
 // start begins to copy. ctx carries the logger only.
@@ -256,7 +279,9 @@ func (in *input) copy(ctx context.Context) {
 // output copies a stream into a FIFO or a file. It holds the FIFO's reading end
 // too, so that writing goes on while containerd is away, up to the pipe's size.
 type output struct {
+	name   string
 	stream net.Conn
+	id     *string // where the stream's ID belongs
 	w      *os.File
 	r      *os.File // nil for a file
 

@@ -6,9 +6,12 @@ package shim
 import (
 	"bytes"
 	"io"
+	"maps"
 	"os"
 	"path/filepath"
 	"runtime"
+	"slices"
+	"sync"
 	"syscall"
 	"testing"
 	"time"
@@ -23,9 +26,9 @@ import (
 
 func eventFor(testing.TB) proto.Message { return &wirev1.TaskOOM{ContainerId: "x"} }
 
-// All of 200 MB arrives though its reader stalls, and little of it is held.
+// All of 200 MB arrives though its reader stalls, and little of it is held. It looks at the
+// process's heap, so no other test runs beside it.
 func TestStalledReader(t *testing.T) {
-	t.Parallel()
 	const size = 200 << 20
 	p := newPod(t)
 	s := p.stdio("c", false)
@@ -34,8 +37,10 @@ func TestStalledReader(t *testing.T) {
 	_, err := io.ReadFull(s.out, half)
 	require.NoError(t, err)
 	var before, after runtime.MemStats
+	runtime.GC()
 	runtime.ReadMemStats(&before)
 	time.Sleep(2 * time.Second)
+	runtime.GC()
 	runtime.ReadMemStats(&after)
 	assert.Less(t, int64(after.HeapAlloc)-int64(before.HeapAlloc), int64(8<<20))
 	_, err = checkPattern(bytes.NewReader(half), 0)
@@ -55,16 +60,47 @@ func TestStdin(t *testing.T) {
 	p := newPod(t)
 	s := p.stdio("c", true)
 	p.run("c", s, "cat")
-	go func() {
+	var in sync.WaitGroup
+	in.Go(func() {
 		assert.NoError(t, writePattern(s.in, size))
 		assert.NoError(t, s.in.Close())
 		_, err := p.client.CloseIO(testContext(t), &taskapi.CloseIORequest{ID: "c", Stdin: true})
 		assert.NoError(t, err)
-	}()
+	})
 	n, err := checkPattern(s.out, 0)
 	require.NoError(t, err)
 	assert.Equal(t, size, n)
 	assert.Zero(t, p.wait("c", "").ExitStatus)
+	in.Wait()
+}
+
+// The guest does not keep streams for as long as an image may take to be made: they are
+// opened anew then.
+func TestStreamsGrowOld(t *testing.T) {
+	t.Parallel()
+	p := newPod(t)
+	p.svc.streamAge = 0
+	s := p.stdio("c", true)
+	p.run("c", s, "cat")
+	p.guest.mu.Lock()
+	unclaimed := slices.Collect(maps.Values(p.guest.streams))
+	p.guest.mu.Unlock()
+	assert.Len(t, unclaimed, 3)
+	for _, old := range unclaimed {
+		_, err := old.Read(make([]byte, 1))
+		assert.ErrorIs(t, err, io.EOF)
+	}
+	var in sync.WaitGroup
+	in.Go(func() {
+		assert.NoError(t, writePattern(s.in, 1<<20))
+		assert.NoError(t, s.in.Close())
+		_, err := p.client.CloseIO(testContext(t), &taskapi.CloseIORequest{ID: "c", Stdin: true})
+		assert.NoError(t, err)
+	})
+	n, err := checkPattern(s.out, 0)
+	require.NoError(t, err)
+	assert.Equal(t, 1<<20, n)
+	in.Wait()
 }
 
 // Stdin stays open without containerd.
@@ -91,10 +127,17 @@ func TestStdinOfTheDead(t *testing.T) {
 	t.Parallel()
 	p := newPod(t)
 	s := p.stdio("c", true)
-	p.run("c", s, "exit", "0")
+	p.run("c", s, "cat")
+	// The FIFO is open at both ends before the process ends.
+	_, err := s.in.Write([]byte("x"))
+	require.NoError(t, err)
+	_, err = io.ReadFull(s.out, make([]byte, 1))
+	require.NoError(t, err)
+	_, err = p.client.Kill(testContext(t), &taskapi.KillRequest{ID: "c", Signal: uint32(syscall.SIGKILL)})
+	require.NoError(t, err)
 	p.wait("c", "")
 	buf := make([]byte, 1<<20)
-	_, err := s.in.Write(buf)
+	_, err = s.in.Write(buf)
 	assert.ErrorIs(t, err, syscall.EPIPE)
 }
 

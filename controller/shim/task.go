@@ -24,6 +24,8 @@ type task struct {
 	execs    map[string]*process // nil entries are being made
 	paused   bool
 	oomKills uint64 // as far as it was told
+	usage    layerUsage
+	deleted  bool
 }
 
 // process finds a process of the task; execID "" is the first.

@@ -55,11 +55,13 @@ func (s *service) Delete(ctx context.Context, r *wirev1.DeleteRequest) (*wirev1.
 	if r.ExecId != "" {
 		p.task.remove(r.ExecId)
 	} else if s.take(p.task) {
+		s.volumes.remove(r.Id)
 		// Processes that were exec'd into the container went with it.
 		for _, e := range p.task.processes()[1:] {
 			e.exit(StatusVMLost, time.Now(), 0)
 			e.io.cut()
 		}
+		p.task.forgetUsage()
 		s.events.publish(&wirev1.TaskDelete{
 			ContainerId: r.Id,
 			Pid:         info.pid,

@@ -217,13 +217,7 @@ func (b *bench) newNode(ctx context.Context, name string, cfg map[string]any) (_
 func awaitSnapshot(ctx context.Context, n *testnode.Node) error {
 	ctx, cancel := context.WithTimeout(ctx, testnode.Scale(5*time.Minute))
 	defer cancel()
-	return testnode.Eventually(ctx, func(ctx context.Context) error {
-		m, err := n.Metrics(ctx)
-		if err == nil && m["containerd_cloudhv_pool_snapshot_usable"] != 1 {
-			err = fmt.Errorf("there is no snapshot yet: %w", errdefs.ErrUnavailable)
-		}
-		return err
-	})
+	return n.AwaitSnapshot(ctx)
 }
 
 // closeNode removes a node and all that it has.

@@ -15,6 +15,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strconv"
+	"strings"
 	"sync/atomic"
 	"syscall"
 	"time"
@@ -59,7 +60,7 @@ func copyTemplate(pid int) (_ *template, retErr error) {
 	if err != nil {
 		return nil, err
 	}
-	t := &template{dir: dir, args: slices.Clone(lines[pid][1:])}
+	t := &template{dir: dir, args: openedByPath(lines[pid][1:])}
 	defer func() {
 		if retErr != nil {
 			retErr = errors.Join(retErr, t.remove())
@@ -78,6 +79,38 @@ func copyTemplate(pid int) (_ *template, retErr error) {
 		}
 	}
 	return t, nil
+}
+
+// openedByPath are the arguments of a VMM that opens its files itself: ours inherits
+// them in sets.
+func openedByPath(args []string) (out []string) {
+	paths := map[string]string{}
+	for i := 0; i < len(args); i++ {
+		if args[i] != "-add-fd" || i+1 == len(args) {
+			out = append(out, args[i])
+			continue
+		}
+		i++
+		var set, path string
+		for option := range strings.SplitSeq(args[i], ",") {
+			if v, ok := strings.CutPrefix(option, "set="); ok {
+				set = v
+			} else if v, ok := strings.CutPrefix(option, "opaque="); ok {
+				path = v
+			}
+		}
+		paths["file.filename=/dev/fdset/"+set] = "file.filename=" + path
+	}
+	for i, arg := range out {
+		options := strings.Split(arg, ",")
+		for j, o := range options {
+			if path, ok := paths[o]; ok {
+				options[j] = path
+			}
+		}
+		out[i] = strings.Join(options, ",")
+	}
+	return out
 }
 
 // remove removes the copy. It may be nil.

@@ -6,6 +6,7 @@
 package testimage
 
 import (
+	"archive/tar"
 	"bytes"
 	"debug/elf"
 	"fmt"
@@ -29,6 +30,8 @@ const (
 	HelperRef  = "localhost/chv/helper:latest"
 	NastyRef   = "localhost/chv/nasty:latest"
 	ClonesRef  = "localhost/chv/clones:latest"
+	// VolumeRef is Volume.
+	VolumeRef = "localhost/chv/volume:latest"
 )
 
 // HelperPath is where the helper is in the images that have it, CWhoPath where the
@@ -84,7 +87,9 @@ func Busybox() (v1.Image, error) {
 	})
 }
 
-// Pause is the image of an idle process, for the sandboxes of other runtimes.
+// Pause is the image of an idle process, for the sandboxes of other runtimes: it opens
+// a FIFO that nobody writes to. It is no sleep, as others look for theirs by name where
+// they share its PID namespace.
 func Pause() (v1.Image, error) {
 	path, err := FindBusybox()
 	if err != nil {
@@ -96,8 +101,9 @@ func Pause() (v1.Image, error) {
 	}
 	a := newArchive()
 	a.dir("bin", 0o755)
-	a.file("bin/sleep", 0o755, data)
-	return build([]*archive{a}, v1.Config{Entrypoint: []string{"/bin/sleep", "2147483647"}})
+	a.file("bin/cat", 0o755, data)
+	a.node("never", tar.TypeFifo, 0, 0, 0o600)
+	return build([]*archive{a}, v1.Config{Entrypoint: []string{"/bin/cat", "/never"}})
 }
 
 // Helper is Busybox and the tests' helper, with a working directory, a user
@@ -109,6 +115,20 @@ func Helper(helper []byte) (v1.Image, error) {
 // Clones is Helper and the C program of BuildCWho.
 func Clones(helper, cwho []byte) (v1.Image, error) {
 	return withHelper(helper, map[string][]byte{CWhoPath: cwho})
+}
+
+// Volume is Helper with a volume at /data, in which the image has a file.
+func Volume(helper []byte) (v1.Image, error) {
+	img, err := withHelper(helper, map[string][]byte{"/data/prepared": []byte("by the image\n")})
+	if err != nil {
+		return nil, err
+	}
+	file, err := img.ConfigFile()
+	if err != nil {
+		return nil, err
+	}
+	file.Config.Volumes = map[string]struct{}{"/data": {}}
+	return mutate.ConfigFile(img, file)
 }
 
 func withHelper(helper []byte, programs map[string][]byte) (v1.Image, error) {
@@ -130,11 +150,30 @@ func withHelper(helper []byte, programs map[string][]byte) (v1.Image, error) {
 	})
 }
 
+// prebuilt is the program of that name in $E2E_PROGRAMS, for machines on which a
+// compiler is missing or too slow. It is nil if that is not set.
+func prebuilt(name string) ([]byte, error) {
+	dir := os.Getenv("E2E_PROGRAMS")
+	if dir == "" {
+		return nil, nil
+	}
+	return os.ReadFile(filepath.Join(dir, name))
+}
+
 // BuildHelper compiles the helper with the host's go and returns its bytes. The
-// program is put into dir.
+// program is put into dir, and taken away again. In $E2E_PROGRAMS it may lie ready.
 func BuildHelper(repo, dir string) ([]byte, error) {
-	out := filepath.Join(dir, "helper")
-	cmd := exec.Command("go", "build", "-trimpath", "-ldflags=-s -w", "-o", out, "./e2e/testimage/helper")
+	return buildGo("helper", repo, dir)
+}
+
+// buildGo compiles the program of that name, which is a package below this one.
+func buildGo(name, repo, dir string) ([]byte, error) {
+	if b, err := prebuilt(name); b != nil || err != nil {
+		return b, err
+	}
+	out := filepath.Join(dir, name)
+	defer os.Remove(out)
+	cmd := exec.Command("go", "build", "-trimpath", "-ldflags=-s -w", "-o", out, "./e2e/testimage/"+name)
 	cmd.Dir = repo
 	cmd.Env = append(os.Environ(), "CGO_ENABLED=0", "GOFLAGS=-buildvcs=false")
 	if os.Getenv("SUDO_USER") != "" {
@@ -142,14 +181,18 @@ func BuildHelper(repo, dir string) ([]byte, error) {
 		cmd.Env = append(cmd.Env, "GOCACHE="+filepath.Join(repo, "build", "cache", "go-root"))
 	}
 	if b, err := cmd.CombinedOutput(); err != nil {
-		return nil, fmt.Errorf("building the helper: %w\n%s", err, b)
+		return nil, fmt.Errorf("building %s: %w\n%s", name, err, b)
 	}
 	return os.ReadFile(out)
 }
 
 // BuildCWho compiles the C program that prints random bytes with the host's compiler,
-// static, and returns its bytes. The program is put into dir.
+// static, and returns its bytes. The program is put into dir. In $E2E_PROGRAMS it may
+// lie ready.
 func BuildCWho(repo, dir string) ([]byte, error) {
+	if b, err := prebuilt("cwho"); b != nil || err != nil {
+		return b, err
+	}
 	out := filepath.Join(dir, "cwho")
 	cmd := exec.Command("gcc", "-static", "-O2", "-Wall", "-Werror", "-o", out, "e2e/testimage/cwho/cwho.c")
 	cmd.Dir = repo

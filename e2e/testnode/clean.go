@@ -31,7 +31,7 @@ const cniDir = "/var/lib/cni"
 const cgroupRoot = "/sys/fs/cgroup"
 
 // ourPrograms are the prefixes of programs that a node may have started.
-var ourPrograms = []string{"containerd", "qemu-system", "cloud-hypervisor", "runc", "mkfs.", "crictl", "cloudhv"}
+var ourPrograms = []string{"containerd", "qemu-system", "cloud-hypervisor", "runc", "mkfs.", "crictl", "cloudhv", "ginkgo", "critest"}
 
 // Close removes all pods, ends containerd and deletes everything that the node
 // has made. What pods left behind is removed too: look at it before, with Census.
@@ -63,7 +63,7 @@ func (n *Node) Close(ctx context.Context) error {
 func (n *Node) sweep(ctx context.Context) error {
 	ctx, cancel := limited(ctx)
 	defer cancel()
-	errs := []error{Eventually(ctx, n.killProcesses), n.unmountAll(), n.closeFirewall(), n.removeBridge(), Eventually(ctx, n.removeCgroups)}
+	errs := []error{Eventually(ctx, n.killProcesses), n.unmountAll(), n.closeFirewall(), n.removePortmap(), n.removeBridge(), Eventually(ctx, n.removeCgroups)}
 	caches, err := n.cniResults()
 	errs = append(errs, err)
 	for _, f := range caches {
@@ -105,16 +105,22 @@ func (n *Node) killProcesses(context.Context) error {
 	return nil
 }
 
-func (n *Node) mounts() ([]*mountinfo.Info, error) {
-	ms, err := mountinfo.GetMounts(mountinfo.PrefixFilter(n.dir))
+func (n *Node) mounts() ([]*mountinfo.Info, error) { return mountsBelow(n.dir) }
+
+func mountsBelow(dir string) ([]*mountinfo.Info, error) {
+	ms, err := mountinfo.GetMounts(mountinfo.PrefixFilter(dir))
 	if err != nil {
 		return nil, fmt.Errorf("listing mounts: %w", err)
 	}
 	return ms, nil
 }
 
-func (n *Node) unmountAll() error {
-	ms, err := n.mounts()
+func (n *Node) unmountAll() error { return UnmountBelow(n.dir) }
+
+// UnmountBelow unmounts all that is mounted at a directory of a node's or below it, the
+// last first.
+func UnmountBelow(dir string) error {
+	ms, err := mountsBelow(dir)
 	if err != nil {
 		return err
 	}

@@ -49,18 +49,32 @@ func (n *Node) writeConfig() error {
 	return os.WriteFile(n.crictlConfig(), []byte("runtime-endpoint: "+n.Endpoint()+"\n"), 0o644)
 }
 
+// writeMirrors writes the files by which containerd finds Options.Mirrors.
+func (n *Node) writeMirrors() error {
+	for host, url := range n.opts.Mirrors {
+		b, err := toml.Marshal(table{"server": url, "host": table{url: table{"capabilities": []string{"pull", "resolve"}}}})
+		if err != nil {
+			return err
+		}
+		if err := os.MkdirAll(n.Dir("hosts", host), 0o755); err != nil {
+			return err
+		}
+		if err := os.WriteFile(n.Dir("hosts", host, "hosts.toml"), b, 0o644); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
 func (n *Node) crictlConfig() string { return n.Dir("crictl.yaml") }
 
 func (n *Node) pluginConfig() table {
 	return table{
-		"io.containerd.cri.v1.images": table{
-			"snapshotter":   "overlayfs",
-			"pinned_images": table{"sandbox": PauseRef},
-		},
+		"io.containerd.cri.v1.images": n.imageConfig(),
 		"io.containerd.cri.v1.runtime": table{
 			"restrict_oom_score_adj":       true,
 			"netns_mounts_under_state_dir": true,
-			"cdi_spec_dirs":                []string{n.Dir("cdi")},
+			"cdi_spec_dirs":                []string{n.CDIDir()},
 			"cni": table{
 				"bin_dirs":              []string{n.opts.CNIBinDir},
 				"conf_dir":              n.Dir("cni", "conf"),
@@ -77,7 +91,7 @@ func (n *Node) pluginConfig() table {
 		"io.containerd.grpc.v1.cri":                      table{"stream_server_address": "127.0.0.1", "stream_server_port": "0"},
 		"io.containerd.image-verifier.v1.bindir":         table{"bin_dir": n.Dir("opt", "verifier")},
 		"io.containerd.internal.v1.opt":                  table{"path": n.Dir("opt")},
-		"io.containerd.nri.v1.nri":                       table{"disable": true, "socket_path": n.Dir("nri", "nri.sock"), "plugin_path": n.Dir("nri"), "plugin_config_path": n.Dir("nri")},
+		"io.containerd.nri.v1.nri":                       table{"disable": !n.opts.NRI, "socket_path": n.NRISocket(), "plugin_path": n.Dir("nri"), "plugin_config_path": n.Dir("nri")},
 		"io.containerd.server.v1.debug":                  table{"address": n.Dir("debug.sock")},
 		"io.containerd.server.v1.metrics":                table{"address": n.opts.Metrics},
 		"io.containerd.server.v1.grpc":                   table{"address": n.Dir("c.sock")},
@@ -85,6 +99,18 @@ func (n *Node) pluginConfig() table {
 		"io.containerd.shim.v1.manager":                  table{"socket_dir": n.Dir("s")},
 		"io.containerd.sandbox.controller.v1." + CloudHV: n.controllerConfig(),
 	}
+}
+
+func (n *Node) imageConfig() table {
+	c := table{
+		"snapshotter":   "overlayfs",
+		"pinned_images": table{"sandbox": PauseRef},
+	}
+	// Without mirrors of the node's own the host's count.
+	if len(n.opts.Mirrors) > 0 {
+		c["registry"] = table{"config_path": n.Dir("hosts")}
+	}
+	return c
 }
 
 // runcConfig is runc's entry in the runtime table.
@@ -109,6 +135,19 @@ func cloudhvRuntime() table {
 	}
 }
 
+// hypervisor is what the environment's E2E_VMM and CLOUD_HYPERVISOR choose for all
+// nodes: the driver, and the program of one that is not in PATH.
+func hypervisor() table {
+	c := table{}
+	if v := os.Getenv("E2E_VMM"); v != "" {
+		c["vmm"] = v
+	}
+	if v := os.Getenv("CLOUD_HYPERVISOR"); v != "" && c["vmm"] == "cloudhypervisor" {
+		c["cloud_hypervisor_binary"] = v
+	}
+	return c
+}
+
 // controllerConfig is the plugin's own section.
 func (n *Node) controllerConfig() table {
 	c := table{
@@ -122,6 +161,7 @@ func (n *Node) controllerConfig() table {
 	if n.opts.Debug {
 		c["debug"] = true
 	}
+	maps.Copy(c, hypervisor())
 	maps.Copy(c, n.opts.CloudHV)
 	return c
 }

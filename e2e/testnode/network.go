@@ -73,7 +73,7 @@ func (n *Node) setUpNetwork() (retErr error) {
 	if err := n.openFirewall(); err != nil {
 		return fmt.Errorf("letting bridge %s through the firewall: %w", n.Bridge(), err)
 	}
-	return n.writeCNI()
+	return errors.Join(n.ownPortmap(), n.writeCNI())
 }
 
 // ifaFNoDAD is IFA_F_NODAD: the address is usable at once.
@@ -86,21 +86,21 @@ func (n *Node) writeCNI() error {
 		ranges = append(ranges, []map[string]string{{"subnet": n.subnet.v6.String(), "gateway": n.subnet.v6.Addr().Next().String()}})
 		routes = append(routes, map[string]string{"dst": "::/0"})
 	}
-	conf := map[string]any{
-		"cniVersion": "1.0.0",
-		"name":       n.Bridge(),
-		"plugins": []any{map[string]any{
-			"type":   "bridge",
-			"bridge": n.Bridge(),
-			"mtu":    PodMTU,
-			"ipam": map[string]any{
-				"type":    "host-local",
-				"dataDir": n.Dir("cni", "ipam"),
-				"ranges":  ranges,
-				"routes":  routes,
-			},
-		}},
+	plugins := []any{map[string]any{
+		"type":   "bridge",
+		"bridge": n.Bridge(),
+		"mtu":    PodMTU,
+		"ipam": map[string]any{
+			"type":    "host-local",
+			"dataDir": n.Dir("cni", "ipam"),
+			"ranges":  ranges,
+			"routes":  routes,
+		},
+	}}
+	if n.opts.HostPorts {
+		plugins = append(plugins, map[string]any{"type": "portmap", "snat": true, "capabilities": map[string]bool{"portMappings": true}})
 	}
+	conf := map[string]any{"cniVersion": "1.0.0", "name": n.Bridge(), "plugins": plugins}
 	b, err := json.MarshalIndent(conf, "", "  ")
 	if err != nil {
 		return err

@@ -67,6 +67,15 @@ type Options struct {
 	Tmpfs bool
 	// Metrics is the address at which containerd serves its metrics; empty for none.
 	Metrics string
+	// Mirrors are the URLs from which images are pulled instead, by the host of
+	// their references, without a way back to that.
+	Mirrors map[string]string
+	// HostPorts lets pods have ports of the host, by the CNI plugin portmap. It has
+	// chains of its own in the host's firewall, which Close removes unless they
+	// were there before.
+	HostPorts bool
+	// NRI lets plugins connect to NRISocket, which may change containers.
+	NRI bool
 	// Env is added to containerd's environment.
 	Env []string
 }
@@ -132,7 +141,7 @@ func New(opts Options) (_ *Node, retErr error) {
 	if err := n.setUpNetwork(); err != nil {
 		return nil, err
 	}
-	return n, n.writeConfig()
+	return n, errors.Join(n.writeConfig(), n.writeMirrors())
 }
 
 // mountTmpfs mounts what Options.Tmpfs asks for. Close unmounts it.
@@ -264,6 +273,12 @@ func (n *Node) CacheDir() string { return n.Dir("cache") }
 // Endpoint is the address of containerd's CRI, in crictl's form.
 func (n *Node) Endpoint() string { return "unix://" + n.Dir("c.sock") }
 
+// NRISocket is where plugins of NRI connect, if Options.NRI says so.
+func (n *Node) NRISocket() string { return n.Dir("nri.sock") }
+
+// CDIDir is where the node's CDI specifications are.
+func (n *Node) CDIDir() string { return n.Dir("cdi") }
+
 // Bridge is the name of the bridge that the pods' interfaces are on.
 func (n *Node) Bridge() string { return "chv-" + n.opts.Name }
 
@@ -311,3 +326,6 @@ func (n *Node) LogPath() string { return n.Dir("containerd.log") }
 
 // Repo is the root of the checkout.
 func (n *Node) Repo() string { return n.opts.Repo }
+
+// BinDir is Options.BinDir, or what stands for it.
+func (n *Node) BinDir() string { return n.opts.BinDir }

@@ -91,6 +91,17 @@ func (n *Node) AwaitPool(ctx context.Context, atLeast int) error {
 	})
 }
 
+// AwaitSnapshot waits until VMs can be restored. It needs Options.Metrics.
+func (n *Node) AwaitSnapshot(ctx context.Context) error {
+	return Eventually(ctx, func(ctx context.Context) error {
+		m, err := n.Metrics(ctx)
+		if err == nil && m["containerd_cloudhv_pool_snapshot_usable"] != 1 {
+			err = fmt.Errorf("there is no snapshot yet: %w", errdefs.ErrUnavailable)
+		}
+		return err
+	})
+}
+
 // debug asks containerd's debug socket. The caller closes the answer.
 func (n *Node) debug(ctx context.Context, path string) (io.ReadCloser, error) {
 	tr := &http.Transport{DisableKeepAlives: true, DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {

@@ -12,22 +12,36 @@ import (
 	"os"
 
 	"github.com/containerd/log"
-	"github.com/mdlayher/vsock"
 
 	"github.com/cloudhv/containerd-cloudhv/guest/api"
 	"github.com/cloudhv/containerd-cloudhv/guest/api/transport"
 )
 
-// ports are the listeners of api.PortRPC and api.PortStream.
-type ports struct{ rpc, stream net.Listener }
+// ports are the listeners of api.PortRPC, api.PortStream and api.PortForward.
+type ports struct{ rpc, stream, forward net.Listener }
 
 // listen listens on the transport that the VMM gave to this VM: vsock, if there
 // is no virtio-serial port.
-func listen(ctx context.Context) (ports, error) {
-	if useVsock() {
-		return listenVsock()
+func listen(ctx context.Context) (p ports, err error) {
+	mux := transport.NewMux()
+	for _, l := range []struct {
+		to   *net.Listener
+		port uint32
+	}{{&p.rpc, api.PortRPC}, {&p.stream, api.PortStream}, {&p.forward, api.PortForward}} {
+		if *l.to, err = mux.Listen(l.port); err != nil {
+			return p, err
+		}
 	}
-	return listenSerial(ctx)
+	if useVsock() {
+		for _, port := range []uint32{transport.VsockVM, transport.VsockPod} {
+			serveTransport(ctx, fmt.Sprint("vsock ", port), func() error { return mux.ServeVsock(ctx, port) })
+		}
+		return p, nil
+	}
+	for _, name := range []string{transport.PortVM, transport.PortPod} {
+		serveTransport(ctx, name, func() error { return mux.ServeDevice(ctx, name) })
+	}
+	return p, nil
 }
 
 func useVsock() bool {
@@ -39,35 +53,11 @@ func useVsock() bool {
 	return !errors.Is(err, fs.ErrNotExist)
 }
 
-func listenVsock() (p ports, err error) {
-	for _, l := range []struct {
-		port uint32
-		to   *net.Listener
-	}{{api.PortRPC, &p.rpc}, {api.PortStream, &p.stream}} {
-		if *l.to, err = vsock.ListenContextID(vsockAnyCID, l.port, nil); err != nil {
-			return p, fmt.Errorf("listen on vsock port %d: %w", l.port, err)
+// serveTransport runs one way to the host.
+func serveTransport(ctx context.Context, name string, run func() error) {
+	go func() {
+		if err := run(); err != nil {
+			log.G(ctx).WithError(err).WithField("port", name).Error("transport ended")
 		}
-	}
-	return p, nil
-}
-
-// vsockAnyCID is VMADDR_CID_ANY: the VM's own CID changes with a restore.
-const vsockAnyCID = 0xffffffff
-
-func listenSerial(ctx context.Context) (p ports, err error) {
-	mux := transport.NewMux()
-	if p.rpc, err = mux.Listen(api.PortRPC); err != nil {
-		return p, err
-	}
-	if p.stream, err = mux.Listen(api.PortStream); err != nil {
-		return p, err
-	}
-	for _, name := range []string{transport.PortVM, transport.PortPod} {
-		go func() {
-			if err := mux.ServeDevice(ctx, name); err != nil {
-				log.G(ctx).WithError(err).WithField("port", name).Error("transport ended")
-			}
-		}()
-	}
-	return p, nil
+	}()
 }

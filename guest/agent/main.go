@@ -22,6 +22,7 @@ import (
 	"github.com/cloudhv/containerd-cloudhv/guest/agent/cgroup"
 	"github.com/cloudhv/containerd-cloudhv/guest/agent/crun"
 	"github.com/cloudhv/containerd-cloudhv/guest/agent/disk"
+	"github.com/cloudhv/containerd-cloudhv/guest/agent/forward"
 	"github.com/cloudhv/containerd-cloudhv/guest/agent/machine"
 	"github.com/cloudhv/containerd-cloudhv/guest/agent/reap"
 	"github.com/cloudhv/containerd-cloudhv/guest/agent/rootfs"
@@ -43,19 +44,24 @@ const (
 	layers     = boot.Scratch + "/layers"
 	podDir     = "/run/pod"
 	self       = "/proc/self/exe"
+
+	// flushLimit is how long the last words may take to the console.
+	flushLimit = 5 * time.Second
 )
 
 func main() {
 	start := boot.Uptime()
-	agentlog.Setup(os.Stderr)
+	flush := agentlog.Setup(os.Stderr)
 	if os.Getpid() != 1 {
 		fmt.Fprintln(os.Stderr, "containerd-cloudhv agent", version, "runs as the first process of a VM only")
 		os.Exit(2)
 	}
 	err := run(context.Background(), start)
 	log.L.WithError(err).Error("the agent ends, and the VM with it")
+	flush(flushLimit)
 	if err := (machine.VM{}).PowerOff(); err != nil {
 		log.L.WithError(err).Error("cannot power off")
+		flush(flushLimit)
 	}
 }
 
@@ -118,8 +124,9 @@ func serve(ctx context.Context, p ports, vm *machine.Service, tasks *task.Servic
 	}
 	guestv1.RegisterMachineService(server, vm)
 	guestv1.RegisterTaskService(server, tasks)
-	failed := make(chan error, 2)
+	failed := make(chan error, 3)
 	go func() { failed <- server.Serve(ctx, p.rpc) }()
 	go func() { failed <- streams.Serve(ctx, p.stream) }()
+	go func() { failed <- forward.NewServer().Serve(ctx, p.forward) }()
 	return errors.Join(errors.New("a listener ended"), <-failed)
 }

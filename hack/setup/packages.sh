@@ -5,6 +5,7 @@
 # The Debian packages that set-up needs (packages.list says which and what for).
 #
 #   packages.sh install GROUP...   install what is missing of these groups
+#   packages.sh files GROUP DIR    only unpack the group's packages and their libraries into DIR
 #   packages.sh remove             undo it: remove the packages that it installed
 #
 # Nothing is ever removed, upgraded on purpose or restarted to install something: what would
@@ -159,6 +160,39 @@ install_groups() {
 	done < <(rows "$@")
 }
 
+# files GROUP DIR: unpacks a group's packages with the libraries that they need, to take files from.
+# Nothing is installed, and no installation script runs. What is there already is kept.
+files() {
+	local group=$1 dir=$2 package probe plan stamp
+	local -a packages wanted=()
+	mapfile -t packages < <(rows "$group" | cut -d' ' -f1)
+	stamp="$(hash_files "$here/packages.list") $(. /etc/os-release && echo "${VERSION_ID:-}")"
+	if stamp_matches "$dir/.stamp" "$stamp"; then
+		say "files of ${packages[*]}: up to date"
+		return
+	fi
+	[[ ${SKIP_SYSTEM:-} != 1 ]] || die "SKIP_SYSTEM=1: ${packages[*]} are not fetched"
+	supported "${packages[@]}"
+	while read -r package probe _; do
+		candidate "$package" || { update && break; }
+	done < <(rows "$group")
+	for package in "${packages[@]}"; do
+		plan=$(closure "$package") || die "apt finds no way to install $package, not even on an empty machine"
+		mapfile -t -O "${#wanted[@]}" wanted < <(grep -E "^(lib|zlib|$package\$)" <<<"$plan" | grep -v -e perl -e '^libfile-' -e '^libtext-' -e '^libnumber-')
+	done
+	mapfile -t wanted < <(printf '%s\n' "${wanted[@]}" | sort -u)
+	say "unpacking ${wanted[*]} into $dir"
+	rm -rf "$dir"
+	mkdir -p "$dir/.debs"
+	(cd "$dir/.debs" && apt-get -q -o APT::Sandbox::User="$(id -un)" download "${wanted[@]}" 2>&1 | indent) ||
+		die "cannot download ${wanted[*]}"
+	for package in "$dir"/.debs/*.deb; do
+		dpkg-deb -x "$package" "$dir"
+	done
+	rm -r "$dir/.debs"
+	echo "$stamp" >"$dir/.stamp"
+}
+
 # removable: of the packages written down, those that nothing else on this machine needs by now.
 removable() {
 	local -a ours
@@ -203,9 +237,13 @@ install)
 	step "Debian packages ($*)"
 	install_groups "$@"
 	;;
+files)
+	step "Files of Debian packages ($2)"
+	files "$2" "$3"
+	;;
 remove)
 	step "What set-up added to this machine"
 	remove
 	;;
-*) sed -n '5,19s/^# \{0,1\}//p' "${BASH_SOURCE[0]}" ;;
+*) sed -n '5,20s/^# \{0,1\}//p' "${BASH_SOURCE[0]}" ;;
 esac

@@ -121,6 +121,7 @@ func number(pid int, field []byte) (uint64, error) {
 
 // Handle is a process that cannot turn into another: signals reach it or nobody.
 type Handle struct {
+	pid  int
 	file *os.File
 	done chan struct{}
 }
@@ -145,7 +146,7 @@ func (id Identity) Open() (*Handle, error) {
 		_ = file.Close()
 		return nil, fmt.Errorf("watch process %d: %w", id.Pid, err)
 	}
-	h := &Handle{file: file, done: make(chan struct{})}
+	h := &Handle{pid: id.Pid, file: file, done: make(chan struct{})}
 	go func() {
 		defer close(h.done)
 		// The netpoller tells when the pidfd is readable: the process has ended.
@@ -173,6 +174,37 @@ func (h *Handle) Signal(sig unix.Signal) error {
 		return nil
 	}
 	return sendErr
+}
+
+// Files duplicates those of the process's files that /proc shows as path, at most limit
+// of them: what the kernel does when the last file of a device is closed, the
+// process's end then does not wait for. The caller closes them. A process that is
+// ending, or that may not be looked into, gives none.
+func (h *Handle) Files(path string, limit int) []*os.File {
+	raw, err := h.file.SyscallConn()
+	if err != nil {
+		return nil
+	}
+	dir := filepath.Join("/proc", strconv.Itoa(h.pid), "fd")
+	entries, err := os.ReadDir(dir)
+	if err != nil {
+		return nil
+	}
+	var files []*os.File
+	for _, e := range entries {
+		target, err := os.Readlink(filepath.Join(dir, e.Name()))
+		n, numErr := strconv.Atoi(e.Name())
+		if err != nil || numErr != nil || target != path || len(files) >= limit {
+			continue
+		}
+		// By the pidfd, so that it is no other process's.
+		_ = raw.Control(func(fd uintptr) {
+			if got, err := unix.PidfdGetfd(int(fd), n, 0); err == nil {
+				files = append(files, os.NewFile(uintptr(got), path))
+			}
+		})
+	}
+	return files
 }
 
 // End sends SIGTERM, after grace SIGKILL, and waits until the process has ended.

@@ -10,20 +10,11 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"net"
-	"os"
-	"os/exec"
-	"path/filepath"
-	"strconv"
 	"sync"
-	"syscall"
 	"time"
 
 	"github.com/containerd/errdefs"
-	"github.com/containerd/log"
-	"golang.org/x/sys/unix"
 
-	"github.com/cloudhv/containerd-cloudhv/vmpool/process"
 	"github.com/cloudhv/containerd-cloudhv/vmpool/vmm"
 )
 
@@ -66,6 +57,24 @@ type data struct {
 	Base         int64    `json:"base_memory"`
 	MemoryFile   string   `json:"memory_file,omitempty"`
 	BuiltInNIC   bool     `json:"built_in_nic,omitempty"`
+	Accelerator  string   `json:"accelerator,omitempty"`
+	// ImageDisk is false for a VM that an earlier version started.
+	ImageDisk bool `json:"image_disk,omitempty"`
+}
+
+const (
+	// overhead is what QEMU needs beyond its guest's memory, in bytes, and codeBuffer what
+	// software emulation may take for translated code: when that is full it begins anew.
+	overhead   = 128 << 20
+	codeBuffer = 512 << 20
+)
+
+// overheadOf is what a VM's process takes at most, by what runs its processors.
+func overheadOf(accelerator string) int64 {
+	if accelerator == vmm.AccelKVM {
+		return overhead
+	}
+	return overhead + codeBuffer
 }
 
 // Boot starts QEMU and takes control of it.
@@ -89,12 +98,13 @@ func (d *Driver) start(ctx context.Context, cfg vmm.Config, from *vmm.Snapshot) 
 	}
 	own := data{
 		Size: cfg.Size, Max: cfg.Max, ConsoleLimit: cfg.ConsoleLimit, Base: cfg.Size.MemoryBytes,
-		MemoryFile: cfg.MemoryFile, BuiltInNIC: cfg.TAP != nil,
+		MemoryFile: cfg.MemoryFile, BuiltInNIC: cfg.TAP != nil, Accelerator: host.Accelerator, ImageDisk: true,
 	}
-	vm, err := newVM(cfg.ID, cfg.Dir, cfg.CgroupPath, own)
+	vm, err := newVM(cfg.ID, cfg.Dir, cfg.CgroupPath, cfg.UID, own)
 	if err != nil {
 		return nil, err
 	}
+	vm.unplugged = true
 	defer func() {
 		if retErr != nil {
 			undo, cancel := context.WithTimeout(context.WithoutCancel(ctx), undoLimit)
@@ -102,20 +112,24 @@ func (d *Driver) start(ctx context.Context, cfg vmm.Config, from *vmm.Snapshot) 
 			retErr = errors.Join(retErr, vm.Kill(undo), vm.Close())
 		}
 	}()
-	if err := vm.cgroup.Make(); err != nil {
+	if err := vm.MakeCgroup(); err != nil {
 		return nil, err
 	}
-	if err := vm.spawn(ctx, host, cfg, from); err != nil {
+	seal, err := vm.spawn(ctx, host, cfg, from)
+	if err != nil {
 		return nil, err
 	}
-	if err := vm.control(ctx); err != nil {
-		return nil, vm.explain(err)
+	err = vm.control(ctx)
+	// When the monitor answers all files have been opened that a VM begins with.
+	seal()
+	if err != nil {
+		return nil, vm.Explain(err)
 	}
 	if from == nil {
 		return vm, nil
 	}
 	if err := vm.load(ctx, from.Dir); err != nil {
-		return nil, vm.explain(err)
+		return nil, vm.Explain(err)
 	}
 	return vm, nil
 }
@@ -137,120 +151,24 @@ func (d *Driver) Attach(ctx context.Context, state vmm.State) (_ vmm.VM, retErr 
 	if err := json.Unmarshal(state.Data, &own); err != nil {
 		return nil, fmt.Errorf("qemu: state of VM %s: %w: %w", state.ID, err, errdefs.ErrInvalidArgument)
 	}
-	vm, err := newVM(state.ID, state.Dir, state.Cgroup, own)
+	vm, err := newVM(state.ID, state.Dir, state.Cgroup, state.UID, own)
 	if err != nil {
 		return nil, err
 	}
-	id := state.Identity()
-	proc, err := id.Open()
-	if err != nil {
-		return nil, fmt.Errorf("qemu: VM %s: %w", state.ID, err)
+	if err := vm.Adopt(state.Identity()); err != nil {
+		return nil, err
 	}
-	vm.identity, vm.proc = id, proc
+	vm.imageDoubt = true
 	if err := vm.openLogs(ctx); err != nil {
 		return nil, errors.Join(err, vm.Close())
 	}
-	var cmd *exec.Cmd
-	if ours, ok := children.LoadAndDelete(id); ok {
-		cmd = ours.(*exec.Cmd)
-	}
-	vm.watched.Go(func() { vm.watch(cmd) })
+	vm.Watch()
 	err = vm.control(ctx)
 	if err == nil {
 		err = vm.findSlots(ctx)
 	}
 	if err != nil {
-		return nil, errors.Join(vm.explain(err), vm.Close())
+		return nil, errors.Join(vm.Explain(err), vm.Close())
 	}
 	return vm, nil
-}
-
-// spawn starts the process, in its cgroup, with its sockets made.
-func (vm *machine) spawn(ctx context.Context, host vmm.Host, cfg vmm.Config, from *vmm.Snapshot) (retErr error) {
-	files, err := listen(cfg.Dir)
-	defer closeAll(files)
-	if err != nil {
-		return err
-	}
-	printed, err := openPipe(filepath.Join(cfg.Dir, logPipe), os.O_RDWR)
-	if err != nil {
-		return err
-	}
-	defer printed.Close() //nolint:errcheck // QEMU has its own
-	if err := vm.openLogs(ctx); err != nil {
-		return err
-	}
-	cmd := exec.Command(host.Binary, commandLine(cfg, host.Accelerator, from)...)
-	cmd.Dir = cfg.Dir
-	cmd.Env = []string{"PATH=/usr/sbin:/usr/bin:/sbin:/bin"}
-	cmd.Stdout, cmd.Stderr = printed, printed
-	cmd.ExtraFiles = files
-	if cfg.TAP != nil {
-		cmd.ExtraFiles = append(cmd.ExtraFiles, cfg.TAP)
-	}
-	cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true}
-	if err := cmd.Start(); err != nil {
-		return fmt.Errorf("qemu: start: %w", err)
-	}
-	identity, err := process.Identify(cmd.Process.Pid)
-	if err == nil {
-		vm.proc, err = identity.Open()
-	}
-	if err != nil {
-		_ = cmd.Process.Kill()
-		_ = cmd.Wait()
-		return vm.explain(fmt.Errorf("qemu: ended at once: %w", err))
-	}
-	vm.identity = identity
-	vm.watched.Go(func() { vm.watch(cmd) })
-	if err := vm.cgroup.Add(identity.Pid); err != nil {
-		log.G(ctx).WithError(err).WithField("vm", vm.id).Warn("VM runs outside a cgroup of its own")
-	}
-	adjustOOM(ctx, identity.Pid)
-	return nil
-}
-
-// adjustOOM undoes the protection that containerd's own process may have.
-func adjustOOM(ctx context.Context, pid int) {
-	path := filepath.Join("/proc", strconv.Itoa(pid), "oom_score_adj")
-	if err := os.WriteFile(path, []byte("0"), 0); err != nil {
-		log.G(ctx).WithError(err).WithField("pid", pid).Warn("cannot reset the oom score of a VMM")
-	}
-}
-
-// listen makes QEMU's sockets. The caller closes the files.
-func listen(dir string) (_ []*os.File, retErr error) {
-	var files []*os.File
-	for _, name := range socketNames {
-		path := filepath.Join(dir, name)
-		if err := os.Remove(path); err != nil && !errors.Is(err, os.ErrNotExist) {
-			return files, err
-		}
-		l, err := net.ListenUnix("unix", &net.UnixAddr{Name: path, Net: "unix"})
-		if err != nil {
-			return files, fmt.Errorf("qemu: %w", err)
-		}
-		l.SetUnlinkOnClose(false)
-		f, err := l.File()
-		_ = l.Close()
-		if err != nil {
-			return files, fmt.Errorf("qemu: %w", err)
-		}
-		files = append(files, f)
-	}
-	return files, nil
-}
-
-func closeAll(files []*os.File) {
-	for _, f := range files {
-		_ = f.Close()
-	}
-}
-
-// openPipe makes the FIFO at path unless it is there, and opens it without waiting.
-func openPipe(path string, flag int) (*os.File, error) {
-	if err := unix.Mkfifo(path, 0o600); err != nil && !errors.Is(err, unix.EEXIST) {
-		return nil, fmt.Errorf("qemu: make %s: %w", path, err)
-	}
-	return os.OpenFile(path, flag|unix.O_NONBLOCK, 0)
 }

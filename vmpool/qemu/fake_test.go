@@ -17,6 +17,7 @@ import (
 	"github.com/stretchr/testify/require"
 
 	"github.com/cloudhv/containerd-cloudhv/vmpool/vmm"
+	"github.com/cloudhv/containerd-cloudhv/vmpool/vmm/vmproc"
 )
 
 // fakeQEMU answers commands by their names: the n-th by the n-th answer of its
@@ -71,11 +72,9 @@ func (q *fakeQEMU) plugged(devices map[string]int) {
 func fakeVM(t *testing.T, answers map[string][]string) (*machine, *fakeQEMU) {
 	t.Helper()
 	q := &fakeQEMU{answers: answers, seen: map[string]int{}}
-	vm := &machine{
-		id: "fake", dir: filepath.Dir(fakeMonitor(t, q.answer)), done: make(chan struct{}),
-		busy: map[string]chan struct{}{}, doubt: map[string]int{},
-		own: data{Base: 128 << 20, Size: vmm.Size{VCPUs: 1, MemoryBytes: 1 << 30}, Max: vmm.Size{VCPUs: 1, MemoryBytes: 1 << 30}},
-	}
+	vm, err := newVM("fake", filepath.Dir(fakeMonitor(t, q.answer)), "", 0,
+		data{ImageDisk: true, Base: 128 << 20, Size: vmm.Size{VCPUs: 1, MemoryBytes: 1 << 30}, Max: vmm.Size{VCPUs: 1, MemoryBytes: 1 << 30}})
+	require.NoError(t, err)
 	require.NoError(t, vm.control(testContext(t)))
 	t.Cleanup(vm.mon.close)
 	return vm, q
@@ -96,6 +95,24 @@ func TestShrinkingAsksAgain(t *testing.T) {
 	assert.Equal(t, small, vm.own.Size)
 }
 
+// What is known to be unplugged is not asked for.
+func TestNothingToResize(t *testing.T) {
+	t.Parallel()
+	vm, q := fakeVM(t, map[string][]string{"qom-get": {fakeReturn("0")}})
+	small, large := vmm.Size{VCPUs: 1, MemoryBytes: 128 << 20}, vmm.Size{VCPUs: 1, MemoryBytes: 256 << 20}
+	for i, step := range []struct {
+		to    vmm.Size
+		asked int
+	}{
+		{small, 1}, // another process may have plugged some
+		{small, 1}, {large, 2}, {large, 3}, {small, 4}, {small, 4},
+	} {
+		require.NoError(t, vm.Resize(testContext(t), step.to))
+		assert.Equal(t, step.asked, q.count("qom-set"), "step %d", i)
+		assert.Equal(t, step.to, vm.own.Size)
+	}
+}
+
 // A guest that keeps memory for good costs a bounded time, and the error tells how
 // much it keeps.
 func TestShrinkingIsBounded(t *testing.T) {
@@ -106,7 +123,7 @@ func TestShrinkingIsBounded(t *testing.T) {
 	var kept *vmm.KeptError
 	require.ErrorAs(t, vm.Resize(testContext(t), small), &kept)
 	assert.Equal(t, vmm.KeptError{MemoryBytes: 136 << 20, Wanted: 128 << 20}, *kept)
-	assert.GreaterOrEqual(t, time.Since(began), shrinkLimit)
+	assert.GreaterOrEqual(t, time.Since(began), vmproc.ShrinkLimit)
 	assert.Greater(t, q.count("qom-set"), 3)
 
 	ctx, cancel := context.WithTimeout(testContext(t), 20*time.Millisecond)
@@ -120,7 +137,8 @@ func (vm *machine) disk(t *testing.T, serial string, within time.Duration) error
 	t.Helper()
 	ctx, cancel := context.WithTimeout(testContext(t), within)
 	defer cancel()
-	return vm.AddDisk(ctx, vmm.Disk{Serial: serial, Path: "/dev/null", ReadOnly: true})
+	_, err := vm.AddDisk(ctx, vmm.Disk{Serial: serial, Path: "/dev/null", ReadOnly: true})
+	return err
 }
 
 // A device that QEMU plugs after its call was given up has its slot, whatever

@@ -8,8 +8,8 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"math"
 	"os"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -18,6 +18,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/cloudhv/containerd-cloudhv/vmpool/vmm"
+	"github.com/cloudhv/containerd-cloudhv/vmpool/vmm/vmproc"
 )
 
 const (
@@ -26,10 +27,6 @@ const (
 	// askAgain is after how long a guest that has not given a device back is asked
 	// again: one that was still starting loses the request.
 	askAgain = 2 * time.Second
-	// shrinkLimit is how long Resize waits for a guest that gives no more memory back,
-	// and shrinkPause how often it looks. QEMU's own event for it may come a second late.
-	shrinkLimit = 3 * time.Second
-	shrinkPause = 100 * time.Millisecond
 )
 
 const (
@@ -46,77 +43,144 @@ func diskID(serial string) string { return "disk-" + serial }
 
 func nicID(id string) string { return "nic-" + id }
 
-// AddDisk hot-plugs a block device.
-func (vm *machine) AddDisk(ctx context.Context, disk vmm.Disk) (retErr error) {
+// AddDisk puts a disk into the image disk, or hot-plugs a block device.
+func (vm *machine) AddDisk(ctx context.Context, disk vmm.Disk) (string, error) {
 	if err := disk.Validate(); err != nil {
-		return fmt.Errorf("qemu: %w", err)
+		return "", fmt.Errorf("qemu: %w", err)
 	}
+	unlock, err := vm.Lock(ctx, diskLock(disk.Serial))
+	if err != nil {
+		return "", fmt.Errorf("add disk %s: %w", disk.Serial, err)
+	}
+	defer unlock()
+	serial := vmm.ImageSerial
+	done := false
+	if fitsImageDisk(disk) {
+		done, err = vm.putImage(ctx, disk)
+	}
+	if err == nil && !done {
+		serial = disk.Serial
+		err = vm.plugDisk(ctx, disk)
+	}
+	if err != nil {
+		return "", fmt.Errorf("add disk %s: %w", disk.Serial, err)
+	}
+	return serial, nil
+}
+
+// diskLock keeps calls about one disk apart, wherever it is.
+func diskLock(serial string) string { return "of-" + diskID(serial) }
+
+// plugDisk hot-plugs a block device.
+func (vm *machine) plugDisk(ctx context.Context, disk vmm.Disk) (retErr error) {
 	id := diskID(disk.Serial)
 	release, err := vm.claim(ctx, id)
 	if err != nil {
-		return fmt.Errorf("add disk %s: %w", disk.Serial, err)
+		return err
 	}
 	defer func() { release(retErr) }()
-	args := object{
-		"driver": "raw", "node-name": id, "read-only": disk.ReadOnly, "discard": "unmap",
-		"file": object{"driver": "file", "filename": disk.Path, "locking": "off"},
+	if err := vm.addNode(ctx, id, disk); err != nil {
+		return err
 	}
-	node := object{"node-name": id}
-	err = vm.call(ctx, "blockdev-add", args, nil)
-	if isAnswer(err) && vm.call(ctx, "blockdev-del", node, nil) == nil {
-		// A call that was given up half-way had left it.
-		err = vm.call(ctx, "blockdev-add", args, nil)
-	}
-	if err != nil {
-		return fmt.Errorf("add disk %s: %w", disk.Serial, err)
-	}
-	defer vm.undoOnError(ctx, &retErr, "blockdev-del", node)
+	defer vm.undoOnError(ctx, &retErr, "blockdev-del", object{"node-name": id})
 	device := object{
 		"driver": "virtio-blk-pci", "id": id, "bus": vm.slotOf(id), "disable-legacy": "on",
 		"drive": id, "serial": disk.Serial,
 		"werror": "report", "rerror": "report",
 	}
-	if err := vm.call(ctx, "device_add", device, nil); err != nil {
-		return fmt.Errorf("add disk %s: %w", disk.Serial, err)
-	}
-	return nil
+	return vm.call(ctx, "device_add", device, nil)
 }
 
-// RemoveDisk unplugs a block device.
+// addNode makes a block node of a disk's file.
+func (vm *machine) addNode(ctx context.Context, id string, disk vmm.Disk) error {
+	return vm.withFile(ctx, disk, func(file object) error {
+		args := object{"driver": "raw", "node-name": id, "read-only": disk.ReadOnly, "discard": "unmap", "file": file}
+		err := vm.call(ctx, "blockdev-add", args, nil)
+		if isAnswer(err) && vm.call(ctx, "blockdev-del", object{"node-name": id}, nil) == nil {
+			// A call that was given up half-way had left it.
+			err = vm.call(ctx, "blockdev-add", args, nil)
+		}
+		return err
+	})
+}
+
+// withFile hands QEMU a disk's file, which it need not be able to open, as long as use
+// makes a node of it.
+func (vm *machine) withFile(ctx context.Context, disk vmm.Disk, use func(file object) error) error {
+	mode := os.O_RDWR
+	if disk.ReadOnly {
+		mode = os.O_RDONLY
+	}
+	f, err := os.OpenFile(disk.Path, mode, 0)
+	if err != nil {
+		return fmt.Errorf("%w: %w", err, errdefs.ErrInvalidArgument)
+	}
+	defer f.Close() //nolint:errcheck // QEMU has its own
+	var set struct {
+		ID int `json:"fdset-id"`
+	}
+	if err := vm.call(ctx, "add-fd", object{"opaque": disk.Path}, &set, f); err != nil {
+		return err
+	}
+	// The node has a file of its own by then, or needs none.
+	defer func() { _ = vm.undo(ctx, "remove-fd", object{"fdset-id": set.ID}) }()
+	return use(object{"driver": "file", "filename": setPath(set.ID), "locking": "off"})
+}
+
+// RemoveDisk empties the image disk, or unplugs a block device.
 func (vm *machine) RemoveDisk(ctx context.Context, serial string) error {
-	id := diskID(serial)
-	unlock, err := vm.lock(ctx, id)
+	unlock, err := vm.Lock(ctx, diskLock(serial))
 	if err != nil {
 		return fmt.Errorf("remove disk %s: %w", serial, err)
 	}
 	defer unlock()
-	if err := vm.unplug(ctx, id); err != nil {
+	done, err := vm.takeImage(ctx, serial)
+	if err == nil && !done {
+		err = vm.unplugDisk(ctx, serial)
+	}
+	if err != nil {
 		return fmt.Errorf("remove disk %s: %w", serial, err)
+	}
+	return nil
+}
+
+// unplugDisk unplugs a block device.
+func (vm *machine) unplugDisk(ctx context.Context, serial string) error {
+	id := diskID(serial)
+	unlock, err := vm.Lock(ctx, id)
+	if err != nil {
+		return err
+	}
+	defer unlock()
+	if err := vm.unplug(ctx, id); err != nil {
+		return err
 	}
 	err = vm.call(ctx, "blockdev-del", object{"node-name": id}, nil)
 	if isAnswer(err) && !vm.hasNode(ctx, id) {
 		err = nil
 	}
-	if err != nil {
-		return fmt.Errorf("remove disk %s: %w", serial, err)
-	}
-	return nil
+	return err
 }
 
 // hasNode tells whether a block node exists; QEMU has no error class for that.
 func (vm *machine) hasNode(ctx context.Context, name string) bool {
+	nodes, err := vm.nodes(ctx)
+	return err != nil || slices.Contains(nodes, name)
+}
+
+// nodes are the names of QEMU's block nodes.
+func (vm *machine) nodes(ctx context.Context) ([]string, error) {
 	var nodes []struct {
 		Name string `json:"node-name"`
 	}
 	if err := vm.call(ctx, "query-named-block-nodes", object{"flat": true}, &nodes); err != nil {
-		return true
+		return nil, err
 	}
-	for _, n := range nodes {
-		if n.Name == name {
-			return true
-		}
+	names := make([]string, len(nodes))
+	for i, n := range nodes {
+		names[i] = n.Name
 	}
-	return false
+	return names, nil
 }
 
 // AddNIC hot-plugs a network device on the caller's TAP files.
@@ -188,7 +252,7 @@ func attachQueues(queues []*os.File) error {
 		return err
 	}
 	req.SetUint16(unix.IFF_ATTACH_QUEUE)
-	return withFDs(queues, nil, func(fds []int) error {
+	return vmproc.WithFDs(queues, func(fds []int) error {
 		for _, fd := range fds {
 			// EINVAL: it is active.
 			if err := unix.IoctlIfreq(fd, unix.TUNSETQUEUE, req); err != nil && !errors.Is(err, unix.EINVAL) {
@@ -201,7 +265,7 @@ func attachQueues(queues []*os.File) error {
 
 // RemoveNIC unplugs a network device.
 func (vm *machine) RemoveNIC(ctx context.Context, id string) error {
-	unlock, err := vm.lock(ctx, nicID(id))
+	unlock, err := vm.Lock(ctx, nicID(id))
 	if err != nil {
 		return fmt.Errorf("remove NIC %s: %w", id, err)
 	}
@@ -269,31 +333,62 @@ func (vm *machine) Resize(ctx context.Context, size vmm.Size) error {
 	if err := vmm.CheckResize(size, vmm.Size{VCPUs: 1, MemoryBytes: own.Base}, own.Max); err != nil {
 		return fmt.Errorf("qemu: %w", err)
 	}
-	unlock, err := vm.lock(ctx, memoryDevice)
+	unlock, err := vm.Lock(ctx, memoryDevice)
 	if err != nil {
 		return fmt.Errorf("resize memory: %w", err)
 	}
 	defer unlock()
+	err = vm.Resized(ctx, size, func() error { return vm.resizeMemory(ctx, size, own) })
+	if err != nil {
+		return fmt.Errorf("resize memory: %w", err)
+	}
+	return nil
+}
+
+// resizeMemory asks the guest to have as much memory plugged as makes a size, and waits
+// for it to give the rest back.
+func (vm *machine) resizeMemory(ctx context.Context, size vmm.Size, own data) error {
 	plug := size.MemoryBytes - own.Base
 	hasMore := own.Max.MemoryBytes > own.Base
+	if plug == 0 && vm.isUnplugged() {
+		hasMore = false // as with most pods: there is nothing to ask for
+	}
+	if err := vm.Check(); err != nil {
+		return err
+	}
 	if hasMore {
+		vm.setUnplugged(false)
 		if err := vm.requestMemory(ctx, plug); err != nil {
-			return fmt.Errorf("resize memory: %w", err)
+			return err
 		}
 	}
 	vm.mu.Lock()
 	vm.own.Size = size
 	vm.mu.Unlock()
-	if hasMore {
-		plugged, err := vm.awaitShrink(ctx, plug)
-		if err != nil {
-			return fmt.Errorf("resize memory: %w", err)
-		}
-		if plugged > plug {
-			return fmt.Errorf("resize memory: %w", &vmm.KeptError{MemoryBytes: own.Base + plugged, Wanted: size.MemoryBytes})
-		}
+	if !hasMore {
+		return nil
 	}
+	plugged, err := vm.awaitShrink(ctx, plug)
+	if err != nil {
+		return err
+	}
+	if plugged > plug {
+		return &vmm.KeptError{MemoryBytes: own.Base + plugged, Wanted: size.MemoryBytes}
+	}
+	vm.setUnplugged(plug == 0)
 	return nil
+}
+
+func (vm *machine) isUnplugged() bool {
+	vm.mu.Lock()
+	defer vm.mu.Unlock()
+	return vm.unplugged
+}
+
+func (vm *machine) setUnplugged(yes bool) {
+	vm.mu.Lock()
+	defer vm.mu.Unlock()
+	vm.unplugged = yes
 }
 
 // requestMemory asks the guest to have so many bytes plugged.
@@ -301,37 +396,16 @@ func (vm *machine) requestMemory(ctx context.Context, bytes int64) error {
 	return vm.call(ctx, "qom-set", object{"path": memoryPlug, "property": "requested-size", "value": bytes}, nil)
 }
 
-// awaitShrink waits until no more than so many bytes are plugged, for shrinkLimit
-// after each progress, and returns how many are. A guest's driver that meets a page
-// in use tries again after 50 s, or at once when it is told of a change, which QEMU
-// does although there is none.
-func (vm *machine) awaitShrink(ctx context.Context, bytes int64) (plugged int64, _ error) {
-	look := time.NewTicker(shrinkPause)
-	defer look.Stop()
-	end := time.NewTimer(shrinkLimit)
-	defer end.Stop()
-	for before := int64(math.MaxInt64); ; {
-		if err := vm.call(ctx, "qom-get", object{"path": memoryPlug, "property": "size"}, &plugged); err != nil {
-			return 0, err
-		}
-		if plugged <= bytes {
-			return plugged, nil
-		}
-		// While it makes progress it is left alone: it would begin anew.
-		if plugged < before {
-			end.Reset(shrinkLimit)
-		} else if err := vm.requestMemory(ctx, bytes); err != nil {
-			return 0, err
-		}
-		before = plugged
-		select {
-		case <-look.C:
-		case <-end.C:
-			return plugged, nil
-		case <-ctx.Done():
-			return 0, context.Cause(ctx)
-		}
-	}
+// awaitShrink waits until no more than so many bytes are plugged, and returns how many
+// are. A guest's driver that meets a page in use tries again after 50 s, or at once when
+// it is told of a change, which QEMU does although there is none.
+func (vm *machine) awaitShrink(ctx context.Context, bytes int64) (int64, error) {
+	return vmproc.AwaitShrink(ctx, bytes,
+		func(ctx context.Context) (plugged int64, _ error) {
+			err := vm.call(ctx, "qom-get", object{"path": memoryPlug, "property": "size"}, &plugged)
+			return plugged, err
+		},
+		func(ctx context.Context) error { return vm.requestMemory(ctx, bytes) })
 }
 
 // Pause stops the vCPUs.

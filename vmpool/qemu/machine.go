@@ -5,6 +5,9 @@ package qemu
 
 import (
 	"fmt"
+	"maps"
+	"os"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -19,9 +22,77 @@ const (
 	fdConsole
 	fdVM
 	fdPod
-	// fdTAP is there if the machine has a network device from the start.
-	fdTAP
+	// firstFile is that of the first file that is there only if it is wanted.
+	firstFile
 )
+
+// inherited collects the files that QEMU inherits, from firstFile on: so it need not
+// be able to open them. They are its own to close, except the TAP.
+type inherited struct {
+	files []*os.File
+	// paths are those of the files that it finds in a set, by the set's number.
+	paths map[int]string
+	// tap, kernel, root and scratch are descriptors and sets.
+	tap, kernel, root, scratch int
+}
+
+func (i *inherited) add(f *os.File) (fd int) {
+	i.files = append(i.files, f)
+	return firstFile + len(i.files) - 1
+}
+
+// open opens a file for QEMU. Its descriptor is the number of its set too.
+func (i *inherited) open(path string, flag int) (fd int, _ error) {
+	f, err := os.OpenFile(path, flag, 0)
+	if err != nil {
+		return 0, fmt.Errorf("qemu: %w", err)
+	}
+	fd = i.add(f)
+	i.paths[fd] = path
+	return fd, nil
+}
+
+// inherit opens what QEMU inherits of a configuration. The caller calls closeOwn, after
+// an error too.
+func inherit(cfg vmm.Config, from *vmm.Snapshot) (i *inherited, err error) {
+	i = &inherited{paths: map[int]string{}}
+	if cfg.TAP != nil {
+		i.tap = i.add(cfg.TAP)
+	}
+	if i.root, err = i.open(cfg.RootFS, os.O_RDONLY); err != nil {
+		return i, err
+	}
+	if cfg.Scratch != "" {
+		if i.scratch, err = i.open(cfg.Scratch, os.O_RDWR); err != nil {
+			return i, err
+		}
+	}
+	if from == nil {
+		i.kernel, err = i.open(cfg.Kernel, os.O_RDONLY)
+	}
+	return i, err
+}
+
+func (i *inherited) closeOwn() {
+	for n, f := range i.files {
+		if firstFile+n != i.tap {
+			_ = f.Close()
+		}
+	}
+}
+
+// setArgs name the sets. A set's opaque part is for those who look at a command line.
+func (i *inherited) setArgs() (args []string) {
+	for _, fd := range slices.Sorted(maps.Keys(i.paths)) {
+		if fd != i.kernel {
+			args = append(args, "-add-fd", fmt.Sprintf("fd=%d,set=%d,opaque=%s", fd, fd, escape(i.paths[fd])))
+		}
+	}
+	return args
+}
+
+// setPath is what QEMU opens for a file in a set.
+func setPath(set int) string { return "/dev/fdset/" + strconv.Itoa(set) }
 
 // Sockets in Config.Dir, in the order of the descriptors.
 var socketNames = []string{fdMonitor - 3: "qmp.sock", fdConsole - 3: "con.sock", fdVM - 3: "vm.sock", fdPod - 3: "pod.sock"}
@@ -62,7 +133,7 @@ const memoryDevice = "vmem0"
 // commandLine is QEMU's, without the binary. What is there from the start sits on
 // the root bus, what is hot-plugged behind ports that ACPI knows. The machine is
 // the same whether it boots or is restored, as its state demands.
-func commandLine(cfg vmm.Config, accel string, from *vmm.Snapshot) []string {
+func commandLine(cfg vmm.Config, accel string, from *vmm.Snapshot, has *inherited) []string {
 	args := []string{
 		"-name", "cloudhv-" + escape(cfg.ID),
 		"-no-user-config", "-nodefaults", "-display", "none", "-no-reboot",
@@ -76,21 +147,23 @@ func commandLine(cfg vmm.Config, accel string, from *vmm.Snapshot) []string {
 		// A VM whose state does not say whether it ran runs when it is loaded.
 		"-global", "migration.store-global-state=off",
 	}
+	args = append(args, has.setArgs()...)
 	if from == nil {
-		args = append(args, "-kernel", cfg.Kernel, "-append", kernelParams(cfg, accel))
+		args = append(args, "-kernel", ownFile(has.kernel), "-append", kernelParams(cfg, accel))
 	} else {
 		// What -kernel brings with it is part of the machine. The kernel is not read.
 		args = append(args, "-option-rom", "pvh.bin", "-incoming", "defer")
 	}
-	if accel == accelKVM {
+	if accel == vmm.AccelKVM {
 		args = append(args, "-accel", "kvm", "-cpu", "host")
 	} else {
-		args = append(args, "-accel", "tcg,thread=multi", "-cpu", "max")
+		args = append(args, "-accel", fmt.Sprintf("tcg,thread=multi,tb-size=%d", codeBuffer>>20), "-cpu", "max")
 	}
-	args = append(args, diskArgs("root", "root", cfg.RootFS, true)...)
+	args = append(args, diskArgs("root", "root", has.root, true)...)
 	if cfg.Scratch != "" {
-		args = append(args, diskArgs("scratch", vmm.ScratchSerial, cfg.Scratch, false)...)
+		args = append(args, diskArgs("scratch", vmm.ScratchSerial, has.scratch, false)...)
 	}
+	args = append(args, imageArgs()...)
 	if room := cfg.Max.MemoryBytes - cfg.Size.MemoryBytes; room > 0 {
 		args = append(args,
 			"-object", fmt.Sprintf("memory-backend-ram,id=vmem,size=%d,reserve=off", room),
@@ -102,7 +175,7 @@ func commandLine(cfg vmm.Config, accel string, from *vmm.Snapshot) []string {
 	}
 	if cfg.TAP != nil {
 		// A clone announces nothing: the guest gives the device its address later.
-		args = append(args, "-netdev", fmt.Sprintf("tap,id=%s,fd=%d,vhost=off", builtIn, fdTAP),
+		args = append(args, "-netdev", fmt.Sprintf("tap,id=%s,fd=%d,vhost=off", builtIn, has.tap),
 			"-device", fmt.Sprintf("virtio-net-pci,id=%s,netdev=%s,mac=%s,romfile=,guest_announce=off", builtIn, builtIn, vmm.BuiltInMAC)+modern)
 	}
 	args = append(args,
@@ -131,14 +204,17 @@ func chardev(fd int, id string, use ...string) []string {
 	return append([]string{"-chardev", fmt.Sprintf("socket,id=%s,fd=%d,server=on,wait=off", id, fd)}, use...)
 }
 
+// ownFile is the path by which QEMU opens a file that it has inherited.
+func ownFile(fd int) string { return "/proc/self/fd/" + strconv.Itoa(fd) }
+
 // diskArgs attach a raw image from the start. The scratch disk's content dies
 // with the VM, so its flushes need not reach the host's disk; a full host is an
 // I/O error in the guest and no stopped VM.
-func diskArgs(id, serial, path string, readOnly bool) []string {
+func diskArgs(id, serial string, set int, readOnly bool) []string {
 	blockdev := fmt.Sprintf("driver=raw,node-name=%s,read-only=%s,cache.no-flush=on,discard=unmap,file.driver=file,file.locking=off,file.filename=%s",
-		id, onOff(readOnly), escape(path))
+		id, onOff(readOnly), setPath(set))
 	if readOnly {
-		blockdev = fmt.Sprintf("driver=raw,node-name=%s,read-only=on,file.driver=file,file.locking=off,file.filename=%s", id, escape(path))
+		blockdev = fmt.Sprintf("driver=raw,node-name=%s,read-only=on,file.driver=file,file.locking=off,file.filename=%s", id, setPath(set))
 	}
 	return []string{
 		"-blockdev", blockdev,
@@ -175,7 +251,7 @@ func kernelParams(cfg vmm.Config, accel string) string {
 		"memhp_default_state=online", "memory_hotplug.online_policy=auto-movable",
 		"random.trust_cpu=on", "rcupdate.rcu_expedited=1",
 	}
-	if accel == accelTCG {
+	if accel == vmm.AccelTCG {
 		// An emulated processor does not speculate.
 		params = append(params, "mitigations=off", "tsc=reliable", "no_timer_check")
 		if khz := hostTSC(); khz > 0 {

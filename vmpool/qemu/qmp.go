@@ -17,7 +17,8 @@ import (
 	"time"
 
 	"github.com/containerd/errdefs"
-	"golang.org/x/sys/unix"
+
+	"github.com/cloudhv/containerd-cloudhv/vmpool/vmm/vmproc"
 )
 
 // maxMessage bounds a message of QEMU's, in bytes.
@@ -236,34 +237,7 @@ func (m *monitor) write(ctx context.Context, line []byte, files []*os.File) (wri
 			<-ended
 		}
 	}()
-	err := withFDs(files, nil, func(fds []int) (err error) {
-		var rights []byte
-		if len(fds) > 0 {
-			rights = unix.UnixRights(fds...)
-		}
-		written, _, err = m.conn.WriteMsgUnix(line, rights, nil)
-		return err
-	})
-	if err != nil || written == len(line) {
-		return written, err
-	}
-	n, err := m.conn.Write(line[written:])
-	return written + n, err
-}
-
-// withFDs calls f with the files' descriptors, which stay open meanwhile and
-// keep their mode: os.File.Fd would make them blocking, for the caller too.
-func withFDs(files []*os.File, fds []int, f func([]int) error) error {
-	if len(files) == 0 {
-		return f(fds)
-	}
-	raw, err := files[0].SyscallConn()
-	if err != nil {
-		return err
-	}
-	var called error
-	err = raw.Control(func(fd uintptr) { called = withFDs(files[1:], append(fds, int(fd)), f) })
-	return errors.Join(err, called)
+	return vmproc.SendFiles(m.conn, line, files)
 }
 
 // expect begins to wait for an event that match knows, which arrives at the

@@ -173,34 +173,3 @@ func TestLargeCommand(t *testing.T) {
 	defer m.close()
 	require.NoError(t, m.call(ctx, "large", object{"text": strings.Repeat("x", 1<<20)}, nil))
 }
-
-func TestWhyReset(t *testing.T) {
-	t.Parallel()
-	tests := map[string]string{
-		"":            "guest rebooted",
-		"bye\n":       "guest rebooted",
-		"[    1.0] x": "guest rebooted",
-		"[    1.0] Kernel panic - not syncing: VFS: no root\r\n[ 1.1] CPU: 0": `guest kernel panic: "VFS: no root"`,
-		"Kernel panic - not syncing: ":                                        "guest kernel panic",
-	}
-	for console, want := range tests {
-		assert.Equal(t, want, whyReset(console))
-	}
-}
-
-func TestVirtualization(t *testing.T) {
-	t.Parallel()
-	for text, want := range map[string]bool{
-		"processor\t: 0\nflags\t\t: fpu svm npt\n":    true,
-		"flags\t\t: fpu vmx ept\n":                    true,
-		"flags\t\t: fpu hypervisor svm_lock vmxnet\n": false,
-		"model name\t: svm vmx\nflags\t\t: fpu\n":     false,
-		"": false,
-	} {
-		path := filepath.Join(t.TempDir(), "cpuinfo")
-		require.NoError(t, os.WriteFile(path, []byte(text), 0o600))
-		got, err := hasVirtualization(path)
-		require.NoError(t, err)
-		assert.Equal(t, want, got, "%q", text)
-	}
-}

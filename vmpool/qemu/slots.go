@@ -14,36 +14,10 @@ import (
 	"github.com/containerd/errdefs"
 )
 
-// lock keeps calls about one device apart. The caller calls the function that it
-// returns.
-func (vm *machine) lock(ctx context.Context, id string) (unlock func(), _ error) {
-	for {
-		vm.mu.Lock()
-		other := vm.busy[id]
-		if other == nil {
-			mine := make(chan struct{})
-			vm.busy[id] = mine
-			vm.mu.Unlock()
-			return func() {
-				vm.mu.Lock()
-				delete(vm.busy, id)
-				vm.mu.Unlock()
-				close(mine)
-			}, nil
-		}
-		vm.mu.Unlock()
-		select {
-		case <-other:
-		case <-ctx.Done():
-			return nil, context.Cause(ctx)
-		}
-	}
-}
-
-// claim is lock for a device that must not exist yet, with a slot for it. The
+// claim is Lock for a device that must not exist yet, with a slot for it. The
 // caller calls the function that it returns, with what came of it.
 func (vm *machine) claim(ctx context.Context, id string) (release func(error), _ error) {
-	unlock, err := vm.lock(ctx, id)
+	unlock, err := vm.Lock(ctx, id)
 	if err != nil {
 		return nil, err
 	}
@@ -128,6 +102,13 @@ func (vm *machine) slotOf(id string) string {
 	vm.mu.Lock()
 	defer vm.mu.Unlock()
 	return slotName(slices.Index(vm.slots[:], id))
+}
+
+// hasSlot tells whether a device has a slot, be it in doubt.
+func (vm *machine) hasSlot(id string) bool {
+	vm.mu.Lock()
+	defer vm.mu.Unlock()
+	return slices.Contains(vm.slots[:], id)
 }
 
 // freeSlot frees the slot of a device that is gone.

@@ -12,9 +12,7 @@ import (
 	"time"
 
 	"github.com/containerd/errdefs"
-	"github.com/containerd/log"
 
-	"github.com/cloudhv/containerd-cloudhv/vmpool/process"
 	"github.com/cloudhv/containerd-cloudhv/vmpool/vmm"
 )
 
@@ -25,14 +23,8 @@ const (
 	stateName  = "state"
 )
 
-const (
-	// saveAgain is how often to ask how the saving goes, which takes some 10 ms.
-	saveAgain = 2 * time.Millisecond
-	// restSample is the time over which a guest must do nothing to be at rest.
-	restSample = 50 * time.Millisecond
-	// restTicks is how many clock ticks of processor time still are nothing.
-	restTicks = 0
-)
+// saveAgain is how often to ask how the saving goes, which takes some 10 ms.
+const saveAgain = 2 * time.Millisecond
 
 func memoryPath(dir string) string { return filepath.Join(dir, memoryName) }
 
@@ -80,38 +72,10 @@ func (vm *machine) load(ctx context.Context, dir string) error {
 	select {
 	case <-runs:
 		return nil
-	case <-vm.proc.Done():
+	case <-vm.Gone():
 		return fmt.Errorf("qemu: restore: the state was not loaded: %w", errdefs.ErrUnavailable)
 	case <-ctx.Done():
 		return fmt.Errorf("qemu: restore: %w", context.Cause(ctx))
-	}
-}
-
-// Disconnect ends the connections to the guest and waits for its rest.
-func (vm *machine) Disconnect(ctx context.Context) error {
-	vm.mu.Lock()
-	guest := vm.guest
-	vm.mu.Unlock()
-	_ = guest.Close()
-	// The guest sees that its port was closed, opens it again and waits; what is
-	// interrupted in that every clone would have to finish.
-	last := uint64(0)
-	for {
-		ticks, err := process.Ticks(vm.identity.Pid)
-		if err != nil {
-			return fmt.Errorf("qemu: VM %s: %w: %w", vm.id, err, errdefs.ErrUnavailable)
-		}
-		if last != 0 && ticks-last <= restTicks {
-			return nil
-		}
-		last = ticks
-		timer := time.NewTimer(restSample)
-		select {
-		case <-timer.C:
-		case <-ctx.Done():
-			timer.Stop()
-			return nil // it will do: clones go on from wherever it is
-		}
 	}
 }
 
@@ -122,7 +86,7 @@ func (vm *machine) Snapshot(ctx context.Context) (_ vmm.Snapshot, retErr error) 
 	vm.mu.Unlock()
 	if filepath.Base(own.MemoryFile) != memoryName {
 		return vmm.Snapshot{}, fmt.Errorf("qemu: snapshot of VM %s: memory file %q: boot it with one named %q: %w",
-			vm.id, own.MemoryFile, memoryName, errdefs.ErrFailedPrecondition)
+			vm.ID(), own.MemoryFile, memoryName, errdefs.ErrFailedPrecondition)
 	}
 	var status struct {
 		Running bool `json:"running"`
@@ -131,11 +95,11 @@ func (vm *machine) Snapshot(ctx context.Context) (_ vmm.Snapshot, retErr error) 
 		return vmm.Snapshot{}, err
 	}
 	if status.Running {
-		return vmm.Snapshot{}, fmt.Errorf("qemu: snapshot of VM %s: it is not paused: %w", vm.id, errdefs.ErrFailedPrecondition)
+		return vmm.Snapshot{}, fmt.Errorf("qemu: snapshot of VM %s: it is not paused: %w", vm.ID(), errdefs.ErrFailedPrecondition)
 	}
 	dir := filepath.Dir(own.MemoryFile)
 	if err := vm.save(ctx, filepath.Join(dir, stateName)); err != nil {
-		return vmm.Snapshot{}, fmt.Errorf("qemu: snapshot of VM %s: %w", vm.id, err)
+		return vmm.Snapshot{}, fmt.Errorf("qemu: snapshot of VM %s: %w", vm.ID(), err)
 	}
 	size := vmm.Size{VCPUs: own.Size.VCPUs, MemoryBytes: own.Base}
 	return vmm.Snapshot{Driver: Name, Dir: dir, Size: size, Max: own.Max, BuiltInNIC: own.BuiltInNIC}, nil
@@ -192,33 +156,4 @@ func (vm *machine) saved(ctx context.Context) error {
 			return context.Cause(ctx)
 		}
 	}
-}
-
-// SetCgroup moves QEMU into another group.
-func (vm *machine) SetCgroup(ctx context.Context, path string) error {
-	unlock, err := vm.lock(ctx, "cgroup")
-	if err != nil {
-		return err
-	}
-	defer unlock()
-	vm.mu.Lock()
-	old, group := vm.cgroup, vm.group
-	vm.mu.Unlock()
-	if group == path {
-		return nil
-	}
-	to := vmm.OpenCgroup(path)
-	if err := to.Make(); err != nil {
-		return fmt.Errorf("qemu: VM %s: %w", vm.id, err)
-	}
-	if err := to.Add(vm.identity.Pid); err != nil {
-		return errors.Join(fmt.Errorf("qemu: VM %s: %w", vm.id, err), to.Remove(ctx))
-	}
-	vm.mu.Lock()
-	vm.cgroup, vm.group = to, path
-	vm.mu.Unlock()
-	if err := old.Remove(ctx); err != nil {
-		log.G(ctx).WithError(err).WithField("vm", vm.id).Warn("cannot remove the cgroup that a VM has left")
-	}
-	return nil
 }

@@ -20,7 +20,7 @@ import (
 
 // Format is the version of what this package writes and of how the pool makes a
 // template. Another one is another snapshot.
-const Format = 1
+const Format = 2
 
 // Inputs are all that shape a base snapshot. Two snapshots of equal Inputs serve
 // the same pods; restoring one where any of them differs may not work, or work
@@ -33,6 +33,8 @@ type Inputs struct {
 	Version     string `json:"version"`
 	Accelerator string `json:"accelerator"`
 	Binary      string `json:"binary"`
+	// Layout is vmm.Host.SnapshotLayout.
+	Layout string `json:"layout,omitempty"`
 	// Kernel and RootFS are hashes of the guest's.
 	Kernel       string   `json:"kernel"`
 	RootFS       string   `json:"rootfs"`

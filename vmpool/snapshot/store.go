@@ -102,10 +102,17 @@ type making struct {
 	err  error
 }
 
+// enterable is the mode of the store's directories: a VMM that is no root goes through
+// them to the files that its driver lets it read.
+const enterable = 0o711
+
 // Open opens the store in dir, which it makes, and removes what an earlier
 // process left half made.
 func Open(dir string) (*Store, error) {
-	if err := os.MkdirAll(dir, 0o700); err != nil {
+	if err := os.MkdirAll(dir, enterable); err != nil {
+		return nil, fmt.Errorf("snapshot store: %w", err)
+	}
+	if err := os.Chmod(dir, enterable); err != nil {
 		return nil, fmt.Errorf("snapshot store: %w", err)
 	}
 	entries, err := os.ReadDir(dir)
@@ -317,6 +324,9 @@ func (s *Store) build(ctx context.Context, in Inputs, build func(context.Context
 			retErr = errors.Join(retErr, os.RemoveAll(dir))
 		}
 	}()
+	if err := os.Chmod(dir, enterable); err != nil {
+		return nil, fmt.Errorf("make snapshot %s: %w", key, err)
+	}
 	if err := reserve(filepath.Join(dir, MemoryFile), in.Size.MemoryBytes); err != nil {
 		return nil, fmt.Errorf("make snapshot %s: %w", key, err)
 	}

@@ -8,6 +8,7 @@ import (
 	"errors"
 	"os"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -83,7 +84,7 @@ func TestKey(t *testing.T) {
 	base := testInputs.Key()
 	for name, change := range map[string]func(*Inputs){
 		"driver": func(i *Inputs) { i.Driver = "x" }, "version": func(i *Inputs) { i.Version = "x" },
-		"accelerator": func(i *Inputs) { i.Accelerator = "x" }, "binary": func(i *Inputs) { i.Binary = "x" },
+		"accelerator": func(i *Inputs) { i.Accelerator = "x" }, "binary": func(i *Inputs) { i.Binary = "x" }, "layout": func(i *Inputs) { i.Layout = "x" },
 		"kernel": func(i *Inputs) { i.Kernel = "x" }, "rootfs": func(i *Inputs) { i.RootFS = "x" },
 		"params": func(i *Inputs) { i.KernelParams = []string{"x"} }, "vcpus": func(i *Inputs) { i.Max.VCPUs = 9 },
 		"memory": func(i *Inputs) { i.Size.MemoryBytes++ }, "scratch": func(i *Inputs) { i.ScratchBytes = 9 },
@@ -125,7 +126,7 @@ func TestDamage(t *testing.T) {
 		"other version": func(t *testing.T, dir string) {
 			data, err := os.ReadFile(filepath.Join(dir, manifestFile))
 			require.NoError(t, err)
-			rewrite(t, filepath.Join(dir, manifestFile), strings.Replace(string(data), `"format":1`, `"format":99`, 1))
+			rewrite(t, filepath.Join(dir, manifestFile), strings.Replace(string(data), `"format":`+strconv.Itoa(Format), `"format":99`, 1))
 		},
 	} {
 		for _, same := range []bool{true, false} {

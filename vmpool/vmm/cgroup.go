@@ -10,6 +10,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -83,6 +84,68 @@ func enableControllers(dir string) {
 	}
 }
 
+// Limits bound what a VMM and its guest use of the host, whatever the guest does.
+type Limits struct {
+	// MemoryBytes is memory of all kinds. What the kernel can take back, as pages of files
+	// that nobody has changed, it takes before anything is killed.
+	MemoryBytes int64
+	// VCPUs are vCPUs, for which there is one processor each, and one for the VMM.
+	VCPUs int
+	// Threads are threads and processes together.
+	Threads int
+}
+
+// LimitsFor bounds a VM of a size by a VMM that needs so much memory beyond its
+// guest's, and so many threads beside the vCPUs. The kernel's tables of the guest's
+// memory are a part of it.
+func LimitsFor(size Size, overheadBytes int64, threads int) Limits {
+	const tables = 64
+	return Limits{MemoryBytes: size.MemoryBytes + size.MemoryBytes/tables + overheadBytes, VCPUs: size.VCPUs, Threads: MaxVCPUs + threads}
+}
+
+// cpuPeriod is within what the processor time of Limits is counted, in microseconds.
+const cpuPeriod = 100_000
+
+const quotaFile = "cpu.cfs_quota_us"
+
+// Limit sets the group's limits, in the hierarchies that it is in. What is missing there
+// is done without.
+func (g *Cgroup) Limit(l Limits) error {
+	quota := strconv.Itoa((l.VCPUs + 1) * cpuPeriod)
+	memory, threads := strconv.FormatInt(l.MemoryBytes, 10), strconv.Itoa(l.Threads)
+	files := [][2]string{
+		{"memory.limit_in_bytes", memory}, {"cpu.cfs_period_us", strconv.Itoa(cpuPeriod)}, {quotaFile, quota}, {"pids.max", threads},
+	}
+	if cgroups.Mode() == cgroups.Unified {
+		files = [][2]string{{"memory.max", memory}, {"cpu.max", quota + " " + strconv.Itoa(cpuPeriod)}, {"pids.max", threads}}
+	}
+	var errs []error
+	for _, dir := range g.dirs {
+		for _, f := range files {
+			path := filepath.Join(dir, f[0])
+			err := writeExisting(path, f[1])
+			if errors.Is(err, unix.EINVAL) && f[0] == quotaFile {
+				// Cgroup v1 takes no more than a group above has, which then bounds this one too.
+				err = writeExisting(path, "-1")
+			}
+			// There is no file where the group lacks its controller.
+			if err != nil && !errors.Is(err, fs.ErrNotExist) {
+				errs = append(errs, fmt.Errorf("limit a cgroup: %w", err))
+			}
+		}
+	}
+	return errors.Join(errs...)
+}
+
+func writeExisting(path, text string) error {
+	f, err := os.OpenFile(path, os.O_WRONLY, 0)
+	if err != nil {
+		return err
+	}
+	_, err = f.WriteString(text)
+	return errors.Join(err, f.Close())
+}
+
 // Add moves a process into the group, with all its threads.
 func (g *Cgroup) Add(pid int) error {
 	for _, dir := range g.dirs {
@@ -93,8 +156,49 @@ func (g *Cgroup) Add(pid int) error {
 	return nil
 }
 
+// Kill kills the processes of the group.
+func (g *Cgroup) Kill() {
+	for _, dir := range g.dirs {
+		killAll(dir)
+	}
+}
+
+// Exists tells whether the group is there, in any hierarchy.
+func (g *Cgroup) Exists() bool {
+	return slices.ContainsFunc(g.dirs, func(dir string) bool {
+		_, err := os.Stat(dir)
+		return err == nil
+	})
+}
+
+// Children are the names of the groups in it.
+func (g *Cgroup) Children() []string {
+	var names []string
+	for _, dir := range g.dirs {
+		entries, _ := os.ReadDir(dir) // one that is not there has none
+		for _, e := range entries {
+			if e.IsDir() && !slices.Contains(names, e.Name()) {
+				names = append(names, e.Name())
+			}
+		}
+	}
+	return names
+}
+
+// TryRemove removes the group, unless there are processes in it, which is an error.
+func (g *Cgroup) TryRemove() error {
+	var errs []error
+	for _, dir := range g.dirs {
+		if err := unix.Rmdir(dir); err != nil && !errors.Is(err, fs.ErrNotExist) {
+			errs = append(errs, fmt.Errorf("remove cgroup %s: %w", dir, err))
+		}
+	}
+	return errors.Join(errs...)
+}
+
 // Remove removes the group, which the ends of its processes may keep busy for a
-// moment. A group that is not there is no error.
+// moment. Processes that are left in it, as a VMM may have started if its guest has
+// taken it over, are killed. A group that is not there is no error.
 func (g *Cgroup) Remove(ctx context.Context) error {
 	var errs []error
 	for _, dir := range g.dirs {
@@ -113,12 +217,27 @@ func removeCgroup(ctx context.Context, dir string) error {
 		if !errors.Is(err, unix.EBUSY) {
 			return fmt.Errorf("remove cgroup %s: %w", dir, err)
 		}
+		killAll(dir)
 		timer := time.NewTimer(pause)
 		select {
 		case <-timer.C:
 		case <-ctx.Done():
 			timer.Stop()
 			return fmt.Errorf("remove cgroup %s: %w", dir, err)
+		}
+	}
+}
+
+// killAll kills the processes of a group. That they are in it is known only for a
+// moment; whoever has left a VM's group since is a child of the same VMM.
+func killAll(dir string) {
+	procs, err := os.ReadFile(filepath.Join(dir, "cgroup.procs"))
+	if err != nil {
+		return
+	}
+	for field := range strings.FieldsSeq(string(procs)) {
+		if pid, err := strconv.Atoi(field); err == nil && pid > 1 {
+			_ = unix.Kill(pid, unix.SIGKILL)
 		}
 	}
 }

@@ -100,10 +100,17 @@ func CheckResize(want, boot, limit Size) error {
 	return nil
 }
 
+// DisksDir is where a driver puts disks that it cannot hand its VMM otherwise: a
+// directory beside Config.Scratch, which goes with that.
+func DisksDir(scratch string) string { return scratch + ".d" }
+
 // Validate checks serial and path. The error wraps ErrInvalidArgument.
 func (d Disk) Validate() error {
 	if !validSerial.MatchString(d.Serial) {
 		return fmt.Errorf("disk serial %q: want 1 to 20 of [a-z0-9-]: %w", d.Serial, errdefs.ErrInvalidArgument)
+	}
+	if d.Serial == ScratchSerial || d.Serial == ImageSerial {
+		return fmt.Errorf("disk serial %q is that of a disk which a machine has from its start: %w", d.Serial, errdefs.ErrInvalidArgument)
 	}
 	if !filepath.IsAbs(d.Path) {
 		return fmt.Errorf("disk %s: path %q is not absolute: %w", d.Serial, d.Path, errdefs.ErrInvalidArgument)

@@ -68,6 +68,11 @@ type Host struct {
 	Accelerator string
 	// Reason says why this accelerator, for the log and for people.
 	Reason string
+	// SnapshotLayout names how this hypervisor's snapshots are made, where there is
+	// more than one way: see Snapshot.Layout.
+	SnapshotLayout string
+	// OverheadBytes is the most that a VM's process takes beside its guest's memory.
+	OverheadBytes int64
 }
 
 // Config describes a VM to start. The caller owns all files it names.
@@ -98,10 +103,18 @@ type Config struct {
 	// CgroupPath is the cgroup to make and to run the VMM in, below the
 	// hierarchy's root; empty means none.
 	CgroupPath string
+	// UID is the user, and the group of that number, that the VMM runs as, no other
+	// process does, and that owns nothing: a driver lets it have what its VM needs. With
+	// 0 it runs as this process does, and is confined by nothing but its own filter.
+	UID uint32
 }
 
 // ScratchSerial is the virtio-blk serial of Config.Scratch in the guest.
 const ScratchSerial = "scratch"
+
+// ImageSerial is the serial of the disk for an image that a machine may have from its
+// start: see VM.AddDisk.
+const ImageSerial = "image"
 
 // BuiltInMAC is the address of the network device that a VM has from the start. All
 // VMs begin with the same: the agent gives the device the pod's before it is up.
@@ -149,8 +162,9 @@ type State struct {
 	Pid       int    `json:"pid"`
 	StartTime uint64 `json:"start_time"`
 	BootID    string `json:"boot_id"`
-	// Cgroup is Config.CgroupPath.
+	// Cgroup is Config.CgroupPath, UID Config.UID.
 	Cgroup string `json:"cgroup,omitempty"`
+	UID    uint32 `json:"uid,omitempty"`
 	// Data is the driver's own.
 	Data json.RawMessage `json:"data,omitempty"`
 }
@@ -174,16 +188,24 @@ type VM interface {
 	// the guest with transport.Open. One process at a time may hold it.
 	PodEndpoint() string
 
-	// AddDisk hot-plugs a block device and RemoveDisk unplugs it. Removing what
-	// is not there succeeds.
-	AddDisk(ctx context.Context, disk Disk) error
+	// AddDisk makes a disk one of the guest's and returns the serial by which the
+	// guest finds it. A device that is hot-plugged has Disk.Serial. A driver may have
+	// given the machine an empty read-only disk from the start, with ImageSerial, into
+	// which it puts the first disk that fits, as no device has to be found then: the
+	// guest then sees a larger disk, whose end cannot be read, and must have kept
+	// nothing of what it read there before.
+	// RemoveDisk takes the disk with that Disk.Serial away. A hot-plugged one the guest
+	// must give back; the other one is empty at once, so the guest is to have unmounted
+	// it. Removing what is not there succeeds.
+	AddDisk(ctx context.Context, disk Disk) (serial string, _ error)
 	RemoveDisk(ctx context.Context, serial string) error
 	// AddNIC hot-plugs a network device and RemoveNIC unplugs it. The files stay
 	// the caller's, who may close them when AddNIC returns.
 	AddNIC(ctx context.Context, nic NIC) error
 	RemoveNIC(ctx context.Context, id string) error
 	// Resize makes the VM's memory and vCPUs as large as said, or says why not.
-	// The guest agent's Resize must follow a growth and precede a shrinking.
+	// The guest has answered before. Its agent's Resize must follow a growth and precede
+	// a shrinking.
 	// Memory is the guest's to give back: a Resize that shrinks it waits some
 	// seconds, and fails with a KeptError if the guest keeps some, which it goes on
 	// giving back when it can. Calling Resize again with the same size hurries it, and
@@ -228,7 +250,9 @@ type Exit struct {
 
 // Disk is a block device to plug.
 type Disk struct {
-	// Serial identifies it in the guest (virtio-blk serial): 1 to 20 of [a-z0-9-].
+	// Serial identifies it among the VM's disks: 1 to 20 of [a-z0-9-], and neither
+	// ScratchSerial nor ImageSerial. As a rule it is the virtio-blk serial: see
+	// VM.AddDisk.
 	Serial string
 	// Path of a raw image or block device.
 	Path     string
@@ -249,6 +273,9 @@ type NIC struct {
 // Snapshot is a VM's state on disk: the files in Dir.
 type Snapshot struct {
 	Driver string `json:"driver"`
+	// Layout is Host.SnapshotLayout of when it was made. A driver refuses one that it
+	// does not know.
+	Layout string `json:"layout,omitempty"`
 	Dir    string `json:"-"`
 	// Size of the machine in it, and the Max it was booted with.
 	Size Size `json:"size"`

@@ -178,8 +178,12 @@ type Hypervisor struct {
 	// accelerator is kvm, mshv or tcg (software emulation), and accelerator_reason why.
 	Accelerator       string `protobuf:"bytes,5,opt,name=accelerator,proto3" json:"accelerator,omitempty"`
 	AcceleratorReason string `protobuf:"bytes,6,opt,name=accelerator_reason,json=acceleratorReason,proto3" json:"accelerator_reason,omitempty"`
-	unknownFields     protoimpl.UnknownFields
-	sizeCache         protoimpl.SizeCache
+	// confinement says by what VMMs are confined, in words.
+	Confinement string `protobuf:"bytes,7,opt,name=confinement,proto3" json:"confinement,omitempty"`
+	// overhead_bytes is what a pod's RuntimeClass should state as its overhead of memory.
+	OverheadBytes int64 `protobuf:"varint,8,opt,name=overhead_bytes,json=overheadBytes,proto3" json:"overhead_bytes,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
 }
 
 func (x *Hypervisor) Reset() {
@@ -252,6 +256,20 @@ func (x *Hypervisor) GetAcceleratorReason() string {
 		return x.AcceleratorReason
 	}
 	return ""
+}
+
+func (x *Hypervisor) GetConfinement() string {
+	if x != nil {
+		return x.Confinement
+	}
+	return ""
+}
+
+func (x *Hypervisor) GetOverheadBytes() int64 {
+	if x != nil {
+		return x.OverheadBytes
+	}
+	return 0
 }
 
 type Pool struct {
@@ -1298,7 +1316,7 @@ const file_controller_ctlapi_v1_control_proto_rawDesc = "" +
 	"\x03vms\x18\a \x03(\v2+.cloudhv.control.v1.StatusResponse.VmsEntryR\x03vms\x1a6\n" +
 	"\bVmsEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
-	"\x05value\x18\x02 \x01(\rR\x05value:\x028\x01\"\xbb\x01\n" +
+	"\x05value\x18\x02 \x01(\rR\x05value:\x028\x01\"\x84\x02\n" +
 	"\n" +
 	"Hypervisor\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x18\n" +
@@ -1306,7 +1324,9 @@ const file_controller_ctlapi_v1_control_proto_rawDesc = "" +
 	"\x06binary\x18\x03 \x01(\tR\x06binary\x12\x16\n" +
 	"\x06reason\x18\x04 \x01(\tR\x06reason\x12 \n" +
 	"\vaccelerator\x18\x05 \x01(\tR\vaccelerator\x12-\n" +
-	"\x12accelerator_reason\x18\x06 \x01(\tR\x11acceleratorReason\"\xd0\x03\n" +
+	"\x12accelerator_reason\x18\x06 \x01(\tR\x11acceleratorReason\x12 \n" +
+	"\vconfinement\x18\a \x01(\tR\vconfinement\x12%\n" +
+	"\x0eoverhead_bytes\x18\b \x01(\x03R\roverheadBytes\"\xd0\x03\n" +
 	"\x04Pool\x12\x0e\n" +
 	"\x02on\x18\x01 \x01(\bR\x02on\x12\x1d\n" +
 	"\n" +

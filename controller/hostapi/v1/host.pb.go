@@ -435,6 +435,83 @@ func (x *Part) GetGuest() bool {
 	return false
 }
 
+type UsageRequest struct {
+	state       protoimpl.MessageState `protogen:"open.v1"`
+	SandboxId   string                 `protobuf:"bytes,1,opt,name=sandbox_id,json=sandboxId,proto3" json:"sandbox_id,omitempty"`
+	ContainerId string                 `protobuf:"bytes,2,opt,name=container_id,json=containerId,proto3" json:"container_id,omitempty"`
+	Bytes       uint64                 `protobuf:"varint,3,opt,name=bytes,proto3" json:"bytes,omitempty"`
+	Inodes      uint64                 `protobuf:"varint,4,opt,name=inodes,proto3" json:"inodes,omitempty"`
+	// gone is true when the container has been deleted, and its layer with it.
+	Gone          bool `protobuf:"varint,5,opt,name=gone,proto3" json:"gone,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *UsageRequest) Reset() {
+	*x = UsageRequest{}
+	mi := &file_controller_hostapi_v1_host_proto_msgTypes[6]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *UsageRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*UsageRequest) ProtoMessage() {}
+
+func (x *UsageRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_controller_hostapi_v1_host_proto_msgTypes[6]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use UsageRequest.ProtoReflect.Descriptor instead.
+func (*UsageRequest) Descriptor() ([]byte, []int) {
+	return file_controller_hostapi_v1_host_proto_rawDescGZIP(), []int{6}
+}
+
+func (x *UsageRequest) GetSandboxId() string {
+	if x != nil {
+		return x.SandboxId
+	}
+	return ""
+}
+
+func (x *UsageRequest) GetContainerId() string {
+	if x != nil {
+		return x.ContainerId
+	}
+	return ""
+}
+
+func (x *UsageRequest) GetBytes() uint64 {
+	if x != nil {
+		return x.Bytes
+	}
+	return 0
+}
+
+func (x *UsageRequest) GetInodes() uint64 {
+	if x != nil {
+		return x.Inodes
+	}
+	return 0
+}
+
+func (x *UsageRequest) GetGone() bool {
+	if x != nil {
+		return x.Gone
+	}
+	return false
+}
+
 var File_controller_hostapi_v1_host_proto protoreflect.FileDescriptor
 
 const file_controller_hostapi_v1_host_proto_rawDesc = "" +
@@ -473,11 +550,19 @@ const file_controller_hostapi_v1_host_proto_rawDesc = "" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x17\n" +
 	"\aat_usec\x18\x02 \x01(\x04R\x06atUsec\x12\x1b\n" +
 	"\ttook_usec\x18\x03 \x01(\x04R\btookUsec\x12\x14\n" +
-	"\x05guest\x18\x04 \x01(\bR\x05guest2\xe7\x01\n" +
+	"\x05guest\x18\x04 \x01(\bR\x05guest\"\x92\x01\n" +
+	"\fUsageRequest\x12\x1d\n" +
+	"\n" +
+	"sandbox_id\x18\x01 \x01(\tR\tsandboxId\x12!\n" +
+	"\fcontainer_id\x18\x02 \x01(\tR\vcontainerId\x12\x14\n" +
+	"\x05bytes\x18\x03 \x01(\x04R\x05bytes\x12\x16\n" +
+	"\x06inodes\x18\x04 \x01(\x04R\x06inodes\x12\x12\n" +
+	"\x04gone\x18\x05 \x01(\bR\x04gone2\xa7\x02\n" +
 	"\x04Host\x12[\n" +
 	"\fAttachRootFS\x12$.cloudhv.host.v1.AttachRootFSRequest\x1a%.cloudhv.host.v1.AttachRootFSResponse\x12@\n" +
 	"\x06Resize\x12\x1e.cloudhv.host.v1.ResizeRequest\x1a\x16.google.protobuf.Empty\x12@\n" +
-	"\x06Report\x12\x1e.cloudhv.host.v1.ReportRequest\x1a\x16.google.protobuf.EmptyBDZBgithub.com/cloudhv/containerd-cloudhv/controller/hostapi/v1;hostv1b\x06proto3"
+	"\x06Report\x12\x1e.cloudhv.host.v1.ReportRequest\x1a\x16.google.protobuf.Empty\x12>\n" +
+	"\x05Usage\x12\x1d.cloudhv.host.v1.UsageRequest\x1a\x16.google.protobuf.EmptyBDZBgithub.com/cloudhv/containerd-cloudhv/controller/hostapi/v1;hostv1b\x06proto3"
 
 var (
 	file_controller_hostapi_v1_host_proto_rawDescOnce sync.Once
@@ -491,7 +576,7 @@ func file_controller_hostapi_v1_host_proto_rawDescGZIP() []byte {
 	return file_controller_hostapi_v1_host_proto_rawDescData
 }
 
-var file_controller_hostapi_v1_host_proto_msgTypes = make([]protoimpl.MessageInfo, 6)
+var file_controller_hostapi_v1_host_proto_msgTypes = make([]protoimpl.MessageInfo, 7)
 var file_controller_hostapi_v1_host_proto_goTypes = []any{
 	(*AttachRootFSRequest)(nil),  // 0: cloudhv.host.v1.AttachRootFSRequest
 	(*AttachRootFSResponse)(nil), // 1: cloudhv.host.v1.AttachRootFSResponse
@@ -499,7 +584,8 @@ var file_controller_hostapi_v1_host_proto_goTypes = []any{
 	(*Limits)(nil),               // 3: cloudhv.host.v1.Limits
 	(*ReportRequest)(nil),        // 4: cloudhv.host.v1.ReportRequest
 	(*Part)(nil),                 // 5: cloudhv.host.v1.Part
-	(*emptypb.Empty)(nil),        // 6: google.protobuf.Empty
+	(*UsageRequest)(nil),         // 6: cloudhv.host.v1.UsageRequest
+	(*emptypb.Empty)(nil),        // 7: google.protobuf.Empty
 }
 var file_controller_hostapi_v1_host_proto_depIdxs = []int32{
 	3, // 0: cloudhv.host.v1.ResizeRequest.containers:type_name -> cloudhv.host.v1.Limits
@@ -507,11 +593,13 @@ var file_controller_hostapi_v1_host_proto_depIdxs = []int32{
 	0, // 2: cloudhv.host.v1.Host.AttachRootFS:input_type -> cloudhv.host.v1.AttachRootFSRequest
 	2, // 3: cloudhv.host.v1.Host.Resize:input_type -> cloudhv.host.v1.ResizeRequest
 	4, // 4: cloudhv.host.v1.Host.Report:input_type -> cloudhv.host.v1.ReportRequest
-	1, // 5: cloudhv.host.v1.Host.AttachRootFS:output_type -> cloudhv.host.v1.AttachRootFSResponse
-	6, // 6: cloudhv.host.v1.Host.Resize:output_type -> google.protobuf.Empty
-	6, // 7: cloudhv.host.v1.Host.Report:output_type -> google.protobuf.Empty
-	5, // [5:8] is the sub-list for method output_type
-	2, // [2:5] is the sub-list for method input_type
+	6, // 5: cloudhv.host.v1.Host.Usage:input_type -> cloudhv.host.v1.UsageRequest
+	1, // 6: cloudhv.host.v1.Host.AttachRootFS:output_type -> cloudhv.host.v1.AttachRootFSResponse
+	7, // 7: cloudhv.host.v1.Host.Resize:output_type -> google.protobuf.Empty
+	7, // 8: cloudhv.host.v1.Host.Report:output_type -> google.protobuf.Empty
+	7, // 9: cloudhv.host.v1.Host.Usage:output_type -> google.protobuf.Empty
+	6, // [6:10] is the sub-list for method output_type
+	2, // [2:6] is the sub-list for method input_type
 	2, // [2:2] is the sub-list for extension type_name
 	2, // [2:2] is the sub-list for extension extendee
 	0, // [0:2] is the sub-list for field type_name
@@ -528,7 +616,7 @@ func file_controller_hostapi_v1_host_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_controller_hostapi_v1_host_proto_rawDesc), len(file_controller_hostapi_v1_host_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   6,
+			NumMessages:   7,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

@@ -12,6 +12,7 @@ type HostService interface {
 	AttachRootFS(context.Context, *AttachRootFSRequest) (*AttachRootFSResponse, error)
 	Resize(context.Context, *ResizeRequest) (*emptypb.Empty, error)
 	Report(context.Context, *ReportRequest) (*emptypb.Empty, error)
+	Usage(context.Context, *UsageRequest) (*emptypb.Empty, error)
 }
 
 func RegisterHostService(srv *ttrpc.Server, svc HostService) {
@@ -37,6 +38,13 @@ func RegisterHostService(srv *ttrpc.Server, svc HostService) {
 					return nil, err
 				}
 				return svc.Report(ctx, &req)
+			},
+			"Usage": func(ctx context.Context, unmarshal func(interface{}) error) (interface{}, error) {
+				var req UsageRequest
+				if err := unmarshal(&req); err != nil {
+					return nil, err
+				}
+				return svc.Usage(ctx, &req)
 			},
 		},
 	})
@@ -71,6 +79,14 @@ func (c *hostClient) Resize(ctx context.Context, req *ResizeRequest) (*emptypb.E
 func (c *hostClient) Report(ctx context.Context, req *ReportRequest) (*emptypb.Empty, error) {
 	var resp emptypb.Empty
 	if err := c.client.Call(ctx, "cloudhv.host.v1.Host", "Report", req, &resp); err != nil {
+		return nil, err
+	}
+	return &resp, nil
+}
+
+func (c *hostClient) Usage(ctx context.Context, req *UsageRequest) (*emptypb.Empty, error) {
+	var resp emptypb.Empty
+	if err := c.client.Call(ctx, "cloudhv.host.v1.Host", "Usage", req, &resp); err != nil {
 		return nil, err
 	}
 	return &resp, nil

@@ -25,6 +25,7 @@ import (
 	"github.com/containerd/errdefs"
 	specs "github.com/opencontainers/runtime-spec/specs-go"
 
+	"github.com/cloudhv/containerd-cloudhv/controller/annotation"
 	guestv1 "github.com/cloudhv/containerd-cloudhv/guest/api/v1"
 )
 
@@ -50,10 +51,9 @@ type Pod struct {
 
 // Container is a translated container: the parts of an agent's CreateRequest.
 type Container struct {
-	// Spec is the guest's. It shares slices and maps with the host's.
+	// Spec is the guest's. It shares slices and maps with the host's, and the sources of
+	// bind mounts are the host's still.
 	Spec *specs.Spec
-	// Binds are the bind mounts, which ReadFiles turns into files.
-	Binds []Bind
 	// PidNamespace says whose PID namespace the container joins, and TargetPid
 	// is the guest pid for PID_TARGET.
 	PidNamespace guestv1.PidNamespace
@@ -196,6 +196,7 @@ func (t *translation) annotations(in map[string]string) map[string]string {
 		if strings.HasPrefix(k, "run.oci.") {
 			continue
 		}
+		t.refuseIf(annotation.Unknown(k), "annotations."+k, v, "one of "+strings.Join(annotation.Names(), ", ")+", on the pod")
 		if out == nil {
 			out = make(map[string]string, len(in))
 		}

@@ -21,9 +21,7 @@ import (
 	specs "github.com/opencontainers/runtime-spec/specs-go"
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
-	"golang.org/x/sys/unix"
 
-	"github.com/cloudhv/containerd-cloudhv/guest/api"
 	guestv1 "github.com/cloudhv/containerd-cloudhv/guest/api/v1"
 )
 
@@ -191,14 +189,17 @@ func TestMounts(t *testing.T) {
 		name  string
 		mount specs.Mount
 		want  string // in the error
-		bind  *Bind
+		bind  bool
 		shm   bool
 	}{
-		{name: "file", mount: specs.Mount{Type: "bind", Source: "/a", Destination: "/b", Options: []string{"rbind", "rprivate", "ro"}}, bind: &Bind{"/a", "/b", true}},
-		{name: "bind by option", mount: specs.Mount{Source: "/a", Destination: "/b", Options: []string{"bind", "rw"}}, bind: &Bind{"/a", "/b", false}},
+		{name: "file", mount: specs.Mount{Type: "bind", Source: "/a", Destination: "/b", Options: []string{"rbind", "rprivate", "ro"}}, bind: true},
+		{name: "bind by option", mount: specs.Mount{Source: "/a", Destination: "/b", Options: []string{"bind", "rw"}}, bind: true},
 		{name: "relative source", mount: specs.Mount{Type: "bind", Source: "a", Destination: "/b"}, want: `mount "/b" source`},
 		{name: "relative destination", mount: specs.Mount{Type: "tmpfs", Destination: "b"}, want: "absolute"},
 		{name: "bidirectional", mount: specs.Mount{Type: "bind", Source: "/a", Destination: "/b", Options: []string{"rshared"}}, want: "rshared"},
+		{name: "host's shared memory", mount: specs.Mount{Type: "bind", Source: "/dev/shm", Destination: "/dev/shm"}, want: "hostIPC"},
+		{name: "unknown option", mount: specs.Mount{Type: "bind", Source: "/a", Destination: "/b", Options: []string{"rbind", "tmpcopyup"}}, want: "tmpcopyup"},
+		{name: "no source", mount: specs.Mount{Type: "bind", Source: "/a\x00", Destination: "/b"}, want: `mount "/b" source`},
 		{name: "idmap", mount: specs.Mount{Type: "bind", Source: "/a", Destination: "/b", Options: []string{"ridmap"}}, want: "ridmap"},
 		{name: "block device", mount: specs.Mount{Type: "ext4", Source: "/dev/sda1", Destination: "/b"}, want: "ext4"},
 		{name: "own shm", mount: specs.Mount{Type: "tmpfs", Source: "shm", Destination: "/dev/shm", Options: []string{"size=1g"}}, shm: true},
@@ -214,9 +215,10 @@ func TestMounts(t *testing.T) {
 			}
 			require.NoError(t, err)
 			assert.Equal(t, tc.shm, got.PrivateShm)
-			if tc.bind != nil {
-				assert.Equal(t, []Bind{*tc.bind}, got.Binds)
-				assert.Empty(t, got.Spec.Mounts)
+			if tc.bind {
+				want := tc.mount
+				want.Type = "bind"
+				assert.Equal(t, []specs.Mount{want}, got.Spec.Mounts)
 			}
 		})
 	}
@@ -233,62 +235,20 @@ func TestRefusals(t *testing.T) {
 	host.Linux.Resources.Unified = map[string]string{"cpuset.cpus": "1", "io.max": "8:0 rbps=1"}
 	host.Linux.Seccomp.Syscalls[0].Action = specs.ActNotify
 	host.Process.Cwd, host.Process.Args = "", nil
-	host.Annotations = map[string]string{"x": strings.Repeat("y", maxAnnotationBytes)}
+	host.Annotations = map[string]string{"x": strings.Repeat("y", maxAnnotationBytes), "io.cloudhv.no_such": "1", "io.cloudhv.default_vcpus": "1"}
 	_, err := Translate(host, "c", Pod{SandboxPid: testPid})
 	require.Error(t, err)
-	for _, want := range []string{"/dev/sda", "b 8:*", "io.max", "SCMP_ACT_NOTIFY", "process.cwd", "process.args", "annotations"} {
+	for _, want := range []string{"/dev/sda", "b 8:*", "io.max", "SCMP_ACT_NOTIFY", "process.cwd", "process.args", "annotations", "annotations.io.cloudhv.no_such"} {
 		assert.ErrorContains(t, err, want)
 	}
 	assert.NotContains(t, err.Error(), "cpuset")
+	assert.NotContains(t, err.Error(), "annotations.io.cloudhv.default_vcpus is")
 	_, err = Translate(&specs.Spec{}, "c", Pod{})
 	for _, want := range []string{"process", "root", "linux"} {
 		assert.ErrorContains(t, err, want+" is \"missing\"")
 	}
 	_, err = TranslateResources(nil)
 	assert.ErrorIs(t, err, errdefs.ErrInvalidArgument)
-}
-
-func TestReadFiles(t *testing.T) {
-	t.Parallel()
-	dir := t.TempDir()
-	file := filepath.Join(dir, "f")
-	require.NoError(t, os.WriteFile(file, []byte("data"), 0o640))
-	link := filepath.Join(dir, "link")
-	require.NoError(t, os.Symlink(file, link))
-	fifo := filepath.Join(dir, "fifo")
-	require.NoError(t, unix.Mkfifo(fifo, 0o600))
-	big := filepath.Join(dir, "big")
-	require.NoError(t, os.WriteFile(big, make([]byte, api.MaxFileBytes+1), 0o600))
-	full := filepath.Join(dir, "full")
-	require.NoError(t, os.WriteFile(full, make([]byte, api.MaxFileBytes), 0o600))
-
-	for _, source := range []string{file, link} {
-		got, err := ReadFiles([]Bind{{Source: source, Destination: "/d", Readonly: true}})
-		require.NoError(t, err)
-		require.Len(t, got, 1)
-		assert.Equal(t, "data", string(got[0].Data))
-		assert.EqualValues(t, 0o640, got[0].Mode)
-		assert.EqualValues(t, os.Getuid(), got[0].Uid)
-		assert.True(t, got[0].Readonly)
-		assert.Equal(t, "/d", got[0].Destination)
-	}
-	for source, want := range map[string]string{
-		dir: "a directory", fifo: "a FIFO", "/dev/null": "a character device", big: "more than", filepath.Join(dir, "none"): "no such file",
-	} {
-		_, err := ReadFiles([]Bind{{Source: source, Destination: "/d"}})
-		assert.ErrorContains(t, err, want)
-		assert.ErrorContains(t, err, source)
-		assert.ErrorContains(t, err, `"/d"`)
-		assert.ErrorIs(t, err, errdefs.ErrInvalidArgument)
-	}
-	var many []Bind
-	for range api.MaxFilesBytes/api.MaxFileBytes + 1 {
-		many = append(many, Bind{Source: full, Destination: "/d"})
-	}
-	_, err := ReadFiles(many)
-	assert.ErrorContains(t, err, "together")
-	_, err = ReadFiles(many[1:])
-	assert.NoError(t, err)
 }
 
 // FuzzTranslate looks for specs that bring a host path of a namespace, or a
@@ -313,7 +273,7 @@ func FuzzTranslate(f *testing.F) {
 			assert.Empty(t, ns.Path)
 		}
 		for _, m := range got.Spec.Mounts {
-			assert.Contains(t, kernelMounts, m.Type)
+			assert.Contains(t, append([]string{"bind"}, kernelMounts...), m.Type)
 		}
 		out, err := json.Marshal(got.Spec)
 		require.NoError(t, err)

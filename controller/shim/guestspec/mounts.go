@@ -15,19 +15,12 @@ import (
 // devShm is where a container has its POSIX shared memory.
 const devShm = "/dev/shm"
 
-// Bind is a bind mount of the host's spec.
-type Bind struct {
-	// Source on the host and Destination in the container, both absolute.
-	Source, Destination string
-	Readonly            bool
-}
-
 // kernelMounts are the file systems that a guest's kernel mounts without a
 // device of its own.
 var kernelMounts = []string{"proc", "sysfs", "tmpfs", "devpts", "mqueue", "cgroup", "cgroup2"}
 
-// mounts returns those that the guest does as they are. Bind mounts go to
-// Container.Binds, and CRI's default /dev/shm goes: the pod has one for all.
+// mounts returns those that the guest does as they are. Bind mounts
+// have the host's source still, and CRI's default /dev/shm goes: the pod has one for all.
 func (t *translation) mounts(in []specs.Mount) []specs.Mount {
 	var out []specs.Mount
 	for _, m := range in {
@@ -41,7 +34,9 @@ func (t *translation) mounts(in []specs.Mount) []specs.Mount {
 		}
 		switch {
 		case m.Type == "bind" || slices.Contains(m.Options, "bind") || slices.Contains(m.Options, "rbind"):
-			t.bind(field, m)
+			if b, ok := t.bind(field, m); ok {
+				out = append(out, b)
+			}
 		case defaultShm(m):
 		case slices.Contains(kernelMounts, m.Type):
 			if path.Clean(m.Destination) == devShm {
@@ -72,23 +67,28 @@ func (t *translation) idmapped(field string, m specs.Mount) bool {
 	return len(t.refused) > n
 }
 
-// bind takes a bind mount as it will be looked at: what its source is decides
-// ReadFiles.
-func (t *translation) bind(field string, m specs.Mount) {
-	if !path.IsAbs(m.Source) {
-		t.refuse(field+" source", m.Source, "an absolute path")
-		return
-	}
-	b := Bind{Source: m.Source, Destination: m.Destination}
+// bindOptions are those of a bind mount that have a meaning in a VM.
+var bindOptions = []string{
+	"bind", "rbind", "private", "rprivate", "slave", "rslave", "ro", "rro", "rw",
+	"nosuid", "suid", "nodev", "dev", "noexec", "exec", "noatime", "atime", "nodiratime", "diratime", "relatime", "norelatime", "strictatime",
+}
+
+// bind checks a bind mount. What its source is decides package volumes.
+func (t *translation) bind(field string, m specs.Mount) (specs.Mount, bool) {
+	n := len(t.refused)
+	t.refuseIf(!path.IsAbs(m.Source) || strings.ContainsRune(m.Source, 0), field+" source", m.Source, "an absolute path")
+	// CRI makes this of a container's host IPC. By 9p it would be files, and no memory that is shared.
+	t.refuseIf(path.Clean(m.Source) == devShm && path.Clean(m.Destination) == devShm, field+" source", m.Source,
+		"the pod's own, as a VM cannot share the host's memory (hostIPC)")
 	for _, o := range m.Options {
-		switch o {
-		case "ro", "rro":
-			b.Readonly = true
-		case "shared", "rshared":
+		switch {
+		case o == "shared" || o == "rshared":
 			t.refuse(field+" option", o, "private or slave propagation, as a mount in a VM does not reach the host")
+		case !slices.Contains(bindOptions, o):
+			t.refuse(field+" option", o, "some of "+strings.Join(bindOptions, ", "))
 		}
 	}
-	t.out.Binds = append(t.out.Binds, b)
+	return specs.Mount{Destination: m.Destination, Type: "bind", Source: m.Source, Options: m.Options}, len(t.refused) == n
 }
 
 // defaultShm recognizes the /dev/shm that containerd puts into every spec.

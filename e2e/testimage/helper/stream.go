@@ -10,6 +10,7 @@ import (
 	"net"
 	"os"
 	"strconv"
+	"strings"
 	"time"
 
 	"github.com/cloudhv/containerd-cloudhv/e2e/testimage/pattern"
@@ -47,21 +48,34 @@ func sink([]string) (int, error) {
 	return 0, nil
 }
 
-// serve answers on a TCP port; see pattern.Answer.
+// serve answers on TCP ports; see pattern.Answer.
 func serve(args []string) (int, error) {
-	if len(args) != 1 {
-		return 0, errors.New("a port is needed")
+	if len(args) == 0 {
+		return 0, errors.New("a port or an address is needed")
 	}
 	host, err := os.Hostname()
 	if err != nil {
 		return 0, err
 	}
-	l, err := net.Listen("tcp", ":"+args[0])
-	if err != nil {
-		return 0, err
+	ended := make(chan error)
+	for _, addr := range args {
+		if !strings.Contains(addr, ":") {
+			addr = ":" + addr
+		}
+		network := "tcp"
+		if strings.HasPrefix(addr, "0.0.0.0:") {
+			network = "tcp4" // to Go it is both families' otherwise
+		}
+		l, err := net.Listen(network, addr)
+		if err != nil {
+			return 0, err
+		}
+		go func() {
+			ended <- pattern.Serve(l, "hello from "+host+"\n", func(err error) { fmt.Fprintln(os.Stderr, err) })
+		}()
 	}
 	fmt.Println("listening")
-	return 0, pattern.Serve(l, "hello from "+host+"\n", func(err error) { fmt.Fprintln(os.Stderr, err) })
+	return 0, <-ended
 }
 
 func recv(args []string) (int, error) {

@@ -8,7 +8,6 @@ package pattern
 
 import (
 	"bufio"
-	"errors"
 	"fmt"
 	"io"
 	"net"
@@ -87,6 +86,11 @@ func Recv(addr string, n int64, seed uint64) error {
 		return err
 	}
 	defer c.Close()
+	return RecvOn(c, n, seed)
+}
+
+// RecvOn is Recv on a connection.
+func RecvOn(c io.ReadWriter, n int64, seed uint64) error {
 	if _, err := fmt.Fprintf(c, "GEN %d %d\n", n, seed); err != nil {
 		return err
 	}
@@ -107,18 +111,27 @@ func Send(addr string, n int64, seed uint64) error {
 		return err
 	}
 	defer c.Close()
-	if _, err := io.WriteString(c, "SINK\n"); err != nil {
+	return SendOn(c, n, seed)
+}
+
+// SendOn is Send on a connection. The server learns by the end of its direction that
+// all was sent or, where it cannot be told so, by the number of bytes.
+func SendOn(c io.ReadWriter, n int64, seed uint64) error {
+	end, half := c.(interface{ CloseWrite() error })
+	ask := "SINK\n"
+	if !half {
+		ask = fmt.Sprintf("TAKE %d\n", n)
+	}
+	if _, err := io.WriteString(c, ask); err != nil {
 		return err
 	}
 	if _, err := io.Copy(c, New(seed, n)); err != nil {
 		return err
 	}
-	tcp, ok := c.(*net.TCPConn)
-	if !ok {
-		return errors.New("not a TCP connection")
-	}
-	if err := tcp.CloseWrite(); err != nil {
-		return err
+	if half {
+		if err := end.CloseWrite(); err != nil {
+			return err
+		}
 	}
 	answer, err := bufio.NewReader(c).ReadString('\n')
 	if err != nil {
@@ -141,7 +154,8 @@ func Digest(r io.Reader) (string, error) {
 }
 
 // Answer reads a line from a connection and answers it: "GEN bytes seed" with
-// bytes, "SINK" with the digest of what follows, HTTP's GET with page.
+// bytes, "SINK" with the digest of what follows, "TAKE bytes" with that of so much of
+// it, HTTP's GET with page.
 func Answer(c net.Conn, page string) error {
 	r := bufio.NewReader(c)
 	line, err := r.ReadString('\n')
@@ -155,17 +169,24 @@ func Answer(c net.Conn, page string) error {
 		_, err = fmt.Fprintf(c, "HTTP/1.0 200 OK\r\nContent-Length: %d\r\nConnection: close\r\n\r\n%s", len(page), page)
 		return err
 	case line == "SINK\n":
-		sum, err := Digest(r)
-		if err != nil {
-			return err
-		}
-		_, err = fmt.Fprintln(c, sum)
-		return err
+		return answerDigest(c, r)
+	}
+	if _, err := fmt.Sscanf(line, "TAKE %d\n", &n); err == nil {
+		return answerDigest(c, io.LimitReader(r, n))
 	}
 	if _, err := fmt.Sscanf(line, "GEN %d %d\n", &n, &seed); err != nil {
 		return fmt.Errorf("not understood: %q: %w", line, err)
 	}
 	_, err = io.Copy(c, New(seed, n))
+	return err
+}
+
+func answerDigest(w io.Writer, r io.Reader) error {
+	sum, err := Digest(r)
+	if err != nil {
+		return err
+	}
+	_, err = fmt.Fprintln(w, sum)
 	return err
 }
 

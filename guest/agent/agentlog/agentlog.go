@@ -23,12 +23,61 @@ const (
 	// burst lines may come at once, then perSecond of them.
 	burst     = 200
 	perSecond = 20
+	// maxQueued lines wait for the console.
+	maxQueued = 64
 )
 
-// Setup makes out the destination of all log entries.
-func Setup(out io.Writer) {
+// Setup makes out the destination of all log entries. They are written by another
+// goroutine, as an emulated serial port takes some 0.1 ms for each character. flush
+// waits until those so far are written, or for no longer than limit.
+func Setup(out io.Writer) (flush func(limit time.Duration)) {
+	q := newQueue(out)
 	log.L.Logger.SetFormatter(formatter{})
-	log.L.Logger.SetOutput(&limiter{out: out, tokens: burst, now: time.Now})
+	log.L.Logger.SetOutput(&limiter{out: q, tokens: burst, now: time.Now})
+	return q.flush
+}
+
+// queue writes lines in their order, and makes who comes too fast wait.
+type queue struct{ lines chan queued }
+
+// queued is a line or, without one, tells who waits that those before are written.
+type queued struct {
+	line    []byte
+	written chan struct{}
+}
+
+func newQueue(out io.Writer) *queue {
+	q := &queue{lines: make(chan queued, maxQueued)}
+	go func() {
+		for next := range q.lines {
+			if next.written != nil {
+				close(next.written)
+				continue
+			}
+			_, _ = out.Write(next.line) // there is nobody to tell
+		}
+	}()
+	return q
+}
+
+// Write queues a line, which stays the caller's.
+func (q *queue) Write(p []byte) (int, error) {
+	q.lines <- queued{line: bytes.Clone(p)}
+	return len(p), nil
+}
+
+func (q *queue) flush(limit time.Duration) {
+	late := time.After(limit)
+	written := make(chan struct{})
+	select {
+	case q.lines <- queued{written: written}:
+	case <-late:
+		return
+	}
+	select {
+	case <-written:
+	case <-late:
+	}
 }
 
 // formatter writes "agent: level message key=value" in the order of keys. There

@@ -44,3 +44,33 @@ func TestLimiter(t *testing.T) {
 	require.NoError(t, err)
 	require.Equal(t, strings.Repeat("line\n", 2)+"agent: warning 3 log lines dropped\nmore\n", out.String())
 }
+
+// slow is a console that is released by the test.
+type slow struct {
+	bytes.Buffer
+	release chan struct{}
+}
+
+func (s *slow) Write(p []byte) (int, error) {
+	<-s.release
+	return s.Buffer.Write(p)
+}
+
+// Who logs does not wait for the console, who flushes does, but not for ever.
+func TestQueue(t *testing.T) {
+	t.Parallel()
+	out := &slow{release: make(chan struct{})}
+	q := newQueue(out)
+	line := []byte("one\n")
+	for range 3 {
+		_, err := q.Write(line)
+		require.NoError(t, err)
+		copy(line, "two\n")
+	}
+	q.flush(10 * time.Millisecond)
+	require.Empty(t, out.String())
+	close(out.release)
+	q.flush(time.Minute)
+	require.Equal(t, "one\ntwo\ntwo\n", out.String())
+	close(q.lines)
+}

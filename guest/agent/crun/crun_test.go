@@ -12,6 +12,7 @@ import (
 
 	"github.com/containerd/errdefs"
 	"github.com/stretchr/testify/require"
+	"golang.org/x/sys/unix"
 )
 
 func TestParseLog(t *testing.T) {
@@ -50,4 +51,27 @@ func TestFailure(t *testing.T) {
 	require.ErrorIs(t, err, cause)
 	require.True(t, errdefs.IsUnknown(errdefs.Resolve(err)))
 	require.ErrorIs(t, failure("start", log+"-none", cause), cause)
+}
+
+// A container's first process is let go by a byte, and crun is run where that fails.
+func TestStart(t *testing.T) {
+	t.Parallel()
+	root, bundle := t.TempDir(), t.TempDir()
+	fifo := filepath.Join(root, "c", "exec.fifo")
+	require.NoError(t, os.Mkdir(filepath.Dir(fifo), 0o700))
+	require.NoError(t, unix.Mkfifo(fifo, 0o600))
+	r := Runtime{Command: "/bin/false", Root: root}
+	require.Error(t, r.Start(t.Context(), "c", bundle), "nobody waits: crun is asked")
+	require.FileExists(t, fifo)
+
+	waits, err := os.OpenFile(fifo, os.O_RDONLY|unix.O_NONBLOCK, 0)
+	require.NoError(t, err)
+	defer waits.Close()
+	require.NoError(t, r.Start(t.Context(), "c", bundle))
+	got := make([]byte, 2)
+	n, err := waits.Read(got)
+	require.NoError(t, err)
+	require.Equal(t, 1, n)
+	require.NoFileExists(t, fifo)
+	require.Error(t, r.Start(t.Context(), "c", bundle), "it runs")
 }

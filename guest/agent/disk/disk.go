@@ -16,6 +16,7 @@ import (
 	"time"
 
 	"github.com/containerd/errdefs"
+	"golang.org/x/sys/unix"
 
 	"github.com/cloudhv/containerd-cloudhv/guest/agent/uevent"
 )
@@ -65,23 +66,68 @@ func (f Finder) Wait(ctx context.Context, serial string, limit time.Duration) (s
 	return node, nil
 }
 
+// Writable returns the serials of the disks that can be written, "" for one that has
+// none.
+func (f Finder) Writable() ([]string, error) {
+	sys, _ := f.roots()
+	entries, err := os.ReadDir(filepath.Join(sys, "block"))
+	if err != nil {
+		return nil, fmt.Errorf("list disks: %w", err)
+	}
+	var serials []string
+	for _, e := range entries {
+		b, err := os.ReadFile(filepath.Join(sys, "block", e.Name(), "ro"))
+		if errors.Is(err, fs.ErrNotExist) {
+			continue // it is just going
+		}
+		if err != nil {
+			return nil, fmt.Errorf("disk %s: %w", e.Name(), err)
+		}
+		if strings.TrimSpace(string(b)) != "0" {
+			continue
+		}
+		serial, _ := serialOf(sys, e.Name())
+		serials = append(serials, serial)
+	}
+	return serials, nil
+}
+
+func (f Finder) roots() (sys, dev string) {
+	if f.Sys == "" {
+		return "/sys", "/dev"
+	}
+	return f.Sys, f.Dev
+}
+
+func serialOf(sys, name string) (string, error) {
+	b, err := os.ReadFile(filepath.Join(sys, "block", name, "serial"))
+	return strings.TrimRight(string(b), "\x00\n "), err
+}
+
+// DropBuffers drops what the kernel has kept of a disk, whose content the host may have
+// exchanged for another since it was read.
+func DropBuffers(node string) error {
+	f, err := os.Open(node)
+	if err != nil {
+		return fmt.Errorf("drop the buffers of a disk: %w", err)
+	}
+	defer f.Close() //nolint:errcheck // only read
+	if err := unix.IoctlSetInt(int(f.Fd()), unix.BLKFLSBUF, 0); err != nil {
+		return fmt.Errorf("drop the buffers of %s: %w", node, err)
+	}
+	return nil
+}
+
 // find returns "" if the disk is not there.
 func (f Finder) find(serial string) (string, error) {
-	sys, dev := f.Sys, f.Dev
-	if sys == "" {
-		sys, dev = "/sys", "/dev"
-	}
+	sys, dev := f.roots()
 	entries, err := os.ReadDir(filepath.Join(sys, "block"))
 	if err != nil {
 		return "", fmt.Errorf("list disks: %w", err)
 	}
 	for _, e := range entries {
-		b, err := os.ReadFile(filepath.Join(sys, "block", e.Name(), "serial"))
-		if err != nil {
-			// Disks of other kinds have none, and one may just be going.
-			continue
-		}
-		if strings.TrimRight(string(b), "\x00\n ") != serial {
+		// Disks of other kinds have no serial, and one may just be going.
+		if s, err := serialOf(sys, e.Name()); err != nil || s != serial {
 			continue
 		}
 		node := filepath.Join(dev, e.Name())

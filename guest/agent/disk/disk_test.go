@@ -49,3 +49,25 @@ func TestWait(t *testing.T) {
 	_, err = f.Wait(t.Context(), strings.Repeat("x", 30), time.Second)
 	require.True(t, errdefs.IsInvalidArgument(err), "%v", err)
 }
+
+// What can be written has to be written back at the end, whatever else is said of it.
+func TestWritable(t *testing.T) {
+	t.Parallel()
+	sys := t.TempDir()
+	for name, files := range map[string]map[string]string{
+		"vda": {"ro": "1\n", "serial": "root"},
+		"vdb": {"ro": "0\n", "serial": "scratch\x00"},
+		"vdc": {"ro": "0\n"},
+		"vdd": {},
+	} {
+		require.NoError(t, os.MkdirAll(filepath.Join(sys, "block", name), 0o755))
+		for file, content := range files {
+			require.NoError(t, os.WriteFile(filepath.Join(sys, "block", name, file), []byte(content), 0o600))
+		}
+	}
+	got, err := Finder{Sys: sys}.Writable()
+	require.NoError(t, err)
+	require.ElementsMatch(t, []string{"scratch", ""}, got)
+	_, err = Finder{Sys: filepath.Join(sys, "none")}.Writable()
+	require.Error(t, err)
+}

@@ -48,7 +48,7 @@ type System interface {
 	StepClock(by time.Duration) error
 	SlewClock(by time.Duration) error
 	AddEntropy([]byte) error
-	// Quiesce ends all other processes and writes back what they wrote.
+	// Quiesce ends all other processes and writes back what outlives the machine.
 	Quiesce() error
 	// PowerOff does not return if it succeeds.
 	PowerOff() error
@@ -321,7 +321,7 @@ func validate(r *guestv1.ConfigureRequest) error {
 	check(len(r.GetSysctls()) <= maxSysctls, "sysctls: want at most %d", maxSysctls)
 	check(validMachineID(r.GetMachineId()), "machine_id %q: want %d lower-case hexadecimal digits", clip(r.GetMachineId()), machineIDSize)
 	for name := range r.GetSysctls() {
-		if _, err := sysctlPath(name); err != nil {
+		if _, err := api.SysctlPath(name); err != nil {
 			errs = append(errs, err)
 		}
 	}

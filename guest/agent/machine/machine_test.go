@@ -18,6 +18,7 @@ import (
 	"github.com/stretchr/testify/require"
 	"google.golang.org/protobuf/types/known/timestamppb"
 
+	"github.com/cloudhv/containerd-cloudhv/guest/api"
 	guestv1 "github.com/cloudhv/containerd-cloudhv/guest/api/v1"
 )
 
@@ -82,7 +83,7 @@ func TestSysctlPath(t *testing.T) {
 		"net.ipv4.\x00":                      "",
 		strings.Repeat("net.", 100):          "",
 	} {
-		got, err := sysctlPath(name)
+		got, err := api.SysctlPath(name)
 		if want == "" {
 			require.True(t, errdefs.IsInvalidArgument(err), "%q: %q, %v", name, got, err)
 			continue
@@ -96,7 +97,7 @@ func FuzzSysctlPath(f *testing.F) {
 	f.Add("net.ipv4.ip_forward")
 	f.Add("net/ipv4/conf/eth0.1/forwarding")
 	f.Fuzz(func(t *testing.T, name string) {
-		p, err := sysctlPath(name)
+		p, err := api.SysctlPath(name)
 		if err == nil && (!filepath.IsLocal(p) || filepath.Clean(p) != p) {
 			t.Fatalf("%q gives %q", name, p)
 		}

@@ -10,63 +10,16 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
-	"strings"
 
 	"github.com/containerd/errdefs"
+
+	"github.com/cloudhv/containerd-cloudhv/guest/api"
 )
 
 const (
-	sysctlDir       = "/proc/sys"
-	maxSysctlName   = 256
-	maxSysctlValue  = 4 << 10
-	sysctlSeparator = "."
+	sysctlDir      = "/proc/sys"
+	maxSysctlValue = 4 << 10
 )
-
-// A pod may set what runc would let it set: the kernel's parameters that belong
-// to its network and IPC namespaces. Others could reach beyond a container:
-// kernel.core_pattern, for one, starts programs outside of all of them.
-var (
-	podSysctls        = []string{"kernel.msgmax", "kernel.msgmnb", "kernel.msgmni", "kernel.sem", "kernel.shmall", "kernel.shmmax", "kernel.shmmni", "kernel.shm_rmid_forced", "kernel.domainname"}
-	podSysctlPrefixes = []string{"net.", "fs.mqueue."}
-)
-
-// sysctlPath returns the path below /proc/sys of a dotted name. As with sysctl(8),
-// a name that has a slash before any dot is a path already, in which dots stand
-// for themselves: net/ipv4/conf/eth0.1/forwarding.
-func sysctlPath(name string) (string, error) {
-	bad := func(why string) (string, error) {
-		return "", fmt.Errorf("sysctl %q: %s: %w", clip(name), why, errdefs.ErrInvalidArgument)
-	}
-	if name == "" || len(name) > maxSysctlName {
-		return bad(fmt.Sprintf("want 1 to %d bytes", maxSysctlName))
-	}
-	parts := strings.Split(name, sysctlSeparator)
-	if i := strings.IndexAny(name, "./"); i >= 0 && name[i] == '/' {
-		parts = strings.Split(name, "/")
-	}
-	for _, p := range parts {
-		if !validSysctlPart(p) {
-			return bad("want a dotted name of [A-Za-z0-9_-]")
-		}
-	}
-	dotted := strings.Join(parts, sysctlSeparator)
-	if !slices.Contains(podSysctls, dotted) && !slices.ContainsFunc(podSysctlPrefixes, func(p string) bool { return strings.HasPrefix(dotted, p) }) {
-		return bad("not one that a pod may set")
-	}
-	return filepath.Join(parts...), nil
-}
-
-func validSysctlPart(p string) bool {
-	if p == "" || p == "." || p == ".." {
-		return false
-	}
-	for _, c := range []byte(p) {
-		if (c < 'a' || c > 'z') && (c < 'A' || c > 'Z') && (c < '0' || c > '9') && c != '_' && c != '-' && c != '.' {
-			return false
-		}
-	}
-	return true
-}
 
 // setSysctls writes them in the order of names.
 func setSysctls(dir string, all map[string]string) error {
@@ -76,7 +29,7 @@ func setSysctls(dir string, all map[string]string) error {
 	}
 	slices.Sort(names)
 	for _, n := range names {
-		path, err := sysctlPath(n)
+		path, err := api.SysctlPath(n)
 		if err != nil {
 			return err
 		}

@@ -8,12 +8,14 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"slices"
 	"time"
 	"unsafe"
 
 	"golang.org/x/sys/unix"
 
 	"github.com/cloudhv/containerd-cloudhv/guest/agent/boot"
+	"github.com/cloudhv/containerd-cloudhv/guest/agent/disk"
 )
 
 // VM is the System of a real one.
@@ -51,12 +53,13 @@ func entropyArg(b []byte) []byte {
 	return append(arg, b...)
 }
 
-// syncLimit bounds the writing back of what nobody will read again.
+// syncLimit bounds the writing back.
 const syncLimit = time.Second
 
 var errNotFirst = errors.New("not the first process of a VM")
 
-// Quiesce kills everything and syncs: the machine can be ended without a loss.
+// Quiesce kills everything and writes back what outlives the machine: it can be ended
+// without a loss.
 func (VM) Quiesce() error {
 	if os.Getpid() != 1 {
 		return errNotFirst
@@ -65,11 +68,12 @@ func (VM) Quiesce() error {
 	if errors.Is(err, unix.ESRCH) {
 		err = nil
 	}
+	if !outlived() {
+		return err
+	}
 	synced := make(chan struct{})
 	go func() {
 		unix.Sync()
-		// Overlays may still lie on it, as their containers were never deleted.
-		_ = unix.Unmount(boot.Scratch, 0)
 		close(synced)
 	}()
 	select {
@@ -77,6 +81,13 @@ func (VM) Quiesce() error {
 	case <-time.After(syncLimit):
 	}
 	return err
+}
+
+// outlived says whether something that was written here is to be read after the
+// machine's end. The scratch disk, with the containers' layers, ends with it.
+func outlived() bool {
+	serials, err := disk.Finder{}.Writable()
+	return err != nil || slices.ContainsFunc(serials, func(s string) bool { return s != boot.ScratchSerial })
 }
 
 // PowerOff quiesces the machine and turns it off.

@@ -92,6 +92,13 @@ func (m *Manager) Mount(ctx context.Context, id, serial, target string) (*Layer,
 	return m.mount(lower, id, target)
 }
 
+// Image mounts the image with that disk serial, for a Mount that follows, unless it is
+// mounted.
+func (m *Manager) Image(ctx context.Context, serial string) error {
+	_, err := m.image(ctx, serial)
+	return err
+}
+
 // Forget unmounts an image that no container uses, so that its disk can be taken
 // away. One that is not mounted is no error.
 func (m *Manager) Forget(serial string) error {
@@ -214,6 +221,9 @@ func (m *Manager) image(ctx context.Context, serial string) (string, error) {
 func (m *Manager) mountImage(ctx context.Context, serial, target string) error {
 	node, err := m.cfg.Disks.Wait(ctx, serial, diskLimit)
 	if err != nil {
+		return fmt.Errorf("image disk: %w", err)
+	}
+	if err := disk.DropBuffers(node); err != nil {
 		return fmt.Errorf("image disk: %w", err)
 	}
 	if err := os.MkdirAll(target, 0o711); err != nil {

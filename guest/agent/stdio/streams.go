@@ -7,7 +7,6 @@ package stdio
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"io"
 	"net"
@@ -17,6 +16,7 @@ import (
 	"github.com/containerd/errdefs"
 	"github.com/containerd/log"
 
+	"github.com/cloudhv/containerd-cloudhv/guest/agent/accept"
 	"github.com/cloudhv/containerd-cloudhv/guest/api"
 )
 
@@ -70,20 +70,11 @@ func (s *stream) Close() error {
 
 // Serve accepts streams until the listener is closed or ctx ends.
 func (s *Streams) Serve(ctx context.Context, l net.Listener) error {
-	stop := context.AfterFunc(ctx, func() { _ = l.Close() })
-	defer stop()
-	for {
-		conn, err := l.Accept()
-		if err != nil {
-			if ctx.Err() != nil || errors.Is(err, net.ErrClosed) {
-				return nil
-			}
-			return fmt.Errorf("accept a stream: %w", err)
-		}
+	return accept.Each(ctx, l, "a stream", func(conn net.Conn) {
 		if !s.reserve() {
 			log.G(ctx).Warn("too many unclaimed streams: one was refused")
 			_ = conn.Close()
-			continue
+			return
 		}
 		go func() {
 			if err := s.admit(conn); err != nil {
@@ -91,7 +82,7 @@ func (s *Streams) Serve(ctx context.Context, l net.Listener) error {
 				_ = conn.Close()
 			}
 		}()
-	}
+	})
 }
 
 func (s *Streams) reserve() bool {
@@ -201,5 +192,15 @@ func (s *Streams) take(id string) (*stream, error) {
 	st.claimed = true
 	st.expiry.Stop()
 	s.pending--
+	return st, nil
+}
+
+// Take hands a waiting stream to whoever uses it for something else than a process's
+// input or output, and closes it.
+func (s *Streams) Take(id string) (net.Conn, error) {
+	st, err := s.take(id)
+	if err != nil {
+		return nil, err
+	}
 	return st, nil
 }

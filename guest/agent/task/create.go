@@ -10,14 +10,13 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
-	"strconv"
-	"strings"
 	"time"
 
 	"github.com/containerd/errdefs"
 	specs "github.com/opencontainers/runtime-spec/specs-go"
 
 	"github.com/cloudhv/containerd-cloudhv/guest/agent/crun"
+	"github.com/cloudhv/containerd-cloudhv/guest/agent/rootfs"
 	"github.com/cloudhv/containerd-cloudhv/guest/agent/stdio"
 	"github.com/cloudhv/containerd-cloudhv/guest/api"
 	guestv1 "github.com/cloudhv/containerd-cloudhv/guest/api/v1"
@@ -83,9 +82,6 @@ func checkCreate(r *guestv1.CreateRequest) (*specs.Spec, error) {
 	if err := checkID("container ID", r.GetId()); err != nil {
 		return nil, err
 	}
-	if err := checkFiles(r.GetFiles()); err != nil {
-		return nil, err
-	}
 	if len(r.GetSpec()) > api.MaxSpecBytes {
 		return nil, fmt.Errorf("spec of %d bytes: at most %d: %w", len(r.GetSpec()), api.MaxSpecBytes, errdefs.ErrInvalidArgument)
 	}
@@ -125,8 +121,12 @@ func (c *container) create(ctx context.Context, r *guestv1.CreateRequest, spec *
 		name string
 		do   func() error
 	}{
+		{"image", func() error { return c.s.cfg.RootFS.Image(ctx, r.GetRootfs().GetImageSerial()) }},
 		{"rootfs", func() error { return c.mountRootFS(ctx, r) }},
-		{"bundle", func() error { return c.writeBundle(r, spec, pidns) }},
+		{"bundle", func() error {
+			c.prefetch(spec)
+			return c.writeBundle(r, spec, pidns)
+		}},
 		{"crun create", func() error {
 			return c.launch(ctx, c.init, c.bundle, r.GetStdio().GetTerminal(), stateCreated, c.initExited, func(p crun.Process) (int, error) {
 				return c.s.cfg.Runtime.Create(ctx, c.id, c.bundle, p)
@@ -151,18 +151,19 @@ func (c *container) mountRootFS(ctx context.Context, r *guestv1.CreateRequest) (
 	return err
 }
 
-// writeBundle writes what crun reads: the spec, made this guest's, and the files.
+// prefetch reads the container's program while crun makes its process.
+func (c *container) prefetch(spec *specs.Spec) {
+	p := spec.Process
+	go rootfs.Prefetch(c.rootfs(), p.Cwd, p.Args, p.Env)
+}
+
+// writeBundle writes what crun reads: the spec, made this guest's.
 func (c *container) writeBundle(r *guestv1.CreateRequest, spec *specs.Spec, pidns string) error {
-	files, err := c.writeFiles(r.GetFiles())
-	if err != nil {
-		return err
-	}
 	adapt(spec, guest{
 		root:       c.rootfs(),
 		cgroup:     filepath.Join("/", c.s.cfg.CgroupParent, c.id),
 		pidns:      pidns,
 		terminal:   r.GetStdio().GetTerminal(),
-		files:      files,
 		pod:        c.s.cfg.Pod,
 		privateShm: r.GetPrivateShm(),
 	})
@@ -178,73 +179,4 @@ func writeJSON(path string, v any) error {
 		return fmt.Errorf("write %s: %w", filepath.Base(path), err)
 	}
 	return nil
-}
-
-// maxFiles bounds the copied-in files of a container.
-const maxFiles = 256
-
-func checkFiles(files []*guestv1.File) error {
-	if len(files) > maxFiles {
-		return fmt.Errorf("%d files: at most %d: %w", len(files), maxFiles, errdefs.ErrInvalidArgument)
-	}
-	total := 0
-	for _, f := range files {
-		dst := f.GetDestination()
-		if !filepath.IsAbs(dst) || filepath.Clean(dst) != dst || dst == "/" || len(dst) > 4096 || strings.ContainsRune(dst, 0) {
-			return fmt.Errorf("file at %q: want a clean absolute path: %w", dst[:min(len(dst), 256)], errdefs.ErrInvalidArgument)
-		}
-		if len(f.GetData()) > api.MaxFileBytes {
-			return fmt.Errorf("file at %s: %d bytes: at most %d: %w", dst, len(f.GetData()), api.MaxFileBytes, errdefs.ErrInvalidArgument)
-		}
-		if f.GetMode()&^0o7777 != 0 {
-			return fmt.Errorf("file at %s: mode %o: %w", dst, f.GetMode(), errdefs.ErrInvalidArgument)
-		}
-		total += len(f.GetData())
-	}
-	if total > api.MaxFilesBytes {
-		return fmt.Errorf("%d bytes of files: at most %d: %w", total, api.MaxFilesBytes, errdefs.ErrInvalidArgument)
-	}
-	return nil
-}
-
-// writeFiles puts the files into the bundle and returns the mounts for them.
-func (c *container) writeFiles(files []*guestv1.File) ([]specs.Mount, error) {
-	if len(files) == 0 {
-		return nil, nil
-	}
-	dir := filepath.Join(c.bundle, "files")
-	if err := os.Mkdir(dir, 0o711); err != nil {
-		return nil, fmt.Errorf("make directory for files: %w", err)
-	}
-	mounts := make([]specs.Mount, 0, len(files))
-	for i, f := range files {
-		path := filepath.Join(dir, strconv.Itoa(i))
-		err := os.WriteFile(path, f.GetData(), 0o600)
-		if err == nil {
-			err = os.Chown(path, int(f.GetUid()), int(f.GetGid()))
-		}
-		if err == nil {
-			// After chown, which clears setuid bits.
-			err = os.Chmod(path, fileMode(f.GetMode()))
-		}
-		if err != nil {
-			return nil, fmt.Errorf("write file for %s: %w", f.GetDestination(), err)
-		}
-		mounts = append(mounts, bind(path, f.GetDestination(), f.GetReadonly()))
-	}
-	return mounts, nil
-}
-
-// fileMode turns the kernel's permission bits into Go's.
-func fileMode(m uint32) os.FileMode {
-	mode := os.FileMode(m & 0o777)
-	for _, b := range []struct {
-		kernel uint32
-		mode   os.FileMode
-	}{{0o4000, os.ModeSetuid}, {0o2000, os.ModeSetgid}, {0o1000, os.ModeSticky}} {
-		if m&b.kernel != 0 {
-			mode |= b.mode
-		}
-	}
-	return mode
 }

@@ -21,7 +21,6 @@ type guest struct {
 	// pidns is the PID namespace to join, "" for an own one.
 	pidns    string
 	terminal bool
-	files    []specs.Mount
 	pod      machine.Pod
 	// privateShm is true if the spec's own /dev/shm stays.
 	privateShm bool
@@ -84,7 +83,7 @@ func namespaces(in []specs.LinuxNamespace, pidns string) []specs.LinuxNamespace 
 	return out
 }
 
-// mounts adds the copied-in files and what a pod's containers share.
+// mounts adds what a pod's containers share.
 func mounts(in []specs.Mount, g guest, readonly bool) []specs.Mount {
 	out := slices.Clone(in)
 	if !g.privateShm {
@@ -92,9 +91,6 @@ func mounts(in []specs.Mount, g guest, readonly bool) []specs.Mount {
 		out = slices.DeleteFunc(out, func(m specs.Mount) bool {
 			return path.Clean(m.Destination) == "/dev/shm" && m.Type == "tmpfs"
 		})
-	}
-	for _, f := range g.files {
-		out = insert(out, f)
 	}
 	shared := []specs.Mount{
 		bind(g.pod.Hostname(), "/etc/hostname", readonly),

@@ -60,6 +60,10 @@ type Service struct {
 	// pauseMu guards pausePid, the process that holds the pod's PID namespace.
 	pauseMu  sync.Mutex
 	pausePid int
+
+	// volumesMu guards volumes, which is true once they are mounted.
+	volumesMu sync.Mutex
+	volumes   bool
 }
 
 var _ guestv1.TaskService = (*Service)(nil)

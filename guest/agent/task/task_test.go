@@ -32,29 +32,9 @@ func TestValidID(t *testing.T) {
 	}
 }
 
-func TestCheckFiles(t *testing.T) {
-	t.Parallel()
-	ok := &guestv1.File{Destination: "/etc/x", Data: []byte("x"), Mode: 0o4755}
-	require.NoError(t, checkFiles([]*guestv1.File{ok}))
-	big := &guestv1.File{Destination: "/x", Data: make([]byte, api.MaxFileBytes)}
-	require.NoError(t, checkFiles([]*guestv1.File{big, big, big, big}))
-	for name, files := range map[string][]*guestv1.File{
-		"relative":  {{Destination: "etc/x"}},
-		"root":      {{Destination: "/"}},
-		"unclean":   {{Destination: "/a/../b"}},
-		"slash":     {{Destination: "/a/"}},
-		"nul":       {{Destination: "/a\x00b"}},
-		"mode":      {{Destination: "/a", Mode: 0o100644}},
-		"one large": {{Destination: "/a", Data: make([]byte, api.MaxFileBytes+1)}},
-		"all large": {big, big, big, big, ok},
-		"many":      make([]*guestv1.File, maxFiles+1),
-	} {
-		require.True(t, errdefs.IsInvalidArgument(checkFiles(files)), name)
-	}
-}
-
 func TestAdapt(t *testing.T) {
 	t.Parallel()
+	volume := bind(api.VolumeRoot+"/1", "/data", false)
 	s := &specs.Spec{
 		Hostname: "x", Annotations: map[string]string{"run.oci.handler": "wasm", "a": "b"},
 		Root:    &specs.Root{Path: "/host/path", Readonly: true},
@@ -62,6 +42,7 @@ func TestAdapt(t *testing.T) {
 		Mounts: []specs.Mount{
 			{Destination: "/proc", Type: "proc"},
 			{Destination: "/dev/shm", Type: "tmpfs"},
+			volume,
 			{Destination: "/data/sub", Type: "tmpfs"},
 			{Destination: "/etc/hostname/", Type: "bind", Source: "/own"},
 		},
@@ -70,15 +51,14 @@ func TestAdapt(t *testing.T) {
 			{Type: specs.UTSNamespace}, {Type: specs.MountNamespace}, {Type: specs.UserNamespace, Path: "/proc/1/ns/user"},
 		}},
 	}
-	file := bind("/f", "/data", false)
-	adapt(s, guest{root: "/r", cgroup: "/pod/c", pidns: "/proc/9/ns/pid", files: []specs.Mount{file}, pod: machine.Pod{Dir: "/pod"}})
+	adapt(s, guest{root: "/r", cgroup: "/pod/c", pidns: "/proc/9/ns/pid", pod: machine.Pod{Dir: "/pod"}})
 	want := &specs.Spec{
 		Annotations: map[string]string{"a": "b"},
 		Root:        &specs.Root{Path: "/r", Readonly: true},
 		Process:     &specs.Process{Args: []string{"a"}},
 		Mounts: []specs.Mount{
 			{Destination: "/proc", Type: "proc"},
-			file,
+			volume,
 			{Destination: "/data/sub", Type: "tmpfs"},
 			{Destination: "/etc/hostname/", Type: "bind", Source: "/own"},
 			bind("/pod/hosts", "/etc/hosts", true),
@@ -121,14 +101,14 @@ func TestCheckSpec(t *testing.T) {
 }
 
 func FuzzCheckCreate(f *testing.F) {
-	f.Add("a", []byte(`{"process":{"args":["a"]},"linux":{"namespaces":[{"type":"pid"}]},"mounts":[{"destination":"/x"}]}`), "/etc/x")
-	f.Fuzz(func(_ *testing.T, id string, spec []byte, dst string) {
-		r := &guestv1.CreateRequest{Id: id, Spec: spec, Files: []*guestv1.File{{Destination: dst}}}
+	f.Add("a", []byte(`{"process":{"args":["a"]},"linux":{"namespaces":[{"type":"pid"}]},"mounts":[{"destination":"/x"}]}`))
+	f.Fuzz(func(_ *testing.T, id string, spec []byte) {
+		r := &guestv1.CreateRequest{Id: id, Spec: spec}
 		s, err := checkCreate(r)
 		if err != nil {
 			return
 		}
-		adapt(s, guest{root: "/r", cgroup: "/c", files: []specs.Mount{bind("/f", dst, true)}})
+		adapt(s, guest{root: "/r", cgroup: "/c"})
 		_, _ = json.Marshal(s)
 	})
 }

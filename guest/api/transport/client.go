@@ -13,6 +13,7 @@ import (
 	"io/fs"
 	"net"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"sync"
 	"syscall"
@@ -24,6 +25,7 @@ import (
 
 const (
 	schemeSerial = "serial+unix"
+	schemeVsock  = "vsock+unix"
 	// firstWait is how long the host waits for an answer before it connects anew;
 	// it doubles up to maxWait.
 	firstWait = time.Second
@@ -46,6 +48,12 @@ const (
 // unix socket at path, which is absolute.
 func SerialEndpoint(path string) string { return schemeSerial + "://" + path }
 
+// VsockEndpoint is the endpoint of a vsock port of a guest whose VMM listens on the
+// unix socket at path, which is absolute, and connects by "CONNECT port" (hybrid vsock).
+func VsockEndpoint(path string, port uint32) string {
+	return fmt.Sprintf("%s://%s:%d", schemeVsock, path, port)
+}
+
 // Option changes how a Client behaves.
 type Option func(*Client)
 
@@ -59,6 +67,7 @@ func WithWriteTimeout(d time.Duration) Option {
 // concurrently.
 type Client struct {
 	path         string
+	port         uint32 // of vsock; 0 is a serial port
 	writeTimeout time.Duration
 
 	ctx    context.Context // ends with Close
@@ -75,23 +84,40 @@ type Client struct {
 	last error // why the last attempt failed
 }
 
-// Open makes a client for an endpoint such as serial+unix:///run/x/pod.sock. It
-// connects at the first Dial. ErrInvalidArgument is for an endpoint that it does
-// not know.
+// Open makes a client for an endpoint such as serial+unix:///run/x/pod.sock or
+// vsock+unix:///run/x/v.sock:1025. It connects at the first Dial. ErrInvalidArgument
+// is for an endpoint that it does not know.
 func Open(endpoint string, opts ...Option) (*Client, error) {
-	scheme, path, ok := strings.Cut(endpoint, "://")
-	if !ok || scheme != schemeSerial || !filepath.IsAbs(path) {
-		return nil, fmt.Errorf("guest endpoint %q: want %s:///absolute/path: %w", endpoint, schemeSerial, errdefs.ErrInvalidArgument)
+	path, port, err := parseEndpoint(endpoint)
+	if err != nil {
+		return nil, err
 	}
 	ctx, cancel := context.WithCancel(context.Background())
 	c := &Client{
-		path: path, ctx: ctx, cancel: cancel,
+		path: path, port: port, ctx: ctx, cancel: cancel,
 		ready: make(chan struct{}), done: make(chan struct{}), dials: make(chan struct{}, maxDials),
 	}
 	for _, o := range opts {
 		o(c)
 	}
 	return c, nil
+}
+
+// parseEndpoint is the inverse of SerialEndpoint and VsockEndpoint.
+func parseEndpoint(endpoint string) (path string, port uint32, _ error) {
+	scheme, path, ok := strings.Cut(endpoint, "://")
+	if ok && scheme == schemeVsock {
+		colon := strings.LastIndexByte(path, ':')
+		n, err := strconv.ParseUint(path[colon+1:], 10, 32)
+		if ok = colon > 0 && err == nil && n > 0; ok {
+			path, port = path[:colon], uint32(n)
+		}
+	}
+	if !ok || scheme != schemeSerial && scheme != schemeVsock || !filepath.IsAbs(path) {
+		return "", 0, fmt.Errorf("guest endpoint %q: want %s:///absolute/path or %s:///absolute/path:port: %w",
+			endpoint, schemeSerial, schemeVsock, errdefs.ErrInvalidArgument)
+	}
+	return path, port, nil
 }
 
 // Dial connects to a port of the guest; the result is a *Conn. It waits while
@@ -250,6 +276,11 @@ func (c *Client) attempt(wait time.Duration) (_ *session, retErr error) {
 			_ = conn.Close()
 		}
 	}()
+	if c.port != 0 {
+		if err := connectVsock(conn, c.port); err != nil {
+			return nil, err
+		}
+	}
 	n := newNonce()
 	if _, err := conn.Write(preamble(n)); err != nil {
 		return nil, fmt.Errorf("begin the handshake: %w", err)

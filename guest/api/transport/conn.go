@@ -59,12 +59,16 @@ type Conn struct {
 	mu      sync.Mutex
 	closed  bool
 	finSent bool
+
+	// over is closed, once, by Close and by the peer's reset.
+	over   chan struct{}
+	finish sync.Once
 }
 
 var _ net.Conn = (*Conn)(nil)
 
 func newConn(s *yamux.Stream, l *link, port uint32) *Conn {
-	c := &Conn{stream: s, link: l, port: port}
+	c := &Conn{stream: s, link: l, port: port, over: make(chan struct{})}
 	l.add(c)
 	return c
 }
@@ -200,7 +204,13 @@ func (c *Conn) CloseWrite() error {
 
 // Close ends both directions and ends blocked calls. What was written before
 // arrives, unless the peer goes on writing.
-func (c *Conn) Close() error {
+func (c *Conn) Close() error { return c.end(false) }
+
+// Reset is Close, and the peer's calls fail with ECONNRESET, also those that wait for
+// data. What was written before may be lost.
+func (c *Conn) Reset() error { return c.end(true) }
+
+func (c *Conn) end(reset bool) error {
 	c.mu.Lock()
 	if c.closed {
 		c.mu.Unlock()
@@ -208,11 +218,18 @@ func (c *Conn) Close() error {
 	}
 	c.closed = true
 	c.mu.Unlock()
+	c.setOver()
 
 	// yamux's Close does not end a blocked Read, a deadline does.
 	_ = c.stream.SetReadDeadline(time.Unix(1, 0))
 	told := make(chan struct{})
-	go c.linger(told)
+	go func() {
+		if reset {
+			// Before the end of this direction, which would be taken for no more than that.
+			c.link.sendReset(c)
+		}
+		c.linger(told)
+	}()
 	timer := time.NewTimer(closeWait)
 	defer timer.Stop()
 	select {
@@ -221,6 +238,20 @@ func (c *Conn) Close() error {
 	}
 	return nil
 }
+
+// Gone waits for the end of the connection, also after Read has returned the peer's
+// end of its direction: a reset by the peer or the loss of the session, for which it
+// returns true, or Close.
+func (c *Conn) Gone() bool {
+	select {
+	case <-c.over:
+	case <-c.stream.Session().CloseChan():
+	}
+	return !c.isClosed()
+}
+
+// setOver notes that the connection is over.
+func (c *Conn) setOver() { c.finish.Do(func() { close(c.over) }) }
 
 func (c *Conn) isClosed() bool {
 	c.mu.Lock()

@@ -2,7 +2,7 @@
 // Copyright The containerd-cloudhv Authors
 
 // Package transport carries streams between host and guest over one
-// virtio-serial port: a handshake that finds its own start among stale bytes,
+// virtio-serial port, or over one vsock connection: a handshake that finds its own start among stale bytes,
 // then a yamux session whose streams each begin with the port they are for.
 // Host and agent both import it, so it imports little.
 //
@@ -16,13 +16,15 @@
 //
 // A Mux hands out a net.Listener for each port. Mux.ServeDevice finds a
 // virtio-serial port by its name, waits for a host, serves its session and
-// waits for the next one, until its context ends.
+// waits for the next one, until its context ends. Mux.ServeVsock does the same on a
+// vsock port.
 //
 // # Connections
 //
 // A connection behaves like TCP's: CloseWrite ends one direction, and what was
 // written before it arrives whole however late the peer reads; Close ends both,
-// and a peer that goes on writing gets ECONNRESET. When the session is lost,
+// and a peer that goes on writing gets ECONNRESET; Reset tells a peer that does not
+// write either. When the session is lost,
 // reads (after what had arrived) and writes fail with an error that is
 // errdefs.ErrUnavailable; io.EOF is only ever the peer's own end of stream.
 //
@@ -34,6 +36,11 @@
 // host and sets no such limits.
 //
 // # On the wire
+//
+// On vsock the host first connects by the VMM's unix socket: "CONNECT port", a newline,
+// and the answer "OK", a number and a newline. A VMM that goes away closes that socket as
+// a guest would that ends a connection, which is why streams have a session of their own
+// there too: io.EOF keeps its meaning.
 //
 // The host begins with a preamble: padding of 0xFF longer than any frame, 8
 // bytes of magic and a nonce of 16 bytes. A guest that is still in a session of

@@ -158,6 +158,7 @@ func (l *link) ended(id uint32, flags uint16) {
 	}
 	if flags&flagRST != 0 {
 		delete(l.conns, id)
+		c.setOver()
 		if c.reset.CompareAndSwap(false, true) {
 			go l.writeReset(id)
 		}

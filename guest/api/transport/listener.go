@@ -11,8 +11,8 @@ import (
 )
 
 // ServeListener serves hosts that connect to l, one after another, as a
-// virtio-serial port would, until ctx ends or l fails. It closes l. It stands in
-// for a VM in tests of what runs on either side.
+// virtio-serial port would, until ctx ends or l fails. It closes l. In tests it stands
+// in for a VM.
 func (m *Mux) ServeListener(ctx context.Context, l net.Listener) error {
 	defer context.AfterFunc(ctx, func() { _ = l.Close() })()
 	defer l.Close() //nolint:errcheck // it fails only if it is closed

@@ -1114,93 +1114,6 @@ func (x *RootFS) GetImageSerial() string {
 	return ""
 }
 
-// File is a small regular file that stands in for a bind mount.
-type File struct {
-	state protoimpl.MessageState `protogen:"open.v1"`
-	// destination in the container, absolute.
-	Destination string `protobuf:"bytes,1,opt,name=destination,proto3" json:"destination,omitempty"`
-	Data        []byte `protobuf:"bytes,2,opt,name=data,proto3" json:"data,omitempty"`
-	// mode holds permission bits only.
-	Mode          uint32 `protobuf:"varint,3,opt,name=mode,proto3" json:"mode,omitempty"`
-	Uid           uint32 `protobuf:"varint,4,opt,name=uid,proto3" json:"uid,omitempty"`
-	Gid           uint32 `protobuf:"varint,5,opt,name=gid,proto3" json:"gid,omitempty"`
-	Readonly      bool   `protobuf:"varint,6,opt,name=readonly,proto3" json:"readonly,omitempty"`
-	unknownFields protoimpl.UnknownFields
-	sizeCache     protoimpl.SizeCache
-}
-
-func (x *File) Reset() {
-	*x = File{}
-	mi := &file_guest_api_v1_guest_proto_msgTypes[14]
-	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
-	ms.StoreMessageInfo(mi)
-}
-
-func (x *File) String() string {
-	return protoimpl.X.MessageStringOf(x)
-}
-
-func (*File) ProtoMessage() {}
-
-func (x *File) ProtoReflect() protoreflect.Message {
-	mi := &file_guest_api_v1_guest_proto_msgTypes[14]
-	if x != nil {
-		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
-		if ms.LoadMessageInfo() == nil {
-			ms.StoreMessageInfo(mi)
-		}
-		return ms
-	}
-	return mi.MessageOf(x)
-}
-
-// Deprecated: Use File.ProtoReflect.Descriptor instead.
-func (*File) Descriptor() ([]byte, []int) {
-	return file_guest_api_v1_guest_proto_rawDescGZIP(), []int{14}
-}
-
-func (x *File) GetDestination() string {
-	if x != nil {
-		return x.Destination
-	}
-	return ""
-}
-
-func (x *File) GetData() []byte {
-	if x != nil {
-		return x.Data
-	}
-	return nil
-}
-
-func (x *File) GetMode() uint32 {
-	if x != nil {
-		return x.Mode
-	}
-	return 0
-}
-
-func (x *File) GetUid() uint32 {
-	if x != nil {
-		return x.Uid
-	}
-	return 0
-}
-
-func (x *File) GetGid() uint32 {
-	if x != nil {
-		return x.Gid
-	}
-	return 0
-}
-
-func (x *File) GetReadonly() bool {
-	if x != nil {
-		return x.Readonly
-	}
-	return false
-}
-
 // Stdio names the streams of a process, opened by the shim on api.PortStream
 // before the call that uses them. An empty ID means that the stream is not
 // wanted; with terminal, stderr is empty.
@@ -1216,7 +1129,7 @@ type Stdio struct {
 
 func (x *Stdio) Reset() {
 	*x = Stdio{}
-	mi := &file_guest_api_v1_guest_proto_msgTypes[15]
+	mi := &file_guest_api_v1_guest_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1228,7 +1141,7 @@ func (x *Stdio) String() string {
 func (*Stdio) ProtoMessage() {}
 
 func (x *Stdio) ProtoReflect() protoreflect.Message {
-	mi := &file_guest_api_v1_guest_proto_msgTypes[15]
+	mi := &file_guest_api_v1_guest_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1241,7 +1154,7 @@ func (x *Stdio) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Stdio.ProtoReflect.Descriptor instead.
 func (*Stdio) Descriptor() ([]byte, []int) {
-	return file_guest_api_v1_guest_proto_rawDescGZIP(), []int{15}
+	return file_guest_api_v1_guest_proto_rawDescGZIP(), []int{14}
 }
 
 func (x *Stdio) GetStdin() string {
@@ -1280,20 +1193,19 @@ type CreateRequest struct {
 	// agent's to set.
 	Spec         []byte       `protobuf:"bytes,2,opt,name=spec,proto3" json:"spec,omitempty"`
 	Rootfs       *RootFS      `protobuf:"bytes,3,opt,name=rootfs,proto3" json:"rootfs,omitempty"`
-	Files        []*File      `protobuf:"bytes,4,rep,name=files,proto3" json:"files,omitempty"`
-	Stdio        *Stdio       `protobuf:"bytes,5,opt,name=stdio,proto3" json:"stdio,omitempty"`
-	PidNamespace PidNamespace `protobuf:"varint,6,opt,name=pid_namespace,json=pidNamespace,proto3,enum=cloudhv.guest.v1.PidNamespace" json:"pid_namespace,omitempty"`
+	Stdio        *Stdio       `protobuf:"bytes,4,opt,name=stdio,proto3" json:"stdio,omitempty"`
+	PidNamespace PidNamespace `protobuf:"varint,5,opt,name=pid_namespace,json=pidNamespace,proto3,enum=cloudhv.guest.v1.PidNamespace" json:"pid_namespace,omitempty"`
 	// target_pid is the guest pid whose PID namespace to join, for PID_TARGET.
-	TargetPid uint32 `protobuf:"varint,7,opt,name=target_pid,json=targetPid,proto3" json:"target_pid,omitempty"`
+	TargetPid uint32 `protobuf:"varint,6,opt,name=target_pid,json=targetPid,proto3" json:"target_pid,omitempty"`
 	// private_shm is true if the spec brings its own /dev/shm.
-	PrivateShm    bool `protobuf:"varint,8,opt,name=private_shm,json=privateShm,proto3" json:"private_shm,omitempty"`
+	PrivateShm    bool `protobuf:"varint,7,opt,name=private_shm,json=privateShm,proto3" json:"private_shm,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *CreateRequest) Reset() {
 	*x = CreateRequest{}
-	mi := &file_guest_api_v1_guest_proto_msgTypes[16]
+	mi := &file_guest_api_v1_guest_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1305,7 +1217,7 @@ func (x *CreateRequest) String() string {
 func (*CreateRequest) ProtoMessage() {}
 
 func (x *CreateRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_guest_api_v1_guest_proto_msgTypes[16]
+	mi := &file_guest_api_v1_guest_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1318,7 +1230,7 @@ func (x *CreateRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CreateRequest.ProtoReflect.Descriptor instead.
 func (*CreateRequest) Descriptor() ([]byte, []int) {
-	return file_guest_api_v1_guest_proto_rawDescGZIP(), []int{16}
+	return file_guest_api_v1_guest_proto_rawDescGZIP(), []int{15}
 }
 
 func (x *CreateRequest) GetId() string {
@@ -1338,13 +1250,6 @@ func (x *CreateRequest) GetSpec() []byte {
 func (x *CreateRequest) GetRootfs() *RootFS {
 	if x != nil {
 		return x.Rootfs
-	}
-	return nil
-}
-
-func (x *CreateRequest) GetFiles() []*File {
-	if x != nil {
-		return x.Files
 	}
 	return nil
 }
@@ -1375,6 +1280,60 @@ func (x *CreateRequest) GetPrivateShm() bool {
 		return x.PrivateShm
 	}
 	return false
+}
+
+type MountVolumesRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// stream is opened by the shim on api.PortStream before.
+	Stream string `protobuf:"bytes,1,opt,name=stream,proto3" json:"stream,omitempty"`
+	// message_bytes is the largest message of the protocol.
+	MessageBytes  uint32 `protobuf:"varint,2,opt,name=message_bytes,json=messageBytes,proto3" json:"message_bytes,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *MountVolumesRequest) Reset() {
+	*x = MountVolumesRequest{}
+	mi := &file_guest_api_v1_guest_proto_msgTypes[16]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *MountVolumesRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*MountVolumesRequest) ProtoMessage() {}
+
+func (x *MountVolumesRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_guest_api_v1_guest_proto_msgTypes[16]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use MountVolumesRequest.ProtoReflect.Descriptor instead.
+func (*MountVolumesRequest) Descriptor() ([]byte, []int) {
+	return file_guest_api_v1_guest_proto_rawDescGZIP(), []int{16}
+}
+
+func (x *MountVolumesRequest) GetStream() string {
+	if x != nil {
+		return x.Stream
+	}
+	return ""
+}
+
+func (x *MountVolumesRequest) GetMessageBytes() uint32 {
+	if x != nil {
+		return x.MessageBytes
+	}
+	return 0
 }
 
 type WarmUpRequest struct {
@@ -2977,30 +2936,25 @@ const file_guest_api_v1_guest_proto_rawDesc = "" +
 	"\x12memory_total_bytes\x18\x02 \x01(\x04R\x10memoryTotalBytes\"\x11\n" +
 	"\x0fPowerOffRequest\"+\n" +
 	"\x06RootFS\x12!\n" +
-	"\fimage_serial\x18\x01 \x01(\tR\vimageSerial\"\x90\x01\n" +
-	"\x04File\x12 \n" +
-	"\vdestination\x18\x01 \x01(\tR\vdestination\x12\x12\n" +
-	"\x04data\x18\x02 \x01(\fR\x04data\x12\x12\n" +
-	"\x04mode\x18\x03 \x01(\rR\x04mode\x12\x10\n" +
-	"\x03uid\x18\x04 \x01(\rR\x03uid\x12\x10\n" +
-	"\x03gid\x18\x05 \x01(\rR\x03gid\x12\x1a\n" +
-	"\breadonly\x18\x06 \x01(\bR\breadonly\"i\n" +
+	"\fimage_serial\x18\x01 \x01(\tR\vimageSerial\"i\n" +
 	"\x05Stdio\x12\x14\n" +
 	"\x05stdin\x18\x01 \x01(\tR\x05stdin\x12\x16\n" +
 	"\x06stdout\x18\x02 \x01(\tR\x06stdout\x12\x16\n" +
 	"\x06stderr\x18\x03 \x01(\tR\x06stderr\x12\x1a\n" +
-	"\bterminal\x18\x04 \x01(\bR\bterminal\"\xc7\x02\n" +
+	"\bterminal\x18\x04 \x01(\bR\bterminal\"\x99\x02\n" +
 	"\rCreateRequest\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x12\n" +
 	"\x04spec\x18\x02 \x01(\fR\x04spec\x120\n" +
-	"\x06rootfs\x18\x03 \x01(\v2\x18.cloudhv.guest.v1.RootFSR\x06rootfs\x12,\n" +
-	"\x05files\x18\x04 \x03(\v2\x16.cloudhv.guest.v1.FileR\x05files\x12-\n" +
-	"\x05stdio\x18\x05 \x01(\v2\x17.cloudhv.guest.v1.StdioR\x05stdio\x12C\n" +
-	"\rpid_namespace\x18\x06 \x01(\x0e2\x1e.cloudhv.guest.v1.PidNamespaceR\fpidNamespace\x12\x1d\n" +
+	"\x06rootfs\x18\x03 \x01(\v2\x18.cloudhv.guest.v1.RootFSR\x06rootfs\x12-\n" +
+	"\x05stdio\x18\x04 \x01(\v2\x17.cloudhv.guest.v1.StdioR\x05stdio\x12C\n" +
+	"\rpid_namespace\x18\x05 \x01(\x0e2\x1e.cloudhv.guest.v1.PidNamespaceR\fpidNamespace\x12\x1d\n" +
 	"\n" +
-	"target_pid\x18\a \x01(\rR\ttargetPid\x12\x1f\n" +
-	"\vprivate_shm\x18\b \x01(\bR\n" +
-	"privateShm\"F\n" +
+	"target_pid\x18\x06 \x01(\rR\ttargetPid\x12\x1f\n" +
+	"\vprivate_shm\x18\a \x01(\bR\n" +
+	"privateShm\"R\n" +
+	"\x13MountVolumesRequest\x12\x16\n" +
+	"\x06stream\x18\x01 \x01(\tR\x06stream\x12#\n" +
+	"\rmessage_bytes\x18\x02 \x01(\rR\fmessageBytes\"F\n" +
 	"\rWarmUpRequest\x12\x12\n" +
 	"\x04spec\x18\x01 \x01(\fR\x04spec\x12!\n" +
 	"\fimage_serial\x18\x02 \x01(\tR\vimageSerial\"P\n" +
@@ -3131,7 +3085,7 @@ const file_guest_api_v1_guest_proto_rawDesc = "" +
 	"\bRehearse\x12\".cloudhv.guest.v1.ConfigureRequest\x1a#.cloudhv.guest.v1.ConfigureResponse\x12T\n" +
 	"\tSyncClock\x12\".cloudhv.guest.v1.SyncClockRequest\x1a#.cloudhv.guest.v1.SyncClockResponse\x12K\n" +
 	"\x06Resize\x12\x1f.cloudhv.guest.v1.ResizeRequest\x1a .cloudhv.guest.v1.ResizeResponse\x12E\n" +
-	"\bPowerOff\x12!.cloudhv.guest.v1.PowerOffRequest\x1a\x16.google.protobuf.Empty2\xdd\a\n" +
+	"\bPowerOff\x12!.cloudhv.guest.v1.PowerOffRequest\x1a\x16.google.protobuf.Empty2\xac\b\n" +
 	"\x04Task\x12K\n" +
 	"\x06Create\x12\x1f.cloudhv.guest.v1.CreateRequest\x1a .cloudhv.guest.v1.CreateResponse\x12H\n" +
 	"\x05Start\x12\x1e.cloudhv.guest.v1.StartRequest\x1a\x1f.cloudhv.guest.v1.StartResponse\x12=\n" +
@@ -3145,7 +3099,8 @@ const file_guest_api_v1_guest_proto_rawDesc = "" +
 	"\x05Stats\x12\x1e.cloudhv.guest.v1.StatsRequest\x1a\x1f.cloudhv.guest.v1.StatsResponse\x12E\n" +
 	"\x04Pids\x12\x1d.cloudhv.guest.v1.PidsRequest\x1a\x1e.cloudhv.guest.v1.PidsResponse\x12H\n" +
 	"\x05State\x12\x1e.cloudhv.guest.v1.StateRequest\x1a\x1f.cloudhv.guest.v1.StateResponse\x12E\n" +
-	"\x04Wait\x12\x1d.cloudhv.guest.v1.WaitRequest\x1a\x1e.cloudhv.guest.v1.WaitResponse\x12A\n" +
+	"\x04Wait\x12\x1d.cloudhv.guest.v1.WaitRequest\x1a\x1e.cloudhv.guest.v1.WaitResponse\x12M\n" +
+	"\fMountVolumes\x12%.cloudhv.guest.v1.MountVolumesRequest\x1a\x16.google.protobuf.Empty\x12A\n" +
 	"\x06WarmUp\x12\x1f.cloudhv.guest.v1.WarmUpRequest\x1a\x16.google.protobuf.EmptyB<Z:github.com/cloudhv/containerd-cloudhv/guest/api/v1;guestv1b\x06proto3"
 
 var (
@@ -3179,9 +3134,9 @@ var file_guest_api_v1_guest_proto_goTypes = []any{
 	(*ResizeResponse)(nil),        // 13: cloudhv.guest.v1.ResizeResponse
 	(*PowerOffRequest)(nil),       // 14: cloudhv.guest.v1.PowerOffRequest
 	(*RootFS)(nil),                // 15: cloudhv.guest.v1.RootFS
-	(*File)(nil),                  // 16: cloudhv.guest.v1.File
-	(*Stdio)(nil),                 // 17: cloudhv.guest.v1.Stdio
-	(*CreateRequest)(nil),         // 18: cloudhv.guest.v1.CreateRequest
+	(*Stdio)(nil),                 // 16: cloudhv.guest.v1.Stdio
+	(*CreateRequest)(nil),         // 17: cloudhv.guest.v1.CreateRequest
+	(*MountVolumesRequest)(nil),   // 18: cloudhv.guest.v1.MountVolumesRequest
 	(*WarmUpRequest)(nil),         // 19: cloudhv.guest.v1.WarmUpRequest
 	(*CreateResponse)(nil),        // 20: cloudhv.guest.v1.CreateResponse
 	(*StartRequest)(nil),          // 21: cloudhv.guest.v1.StartRequest
@@ -3221,40 +3176,40 @@ var file_guest_api_v1_guest_proto_depIdxs = []int32{
 	46, // 5: cloudhv.guest.v1.SyncClockResponse.clock:type_name -> google.protobuf.Timestamp
 	10, // 6: cloudhv.guest.v1.Interface.neighbors:type_name -> cloudhv.guest.v1.Neighbor
 	15, // 7: cloudhv.guest.v1.CreateRequest.rootfs:type_name -> cloudhv.guest.v1.RootFS
-	16, // 8: cloudhv.guest.v1.CreateRequest.files:type_name -> cloudhv.guest.v1.File
-	17, // 9: cloudhv.guest.v1.CreateRequest.stdio:type_name -> cloudhv.guest.v1.Stdio
-	0,  // 10: cloudhv.guest.v1.CreateRequest.pid_namespace:type_name -> cloudhv.guest.v1.PidNamespace
-	8,  // 11: cloudhv.guest.v1.CreateResponse.steps:type_name -> cloudhv.guest.v1.Step
-	17, // 12: cloudhv.guest.v1.ExecRequest.stdio:type_name -> cloudhv.guest.v1.Stdio
-	46, // 13: cloudhv.guest.v1.DeleteResponse.exited_at:type_name -> google.protobuf.Timestamp
-	33, // 14: cloudhv.guest.v1.StatsResponse.cpu:type_name -> cloudhv.guest.v1.CPUStats
-	34, // 15: cloudhv.guest.v1.StatsResponse.memory:type_name -> cloudhv.guest.v1.MemoryStats
-	35, // 16: cloudhv.guest.v1.StatsResponse.pids:type_name -> cloudhv.guest.v1.PidsStats
-	36, // 17: cloudhv.guest.v1.StatsResponse.io:type_name -> cloudhv.guest.v1.IOStats
-	45, // 18: cloudhv.guest.v1.MemoryStats.stat:type_name -> cloudhv.guest.v1.MemoryStats.StatEntry
-	39, // 19: cloudhv.guest.v1.PidsResponse.processes:type_name -> cloudhv.guest.v1.Process
-	1,  // 20: cloudhv.guest.v1.StateResponse.status:type_name -> cloudhv.guest.v1.Status
-	46, // 21: cloudhv.guest.v1.StateResponse.exited_at:type_name -> google.protobuf.Timestamp
-	46, // 22: cloudhv.guest.v1.WaitResponse.exited_at:type_name -> google.protobuf.Timestamp
-	2,  // 23: cloudhv.guest.v1.Machine.Info:input_type -> cloudhv.guest.v1.InfoRequest
-	4,  // 24: cloudhv.guest.v1.Machine.Configure:input_type -> cloudhv.guest.v1.ConfigureRequest
-	4,  // 25: cloudhv.guest.v1.Machine.Rehearse:input_type -> cloudhv.guest.v1.ConfigureRequest
-	6,  // 26: cloudhv.guest.v1.Machine.SyncClock:input_type -> cloudhv.guest.v1.SyncClockRequest
-	12, // 27: cloudhv.guest.v1.Machine.Resize:input_type -> cloudhv.guest.v1.ResizeRequest
-	14, // 28: cloudhv.guest.v1.Machine.PowerOff:input_type -> cloudhv.guest.v1.PowerOffRequest
-	18, // 29: cloudhv.guest.v1.Task.Create:input_type -> cloudhv.guest.v1.CreateRequest
-	21, // 30: cloudhv.guest.v1.Task.Start:input_type -> cloudhv.guest.v1.StartRequest
-	23, // 31: cloudhv.guest.v1.Task.Exec:input_type -> cloudhv.guest.v1.ExecRequest
-	24, // 32: cloudhv.guest.v1.Task.Delete:input_type -> cloudhv.guest.v1.DeleteRequest
-	26, // 33: cloudhv.guest.v1.Task.Kill:input_type -> cloudhv.guest.v1.KillRequest
-	27, // 34: cloudhv.guest.v1.Task.ResizePty:input_type -> cloudhv.guest.v1.ResizePtyRequest
-	28, // 35: cloudhv.guest.v1.Task.Pause:input_type -> cloudhv.guest.v1.PauseRequest
-	29, // 36: cloudhv.guest.v1.Task.Resume:input_type -> cloudhv.guest.v1.ResumeRequest
-	30, // 37: cloudhv.guest.v1.Task.Update:input_type -> cloudhv.guest.v1.UpdateRequest
-	31, // 38: cloudhv.guest.v1.Task.Stats:input_type -> cloudhv.guest.v1.StatsRequest
-	37, // 39: cloudhv.guest.v1.Task.Pids:input_type -> cloudhv.guest.v1.PidsRequest
-	40, // 40: cloudhv.guest.v1.Task.State:input_type -> cloudhv.guest.v1.StateRequest
-	42, // 41: cloudhv.guest.v1.Task.Wait:input_type -> cloudhv.guest.v1.WaitRequest
+	16, // 8: cloudhv.guest.v1.CreateRequest.stdio:type_name -> cloudhv.guest.v1.Stdio
+	0,  // 9: cloudhv.guest.v1.CreateRequest.pid_namespace:type_name -> cloudhv.guest.v1.PidNamespace
+	8,  // 10: cloudhv.guest.v1.CreateResponse.steps:type_name -> cloudhv.guest.v1.Step
+	16, // 11: cloudhv.guest.v1.ExecRequest.stdio:type_name -> cloudhv.guest.v1.Stdio
+	46, // 12: cloudhv.guest.v1.DeleteResponse.exited_at:type_name -> google.protobuf.Timestamp
+	33, // 13: cloudhv.guest.v1.StatsResponse.cpu:type_name -> cloudhv.guest.v1.CPUStats
+	34, // 14: cloudhv.guest.v1.StatsResponse.memory:type_name -> cloudhv.guest.v1.MemoryStats
+	35, // 15: cloudhv.guest.v1.StatsResponse.pids:type_name -> cloudhv.guest.v1.PidsStats
+	36, // 16: cloudhv.guest.v1.StatsResponse.io:type_name -> cloudhv.guest.v1.IOStats
+	45, // 17: cloudhv.guest.v1.MemoryStats.stat:type_name -> cloudhv.guest.v1.MemoryStats.StatEntry
+	39, // 18: cloudhv.guest.v1.PidsResponse.processes:type_name -> cloudhv.guest.v1.Process
+	1,  // 19: cloudhv.guest.v1.StateResponse.status:type_name -> cloudhv.guest.v1.Status
+	46, // 20: cloudhv.guest.v1.StateResponse.exited_at:type_name -> google.protobuf.Timestamp
+	46, // 21: cloudhv.guest.v1.WaitResponse.exited_at:type_name -> google.protobuf.Timestamp
+	2,  // 22: cloudhv.guest.v1.Machine.Info:input_type -> cloudhv.guest.v1.InfoRequest
+	4,  // 23: cloudhv.guest.v1.Machine.Configure:input_type -> cloudhv.guest.v1.ConfigureRequest
+	4,  // 24: cloudhv.guest.v1.Machine.Rehearse:input_type -> cloudhv.guest.v1.ConfigureRequest
+	6,  // 25: cloudhv.guest.v1.Machine.SyncClock:input_type -> cloudhv.guest.v1.SyncClockRequest
+	12, // 26: cloudhv.guest.v1.Machine.Resize:input_type -> cloudhv.guest.v1.ResizeRequest
+	14, // 27: cloudhv.guest.v1.Machine.PowerOff:input_type -> cloudhv.guest.v1.PowerOffRequest
+	17, // 28: cloudhv.guest.v1.Task.Create:input_type -> cloudhv.guest.v1.CreateRequest
+	21, // 29: cloudhv.guest.v1.Task.Start:input_type -> cloudhv.guest.v1.StartRequest
+	23, // 30: cloudhv.guest.v1.Task.Exec:input_type -> cloudhv.guest.v1.ExecRequest
+	24, // 31: cloudhv.guest.v1.Task.Delete:input_type -> cloudhv.guest.v1.DeleteRequest
+	26, // 32: cloudhv.guest.v1.Task.Kill:input_type -> cloudhv.guest.v1.KillRequest
+	27, // 33: cloudhv.guest.v1.Task.ResizePty:input_type -> cloudhv.guest.v1.ResizePtyRequest
+	28, // 34: cloudhv.guest.v1.Task.Pause:input_type -> cloudhv.guest.v1.PauseRequest
+	29, // 35: cloudhv.guest.v1.Task.Resume:input_type -> cloudhv.guest.v1.ResumeRequest
+	30, // 36: cloudhv.guest.v1.Task.Update:input_type -> cloudhv.guest.v1.UpdateRequest
+	31, // 37: cloudhv.guest.v1.Task.Stats:input_type -> cloudhv.guest.v1.StatsRequest
+	37, // 38: cloudhv.guest.v1.Task.Pids:input_type -> cloudhv.guest.v1.PidsRequest
+	40, // 39: cloudhv.guest.v1.Task.State:input_type -> cloudhv.guest.v1.StateRequest
+	42, // 40: cloudhv.guest.v1.Task.Wait:input_type -> cloudhv.guest.v1.WaitRequest
+	18, // 41: cloudhv.guest.v1.Task.MountVolumes:input_type -> cloudhv.guest.v1.MountVolumesRequest
 	19, // 42: cloudhv.guest.v1.Task.WarmUp:input_type -> cloudhv.guest.v1.WarmUpRequest
 	3,  // 43: cloudhv.guest.v1.Machine.Info:output_type -> cloudhv.guest.v1.InfoResponse
 	5,  // 44: cloudhv.guest.v1.Machine.Configure:output_type -> cloudhv.guest.v1.ConfigureResponse
@@ -3275,12 +3230,13 @@ var file_guest_api_v1_guest_proto_depIdxs = []int32{
 	38, // 59: cloudhv.guest.v1.Task.Pids:output_type -> cloudhv.guest.v1.PidsResponse
 	41, // 60: cloudhv.guest.v1.Task.State:output_type -> cloudhv.guest.v1.StateResponse
 	43, // 61: cloudhv.guest.v1.Task.Wait:output_type -> cloudhv.guest.v1.WaitResponse
-	47, // 62: cloudhv.guest.v1.Task.WarmUp:output_type -> google.protobuf.Empty
-	43, // [43:63] is the sub-list for method output_type
-	23, // [23:43] is the sub-list for method input_type
-	23, // [23:23] is the sub-list for extension type_name
-	23, // [23:23] is the sub-list for extension extendee
-	0,  // [0:23] is the sub-list for field type_name
+	47, // 62: cloudhv.guest.v1.Task.MountVolumes:output_type -> google.protobuf.Empty
+	47, // 63: cloudhv.guest.v1.Task.WarmUp:output_type -> google.protobuf.Empty
+	43, // [43:64] is the sub-list for method output_type
+	22, // [22:43] is the sub-list for method input_type
+	22, // [22:22] is the sub-list for extension type_name
+	22, // [22:22] is the sub-list for extension extendee
+	0,  // [0:22] is the sub-list for field type_name
 }
 
 func init() { file_guest_api_v1_guest_proto_init() }

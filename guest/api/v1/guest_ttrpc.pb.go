@@ -138,6 +138,7 @@ type TaskService interface {
 	Pids(context.Context, *PidsRequest) (*PidsResponse, error)
 	State(context.Context, *StateRequest) (*StateResponse, error)
 	Wait(context.Context, *WaitRequest) (*WaitResponse, error)
+	MountVolumes(context.Context, *MountVolumesRequest) (*emptypb.Empty, error)
 	WarmUp(context.Context, *WarmUpRequest) (*emptypb.Empty, error)
 }
 
@@ -234,6 +235,13 @@ func RegisterTaskService(srv *ttrpc.Server, svc TaskService) {
 					return nil, err
 				}
 				return svc.Wait(ctx, &req)
+			},
+			"MountVolumes": func(ctx context.Context, unmarshal func(interface{}) error) (interface{}, error) {
+				var req MountVolumesRequest
+				if err := unmarshal(&req); err != nil {
+					return nil, err
+				}
+				return svc.MountVolumes(ctx, &req)
 			},
 			"WarmUp": func(ctx context.Context, unmarshal func(interface{}) error) (interface{}, error) {
 				var req WarmUpRequest
@@ -355,6 +363,14 @@ func (c *taskClient) State(ctx context.Context, req *StateRequest) (*StateRespon
 func (c *taskClient) Wait(ctx context.Context, req *WaitRequest) (*WaitResponse, error) {
 	var resp WaitResponse
 	if err := c.client.Call(ctx, "cloudhv.guest.v1.Task", "Wait", req, &resp); err != nil {
+		return nil, err
+	}
+	return &resp, nil
+}
+
+func (c *taskClient) MountVolumes(ctx context.Context, req *MountVolumesRequest) (*emptypb.Empty, error) {
+	var resp emptypb.Empty
+	if err := c.client.Call(ctx, "cloudhv.guest.v1.Task", "MountVolumes", req, &resp); err != nil {
 		return nil, err
 	}
 	return &resp, nil

@@ -77,9 +77,11 @@ func TestFakeObeys(t *testing.T) {
 		return nil
 	})
 	disk := vmm.Disk{Serial: "a", Path: os.DevNull}
-	require.ErrorIs(t, vm.AddDisk(ctx, disk), broken)
+	_, err = vm.AddDisk(ctx, disk)
+	require.ErrorIs(t, err, broken)
 	d.Fail(OpAddDisk, nil)
-	require.NoError(t, vm.AddDisk(ctx, disk))
+	_, err = vm.AddDisk(ctx, disk)
+	require.NoError(t, err)
 	seen, ok := d.Seen(vm.ID())
 	require.True(t, ok)
 	assert.Equal(t, []vmm.Disk{disk}, seen.Disks)

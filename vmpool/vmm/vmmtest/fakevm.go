@@ -42,6 +42,7 @@ type guest struct {
 	mu     sync.Mutex
 	size   vmm.Size
 	disks  map[string]vmm.Disk
+	image  string // which of them is in the disk that was there from the start
 	nics   map[string]vmm.NIC
 	paused bool
 	exit   vmm.Exit
@@ -193,20 +194,26 @@ func (v *vm) PodEndpoint() string {
 	return transport.SerialEndpoint(filepath.Join(v.cfg.Dir, podSocket))
 }
 
-func (v *vm) AddDisk(ctx context.Context, disk vmm.Disk) error {
+// AddDisk puts a read-only disk into the one that the machine has from its start, if
+// that is empty.
+func (v *vm) AddDisk(ctx context.Context, disk vmm.Disk) (string, error) {
 	if err := disk.Validate(); err != nil {
-		return err
+		return "", err
 	}
 	if err := v.begin(ctx, OpAddDisk); err != nil {
-		return err
+		return "", err
 	}
 	v.mu.Lock()
 	defer v.mu.Unlock()
 	if _, ok := v.disks[disk.Serial]; ok {
-		return fmt.Errorf("disk %s: %w", disk.Serial, errdefs.ErrAlreadyExists)
+		return "", fmt.Errorf("disk %s: %w", disk.Serial, errdefs.ErrAlreadyExists)
 	}
 	v.disks[disk.Serial] = disk
-	return nil
+	if !disk.ReadOnly || v.image != "" {
+		return disk.Serial, nil
+	}
+	v.image = disk.Serial
+	return vmm.ImageSerial, nil
 }
 
 func (v *vm) RemoveDisk(ctx context.Context, serial string) error {
@@ -216,6 +223,9 @@ func (v *vm) RemoveDisk(ctx context.Context, serial string) error {
 	v.mu.Lock()
 	defer v.mu.Unlock()
 	delete(v.disks, serial)
+	if v.image == serial {
+		v.image = ""
+	}
 	return nil
 }
 

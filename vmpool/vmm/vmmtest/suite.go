@@ -30,7 +30,7 @@ import (
 // Suite is what Run needs to know of a driver.
 type Suite struct {
 	Driver vmm.Driver
-	// Config makes a valid Config of a VM of its own, at most 2 vCPUs and 1 GiB,
+	// Config makes a valid Config of a VM of its own, at most 2 vCPUs and little more than 1 GiB,
 	// whose guest echoes what it gets on EchoPort and listens on no port from
 	// EchoPort+1000 on.
 	Config   func(t *testing.T) vmm.Config
@@ -177,20 +177,39 @@ func (s *Suite) hotplug(t *testing.T) {
 	vm := s.boot(t)
 	ctx := s.ctx(t)
 	s.dialOnce(ctx, t, vm)
-	image := filepath.Join(t.TempDir(), "image")
-	require.NoError(t, os.WriteFile(image, make([]byte, 1<<20), 0o600))
+	image, writable := filepath.Join(t.TempDir(), "image"), filepath.Join(t.TempDir(), "writable")
+	for _, path := range []string{image, writable} {
+		require.NoError(t, os.WriteFile(path, make([]byte, 1<<20), 0o600))
+	}
 
-	require.ErrorIs(t, vm.AddDisk(ctx, vmm.Disk{Serial: "No!", Path: image}), errdefs.ErrInvalidArgument)
-	require.ErrorIs(t, vm.AddDisk(ctx, vmm.Disk{Serial: "a", Path: "image"}), errdefs.ErrInvalidArgument)
-	require.ErrorIs(t, vm.AddDisk(ctx, vmm.Disk{Serial: "a", Path: image + ".none"}), errdefs.ErrInvalidArgument)
+	for _, bad := range []vmm.Disk{
+		{Serial: "No!", Path: image}, {Serial: vmm.ImageSerial, Path: image}, {Serial: vmm.ScratchSerial, Path: image},
+		{Serial: "a", Path: "image"}, {Serial: "a", Path: image + ".none"},
+	} {
+		_, err := vm.AddDisk(ctx, bad)
+		require.ErrorIs(t, err, errdefs.ErrInvalidArgument, "%+v", bad)
+	}
 	assert.NoError(t, vm.RemoveDisk(ctx, "never-there"))
 	for range 2 {
-		require.NoError(t, vm.AddDisk(ctx, vmm.Disk{Serial: "a", Path: image, ReadOnly: true}))
-		require.NoError(t, vm.AddDisk(ctx, vmm.Disk{Serial: "b", Path: image, ReadOnly: true}))
-		require.ErrorIs(t, vm.AddDisk(ctx, vmm.Disk{Serial: "a", Path: image, ReadOnly: true}), errdefs.ErrAlreadyExists)
-		require.NoError(t, vm.RemoveDisk(ctx, "a"))
-		require.NoError(t, vm.RemoveDisk(ctx, "a"))
-		require.NoError(t, vm.RemoveDisk(ctx, "b"))
+		seen := map[string]bool{}
+		for _, serial := range []string{"a", "b", "c"} {
+			disk := vmm.Disk{Serial: serial, Path: image, ReadOnly: true}
+			if serial == "b" {
+				disk.Path, disk.ReadOnly = writable, false
+			}
+			got, err := vm.AddDisk(ctx, disk)
+			require.NoError(t, err)
+			if got != vmm.ImageSerial || !disk.ReadOnly {
+				require.Equal(t, serial, got)
+			}
+			require.False(t, seen[got], "two disks have the serial %s", got)
+			seen[got] = true
+			_, err = vm.AddDisk(ctx, disk)
+			require.ErrorIs(t, err, errdefs.ErrAlreadyExists)
+		}
+		for _, serial := range []string{"a", "a", "c", "b"} {
+			require.NoError(t, vm.RemoveDisk(ctx, serial))
+		}
 	}
 
 	require.ErrorIs(t, vm.AddNIC(ctx, vmm.NIC{ID: "eth0"}), errdefs.ErrInvalidArgument)
@@ -225,6 +244,7 @@ func (s *Suite) resize(t *testing.T) {
 	require.NoError(t, err)
 	s.endWith(t, vm)
 	ctx := s.ctx(t)
+	s.dialOnce(ctx, t, vm)
 	for _, bad := range []vmm.Size{
 		{VCPUs: 0, MemoryBytes: cfg.Size.MemoryBytes},
 		{VCPUs: cfg.Max.VCPUs + 1, MemoryBytes: cfg.Size.MemoryBytes},
@@ -269,7 +289,10 @@ func (s *Suite) attach(t *testing.T) {
 	s.dialOnce(ctx, t, vm)
 	image := filepath.Join(t.TempDir(), "image")
 	require.NoError(t, os.WriteFile(image, make([]byte, 1<<20), 0o600))
-	require.NoError(t, vm.AddDisk(ctx, vmm.Disk{Serial: "kept", Path: image, ReadOnly: true}))
+	for _, serial := range []string{"kept", "kept-too"} {
+		_, err := vm.AddDisk(ctx, vmm.Disk{Serial: serial, Path: image, ReadOnly: true})
+		require.NoError(t, err)
+	}
 
 	for range 3 {
 		state := roundTrip(t, vm.State())
@@ -284,8 +307,11 @@ func (s *Suite) attach(t *testing.T) {
 		assert.Equal(t, state, roundTrip(t, vm.State()))
 		s.dialOnce(ctx, t, vm)
 	}
-	require.ErrorIs(t, vm.AddDisk(ctx, vmm.Disk{Serial: "kept", Path: image}), errdefs.ErrAlreadyExists)
-	require.NoError(t, vm.RemoveDisk(ctx, "kept"))
+	for _, serial := range []string{"kept", "kept-too"} {
+		_, err := vm.AddDisk(ctx, vmm.Disk{Serial: serial, Path: image, ReadOnly: true})
+		require.ErrorIs(t, err, errdefs.ErrAlreadyExists)
+		require.NoError(t, vm.RemoveDisk(ctx, serial))
+	}
 
 	state := vm.State()
 	require.NoError(t, vm.Kill(ctx))
@@ -343,7 +369,7 @@ func (s *Suite) assertEnded(t *testing.T, vm vmm.VM) {
 	require.NoError(t, os.WriteFile(image, make([]byte, 1<<20), 0o600))
 	calls := map[string]func() error{
 		"dial":        func() error { _, err := vm.Dial(ctx, s.EchoPort); return err },
-		"add disk":    func() error { return vm.AddDisk(ctx, vmm.Disk{Serial: "a", Path: image}) },
+		"add disk":    func() error { _, err := vm.AddDisk(ctx, vmm.Disk{Serial: "a", Path: image}); return err },
 		"remove disk": func() error { return vm.RemoveDisk(ctx, "a") },
 		"remove nic":  func() error { return vm.RemoveNIC(ctx, "a") },
 		"resize":      func() error { return vm.Resize(ctx, vmm.Size{VCPUs: 1, MemoryBytes: s.size(t).MemoryBytes}) },
@@ -408,7 +434,8 @@ func (s *Suite) concurrent(t *testing.T) {
 	for i := range 4 {
 		wg.Go(func() {
 			serial := fmt.Sprintf("disk-%d", i)
-			assert.NoError(t, vm.AddDisk(ctx, vmm.Disk{Serial: serial, Path: image, ReadOnly: true}))
+			_, err := vm.AddDisk(ctx, vmm.Disk{Serial: serial, Path: image, ReadOnly: true})
+			assert.NoError(t, err)
 			assert.NoError(t, vm.RemoveDisk(ctx, serial))
 		})
 		wg.Go(func() {

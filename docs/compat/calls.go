@@ -1,0 +1,48 @@
+// SPDX-License-Identifier: Apache-2.0
+// Copyright The containerd-cloudhv Authors
+
+package compat
+
+var calls = Section{
+	Title: "Calls of the RuntimeService",
+	Intro: "",
+	Entries: []Entry{
+		{"Version", Host, "", nil},
+		{"RunPodSandbox", Works, "", tests("TestCrictl", "TestChurn")},
+		{"StopPodSandbox", Works, "", tests("TestOrder", "TestPreStop")},
+		{"RemovePodSandbox", Works, "", tests("TestOrder")},
+		{"PodSandboxStatus", Works, "`crictl inspectp` shows the VM under `cloudhv`", tests("TestCrictl")},
+		{"ListPodSandbox", Host, "", tests("TestCrictl")},
+		{"StreamPodSandboxes", Host, "", nil},
+		{"CreateContainer", Works, "", tests("TestCrictl")},
+		{"StartContainer", Works, "", tests("TestCrictl")},
+		{"StopContainer", Works, "", tests("TestStop")},
+		{"RemoveContainer", Works, "", tests("TestOrder")},
+		{"ListContainers", Host, "", tests("TestRestarts")},
+		{"StreamContainers", Host, "", nil},
+		{"ContainerStatus", Works, "", tests("TestExitCodes")},
+		{"UpdateContainerResources", Works, "", tests("TestContainerLimits", "TestUnifiedLimits")},
+		{"ReopenContainerLog", Works, "", tests("TestLogReopened")},
+		{"ExecSync", Works, "", tests("TestExecExit", "TestExecsAtOnce")},
+		{"Exec", Works, "", tests("TestBinaryStreams", "TestExecUser")},
+		{"Attach", Works, "", tests("TestTerminal", "TestInput")},
+		{"PortForward", Works, "", tests("TestPortForward", "TestPortForwardInNamespace")},
+		{"ContainerStats", Works, "of the container's cgroup in the VM", tests("TestContainerStats", "TestWritableLayer")},
+		{"ListContainerStats", Works, "", tests("TestContainerStats")},
+		{"StreamContainerStats", Works, "", nil},
+		{"PodSandboxStats", Works, "of the pod's cgroup on the host", tests("TestPodStats")},
+		{"ListPodSandboxStats", Works, "", nil},
+		{"StreamPodSandboxStats", Works, "", nil},
+		{"UpdateRuntimeConfig", Host, "", nil},
+		{"Status", Host, "", nil},
+		{"RuntimeConfig", Host, "", nil},
+		{"CheckpointContainer", Refused, "a container in a VM cannot be checkpointed; containerd asks for criu first", tests("TestCheckpointRefused")},
+		{"CheckpointPod", Refused, "containerd does not implement it", nil},
+		{"RestorePod", Refused, "containerd does not implement it", nil},
+		{"GetContainerEvents", Works, "", tests("TestContainerEvents")},
+		{"ListMetricDescriptors", Host, "", nil},
+		{"ListPodSandboxMetrics", Works, "", nil},
+		{"StreamPodSandboxMetrics", Works, "", nil},
+		{"UpdatePodSandboxResources", Works, "resizes the VM", tests("TestResizePod", "TestShrinkRefused", "TestResizesAtOnce")},
+	},
+}

@@ -1,0 +1,44 @@
+// SPDX-License-Identifier: Apache-2.0
+// Copyright The containerd-cloudhv Authors
+
+package e2e
+
+import "os"
+
+// counts are how many of something the tests take, and how many bytes. What they
+// assert is the same for all of them.
+type counts struct {
+	// churnPods come and go at once, churnRounds times (TestChurn).
+	churnPods, churnRounds int
+	// clones of one snapshot are compared, clonesAtOnce at a time (TestClones).
+	clones, clonesAtOnce int
+	// crowd pods come at once to a pool of one VM, half of which have no time
+	// (TestPoolFaults).
+	crowd int
+	// outputBytes and inputBytes go through a container's streams: much more than what
+	// a reader that stalls may leave in memory.
+	outputBytes, inputBytes int64
+	// bulk is what goes over TCP each way between two ends, and bulk6 the same over
+	// IPv6, which differs too little to take as long again in software emulation;
+	// smaller goes where it is only to be seen that they reach each other.
+	bulk, bulk6, smaller int64
+}
+
+// count is the column in use: E2E_COUNTS=small chooses the second, for machines that
+// are slower by a factor.
+var count = map[bool]counts{
+	false: {
+		churnPods: 20, churnRounds: 3,
+		clones: 64, clonesAtOnce: 4,
+		crowd:       24,
+		outputBytes: 200 << 20, inputBytes: 50 << 20,
+		bulk: 100 << 20, bulk6: 16 << 20, smaller: 4 << 20,
+	},
+	true: {
+		churnPods: 6, churnRounds: 2,
+		clones: 12, clonesAtOnce: 2,
+		crowd:       8,
+		outputBytes: 24 << 20, inputBytes: 8 << 20,
+		bulk: 8 << 20, bulk6: 4 << 20, smaller: 1 << 20,
+	},
+}[os.Getenv("E2E_COUNTS") == "small"]

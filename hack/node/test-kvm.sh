@@ -1,0 +1,145 @@
+#!/usr/bin/env bash
+# SPDX-License-Identifier: Apache-2.0
+# Copyright The containerd-cloudhv Authors
+#
+# The end-to-end tests in the emulated node, where KVM is real. They are compiled here and run there. At
+# its end it tells what was skipped, by name and with the reason, and what took long.
+#
+#   test-kvm.sh [--or-skip]   with --or-skip it is no failure that this machine lacks what the node takes
+#
+# Environment, besides that of run.sh:
+#   VMM      "qemu", "cloudhypervisor" or both, separated by a space; if empty, QEMU, and Cloud Hypervisor
+#            where $CLOUD_HYPERVISOR names a binary or cloud-hypervisor is in PATH
+#   RUN      tests to run, a regular expression as go test has it
+#   SUBSET   "ci": those of ci.list
+
+set -euo pipefail
+
+here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+repo=$(cd "$here/../.." && pwd)
+# shellcheck source=hack/lib.sh
+source "$repo/hack/lib.sh"
+cd "$repo"
+
+programs=$repo/build/kvm
+
+# names LIST: the tests that a list names, as a regular expression.
+names() { awk '!/^#/ && NF { printf "%s%s", sep, $1; sep = "|" } END { print "" }' "$here/$1"; }
+
+# skipped TEXT: what this machine lacks.
+skipped() {
+	[[ $or_skip ]] || die "the end-to-end tests on KVM cannot run: $1"
+	warn "end-to-end tests on KVM SKIPPED: $1"
+	exit 0
+}
+
+# compile: the tests, and the programs of their images.
+compile() {
+	local start=$SECONDS
+	mkdir -p "$programs"
+	go test -c -o "$programs/e2e.test" ./e2e
+	CGO_ENABLED=0 go build -ldflags='-s -w' -o "$programs/helper" ./e2e/testimage/helper
+	gcc -static -O2 -Wall -Werror -o "$programs/cwho" e2e/testimage/cwho/cwho.c
+	say "the tests compiled in $((SECONDS - start)) s"
+}
+
+# hypervisors: those to test.
+hypervisors() {
+	if [[ ${VMM:-} ]]; then
+		tr ' ' '\n' <<<"$VMM"
+		return
+	fi
+	echo qemu
+	if CLOUD_HYPERVISOR=${CLOUD_HYPERVISOR:-$(command -v cloud-hypervisor)}; then
+		echo cloudhypervisor
+	fi
+}
+
+# out_of_time LOG STATUS: of a subset, what there was no time for is named; it is a failure only if a test
+# has failed.
+out_of_time() {
+	local name
+	if [[ $2 != 124 ]] || grep -q '^ *--- FAIL: ' "$1"; then
+		return "$2"
+	fi
+	while read -r name; do
+		grep -q "^--- [A-Z]*: $name " "$1" || warn "end-to-end tests on KVM: $name SKIPPED: there was no time left (NODE_TIMEOUT=$NODE_TIMEOUT)"
+	done < <(names ci.list | tr '|' '\n')
+}
+
+# run_tests VMM SECONDS: in a node of its own; what it prints is in a log too. What a failed run keeps of
+# containerd's log comes out.
+run_tests() {
+	local vmm=$1 run=${RUN:-.}
+	local -a flags=(-test.v -test.count=1)
+	if [[ ${SUBSET:-} == ci && $run == . ]]; then
+		run="^($(names ci.list))\$"
+	fi
+	flags+=(-test.run "$run" -test.skip "^($(names slow.list))\$")
+	# Before the node's own limit, to tell what hangs; the subset's is one that it may reach.
+	[[ ${SUBSET:-} == ci ]] || flags+=(-test.timeout "$(($2 > 120 ? $2 - 60 : $2))s")
+	rm -rf "${programs:?}/$vmm"
+	E2E_VMM=$vmm E2E_ACCELERATOR=kvm E2E_REQUIRE=1 E2E_KEEP=1 E2E_PROGRAMS=$programs \
+		NODE_VERBOSE=1 NODE_OUT=$programs/$vmm NODE_TIMEOUT=$2 "$here/run.sh" "
+			cd '$repo/e2e'
+			'$programs/e2e.test' $(printf ' %q' "${flags[@]}")
+			status=\$?
+			for node in /var/tmp/chv/*/; do
+				cp \"\$node/containerd.log\" \"\$OUT/\$(basename \"\$node\").log\" 2>/dev/null
+			done
+			exit \$status" 2>&1 |
+		tee "$programs/$vmm.log"
+}
+
+# tests VMM: runs them on one hypervisor, and tells of them.
+tests() {
+	local vmm=$1 status=0 start=$SECONDS
+	step "End-to-end tests in the emulated node, vmm = $vmm"
+	run_tests "$vmm" "$NODE_TIMEOUT" || status=$?
+	if [[ ${SUBSET:-} == ci && $status != 0 && $status != 124 ]]; then
+		warn "end-to-end tests on KVM: a run failed (see above, and the README of hack/node); once more, in the time that is left"
+		status=0
+		run_tests "$vmm" "$((NODE_TIMEOUT - SECONDS + start))" || status=$?
+	fi
+	[[ $status == 0 ]] || say "$vmm: exit status $status"
+	awk -v vmm="$vmm" -f "$here/summary.awk" "$programs/$vmm.log"
+	if [[ ${SUBSET:-} == ci ]]; then
+		out_of_time "$programs/$vmm.log" "$status"
+		return
+	fi
+	sed -n 's/^\([A-Z][^ ]*\) *\(.*\)/    not run, too slow here: \1 (\2)/p' "$here/slow.list"
+	return "$status"
+}
+
+# main [--or-skip]: read as a whole before it begins, as the file may change while the tests run.
+main() {
+	case ${1:-} in
+	--or-skip) or_skip=1 ;;
+	'') ;;
+	*) die "usage: test-kvm.sh [--or-skip]" ;;
+	esac
+	case ${SUBSET:-} in
+	'' | ci) ;;
+	*) die "SUBSET=$SUBSET: there is only ci" ;;
+	esac
+	if [[ ${SUBSET:-} == ci ]]; then
+		# What is not of a VM shows itself without this node.
+		export NODE_TIMEOUT=${NODE_TIMEOUT:-480} E2E_HANDLERS=${E2E_HANDLERS:-cloudhv}
+	fi
+	export NODE_TIMEOUT=${NODE_TIMEOUT:-7200}
+	local vmm status=0
+	"$here/setup.sh" || status=$?
+	case $status in
+	0) ;;
+	3) skipped "no emulated node can be made here (see above)" ;;
+	*) exit "$status" ;;
+	esac
+	compile
+	while read -r vmm; do
+		tests "$vmm" </dev/null || status=1
+	done < <(hypervisors)
+	exit "$status"
+}
+
+or_skip=''
+main "$@"

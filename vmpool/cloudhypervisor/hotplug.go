@@ -1,0 +1,231 @@
+// SPDX-License-Identifier: Apache-2.0
+// Copyright The containerd-cloudhv Authors
+
+package cloudhypervisor
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"strings"
+	"time"
+
+	"github.com/containerd/errdefs"
+
+	"github.com/cloudhv/containerd-cloudhv/vmpool/vmm"
+)
+
+const (
+	// undoStep bounds one call that undoes another.
+	undoStep = 2 * time.Second
+	// lookAgain is after how long it is looked whether a device has gone without a word.
+	lookAgain = 2 * time.Second
+)
+
+const (
+	diskPrefix = "disk-"
+	nicPrefix  = "nic-"
+)
+
+// AddDisk hot-plugs a block device.
+func (vm *machine) AddDisk(ctx context.Context, disk vmm.Disk) (string, error) {
+	if err := disk.Validate(); err != nil {
+		return "", fmt.Errorf("cloud-hypervisor: %w", err)
+	}
+	id := diskPrefix + disk.Serial
+	err := vm.plug(ctx, id, func() error {
+		path, err := vm.lend(disk)
+		if err != nil {
+			return err
+		}
+		return vm.put(ctx, "vm.add-disk", diskConfig{ID: id, Path: path, ReadOnly: disk.ReadOnly, Serial: disk.Serial, ImageType: imageRaw, Sparse: !disk.ReadOnly})
+	})
+	if err != nil {
+		return "", fmt.Errorf("add disk %s: %w", disk.Serial, err)
+	}
+	return disk.Serial, nil
+}
+
+// RemoveDisk unplugs a block device.
+func (vm *machine) RemoveDisk(ctx context.Context, serial string) error {
+	if err := vm.remove(ctx, diskPrefix+serial); err != nil {
+		return fmt.Errorf("remove disk %s: %w", serial, err)
+	}
+	if err := vm.takeBack(serial); err != nil {
+		return fmt.Errorf("remove disk %s: %w", serial, err)
+	}
+	return nil
+}
+
+// AddNIC hot-plugs a network device on the caller's TAP files.
+func (vm *machine) AddNIC(ctx context.Context, nic vmm.NIC) error {
+	if err := nic.Validate(); err != nil {
+		return fmt.Errorf("cloud-hypervisor: %w", err)
+	}
+	// The hypervisor may not, and tells the guest what it finds.
+	if err := vm.setMTU(nic); err != nil {
+		return fmt.Errorf("add NIC %s: %w", nic.ID, err)
+	}
+	id := nicPrefix + nic.ID
+	err := vm.plug(ctx, id, func() error {
+		// Each pair is a queue for each direction.
+		args := netConfig{ID: id, MAC: nic.MAC.String(), Queues: 2 * len(nic.Queues)}
+		return vm.put(ctx, "vm.add-net", args, nic.Queues...)
+	})
+	if err != nil {
+		return fmt.Errorf("add NIC %s: %w", nic.ID, err)
+	}
+	return nil
+}
+
+// RemoveNIC unplugs a network device.
+func (vm *machine) RemoveNIC(ctx context.Context, id string) error {
+	if err := vm.remove(ctx, nicPrefix+id); err != nil {
+		return fmt.Errorf("remove NIC %s: %w", id, err)
+	}
+	return nil
+}
+
+// plug plugs a device that must not be there yet.
+func (vm *machine) plug(ctx context.Context, id string, add func() error) error {
+	unlock, err := vm.Lock(ctx, id)
+	if err != nil {
+		return err
+	}
+	defer unlock()
+	vm.mu.Lock()
+	plugged, doubt := vm.plugged[id], vm.doubt[id]
+	vm.mu.Unlock()
+	if plugged {
+		return fmt.Errorf("device %s: %w", id, errdefs.ErrAlreadyExists)
+	}
+	if doubt {
+		// It may have been plugged after its call had been given up.
+		if err := vm.unplug(ctx, id); err != nil {
+			return err
+		}
+	}
+	if err = add(); err == nil {
+		vm.note(id, true, false)
+		return nil
+	}
+	if !isAnswer(err) {
+		vm.note(id, false, true)
+		vm.disown(context.WithoutCancel(ctx), id)
+		return err
+	}
+	if info, infoErr := vm.info(ctx); infoErr == nil && info.slots() >= maxDevices {
+		err = fmt.Errorf("all %d places of the machine's bus are in use: %w: %w", maxDevices, err, errdefs.ErrResourceExhausted)
+	}
+	return err
+}
+
+// disown asks the guest to give back a device whose plugging was given up. Who comes
+// next about that device looks what came of it.
+func (vm *machine) disown(ctx context.Context, id string) {
+	ctx, cancel := context.WithTimeout(ctx, undoStep)
+	defer cancel()
+	if there, err := vm.has(ctx, id); err != nil || !there {
+		return
+	}
+	_ = vm.put(ctx, "vm.remove-device", removeDevice{ID: id})
+}
+
+// note writes down whether a device is plugged in, or may be.
+func (vm *machine) note(id string, plugged, doubt bool) {
+	vm.mu.Lock()
+	defer vm.mu.Unlock()
+	delete(vm.plugged, id)
+	delete(vm.doubt, id)
+	if plugged {
+		vm.plugged[id] = true
+	}
+	if doubt {
+		vm.doubt[id] = true
+	}
+}
+
+// remove unplugs a device; what is not there is removed.
+func (vm *machine) remove(ctx context.Context, id string) error {
+	unlock, err := vm.Lock(ctx, id)
+	if err != nil {
+		return err
+	}
+	defer unlock()
+	return vm.unplug(ctx, id)
+}
+
+// unplug asks the guest to give a device back and waits until it has.
+func (vm *machine) unplug(ctx context.Context, id string) error {
+	gone, stop := vm.events.expect(func(e event) bool {
+		return e.Source == sourceVM && e.Name == eventRemoved && e.Properties[propertyID] == id
+	})
+	defer stop()
+	look := time.NewTicker(lookAgain)
+	defer look.Stop()
+	for asked := false; ; {
+		there, err := vm.has(ctx, id)
+		if err != nil {
+			return err
+		}
+		if !there {
+			vm.note(id, false, false)
+			return nil
+		}
+		if !asked {
+			err = vm.put(ctx, "vm.remove-device", removeDevice{ID: id})
+			// An error may mean no more than that the guest has been asked before.
+			if err != nil && !isAnswer(err) {
+				return err
+			}
+			asked = true
+		}
+		select {
+		case <-gone:
+			vm.note(id, false, false)
+			return nil
+		case <-look.C:
+		case <-vm.Done():
+			return vm.Check()
+		case <-ctx.Done():
+			return fmt.Errorf("the guest does not give %s back: %w", id, errors.Join(context.Cause(ctx), err))
+		}
+	}
+}
+
+// has asks whether there is a device, also one that the guest is to give back.
+func (vm *machine) has(ctx context.Context, id string) (bool, error) {
+	info, err := vm.info(ctx)
+	if err != nil {
+		return false, err
+	}
+	_, there := info.Devices[id]
+	return there, nil
+}
+
+// slots is how many devices sit on the machine's bus.
+func (i *vmInfo) slots() int {
+	n := 0
+	for _, d := range i.Devices {
+		if d.Address != nil {
+			n++
+		}
+	}
+	return n
+}
+
+// findDevices learns which devices are plugged in.
+func (vm *machine) findDevices(ctx context.Context) error {
+	info, err := vm.info(ctx)
+	if err != nil {
+		return err
+	}
+	vm.mu.Lock()
+	defer vm.mu.Unlock()
+	for id := range info.Devices {
+		if strings.HasPrefix(id, diskPrefix) || strings.HasPrefix(id, nicPrefix) {
+			vm.plugged[id] = true
+		}
+	}
+	return nil
+}
