@@ -31,7 +31,7 @@ const (
 	// clockLag is how long the way of a guest's configuration may take: the clock that
 	// it sets is off by no more. After a longer one it is looked at again before the
 	// pod is ready.
-	clockLag = 50 * time.Millisecond
+	clockLag = 20 * time.Millisecond
 	// clockParallel is how many guests are asked at a time, and clockPatience how
 	// long one counts: a silent one holds up no other.
 	clockParallel = 4

@@ -52,7 +52,7 @@ type clone struct {
 // returns how far the guest's clock is ahead, and what its CLOCK_BOOTTIME is ahead of
 // its time of day.
 func guestTime(ctx context.Context, ip string) (off, sinceBoot time.Duration, _ error) {
-	ctx, cancel := context.WithTimeout(ctx, testnode.Scale(20*time.Second))
+	ctx, cancel := context.WithTimeout(ctx, testnode.Scale(time.Minute))
 	defer cancel()
 	var conn net.Conn
 	err := testnode.Eventually(ctx, func(ctx context.Context) (err error) {
