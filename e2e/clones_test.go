@@ -125,14 +125,12 @@ func lookAt(ctx context.Context, n *testnode.Node, i int) (c clone, retErr error
 	}
 	c.off = off
 	// What was printed before may come later than an answer by the network.
-	for {
+	wait, cancel := context.WithTimeout(ctx, testnode.Scale(time.Minute))
+	defer cancel()
+	if err := testnode.Eventually(wait, func(context.Context) (err error) {
 		c.who, err = drawn(n, id, log)
-		if err == nil || ctx.Err() != nil {
-			break
-		}
-		time.Sleep(50 * time.Millisecond)
-	}
-	if err != nil {
+		return err
+	}); err != nil {
 		return c, err
 	}
 	_, again, err := guestTime(ctx, ips[0])
