@@ -148,7 +148,7 @@ func (b *bench) weigh(ctx context.Context, name string, cfg map[string]any) (ret
 	return ctx.Err()
 }
 
-// vmms are the pids of a node's VMMs.
+// vmms are the pids of a node's VMMs, which name its directory.
 func vmms(n *testnode.Node) ([]int, error) {
 	lines, err := commandLines()
 	if err != nil {
@@ -156,7 +156,8 @@ func vmms(n *testnode.Node) ([]int, error) {
 	}
 	var pids []int
 	for pid, args := range lines {
-		if strings.Contains(strings.Join(args, " "), n.CacheDir()+"/") && strings.HasPrefix(filepath.Base(args[0]), "qemu-system") {
+		isVMM := isCloudHypervisor(args[0]) || strings.HasPrefix(filepath.Base(args[0]), "qemu-system")
+		if isVMM && strings.Contains(strings.Join(args, " "), n.Dir()+"/") {
 			pids = append(pids, pid)
 		}
 	}
