@@ -301,7 +301,8 @@ func (c *Controller) admit(p *pod) error {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	budget, size := c.cfg.ScratchBudget, c.cfg.ScratchSize
-	if budget > 0 && int64(len(c.pods)) >= budget/size {
+	_, taken := c.pods[p.id]
+	if !taken && budget > 0 && int64(len(c.pods)) >= budget/size {
 		return fmt.Errorf("sandbox %q: scratch_budget = %q has no room: %d sandboxes have a writable disk of scratch_size = %q each: %w",
 			p.id, config.FormatSize(budget), len(c.pods), config.FormatSize(size), errdefs.ErrResourceExhausted)
 	}

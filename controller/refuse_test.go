@@ -115,6 +115,7 @@ func TestScratchBudget(t *testing.T) {
 	err := n.Create(n.ctx(), sandbox.Sandbox{ID: "c"})
 	require.ErrorIs(t, err, errdefs.ErrResourceExhausted)
 	require.ErrorContains(t, err, `scratch_budget = "134217729B" has no room: 2 sandboxes have a writable disk of scratch_size = "64MiB" each`)
+	require.ErrorIs(t, n.Create(n.ctx(), sandbox.Sandbox{ID: "b"}), errdefs.ErrAlreadyExists, "one that is asked for again needs no room")
 	require.NoError(t, n.Stop(n.ctx(), "a"))
 	require.ErrorIs(t, n.Create(n.ctx(), sandbox.Sandbox{ID: "c"}), errdefs.ErrResourceExhausted, "a stopped one has its disk")
 	require.NoError(t, n.Shutdown(n.ctx(), "a"))
