@@ -169,7 +169,7 @@ func (vm *VM) hold(ctx context.Context, cmd *exec.Cmd) error {
 	if err != nil {
 		_ = cmd.Process.Kill()
 		_ = cmd.Wait()
-		return vm.Explain(fmt.Errorf("%s: ended at once: %w", vm.cfg.Driver, err))
+		return vm.Explain(fmt.Errorf("%s: ended at once: %w: %w", vm.cfg.Driver, err, errdefs.ErrUnavailable))
 	}
 	vm.identity = identity
 	vm.watched.Go(func() { vm.watch(cmd) })
