@@ -52,7 +52,9 @@ type Command struct {
 	Lend map[string]*os.File
 	// UnixSockets lets it make unix sockets, of streams to listen on, and of datagrams for
 	// what ioctl wants one: connecting is never allowed, nor sending to an address, nor any
-	// other kind of socket but those that it inherits. It has no sendmsg then.
+	// other kind of socket but those that it inherits. It has no sendmsg then. Names it gives
+	// its sockets until Process.Seal; after that giving one fails with ENOSYS, as nobody can
+	// tell here a path from an abstract name, which others on the host may wait for.
 	UnixSockets bool
 	// Threads bounds its threads and processes together; 0 for no bound. The cgroup has
 	// a bound as well.
@@ -106,7 +108,7 @@ func (c *Command) startConfined(cmd *exec.Cmd) (_ *Process, retErr error) {
 	}
 	listener := -1
 	err = onThread(func() (err error) {
-		if listener, err = restrict(domain, filter, len(c.Lend) > 0); err != nil {
+		if listener, err = restrict(domain, filter, c.UnixSockets || len(c.Lend) > 0); err != nil {
 			return err
 		}
 		return cmd.Start()
@@ -149,8 +151,8 @@ func onThread(do func() error) error {
 	return <-done
 }
 
-// Seal ends the lending of files: from now on the program opens none for reading and
-// writing. It may be called again.
+// Seal ends the start: from now on the program opens no file for reading and writing if
+// files were lent to it, and gives no socket a name. It may be called again.
 func (p *Process) Seal() {
 	if p.lender != nil {
 		p.lender.close()
@@ -179,7 +181,7 @@ func (p *Process) limit(threads int) error {
 
 // restrict restricts the calling thread. It returns the seccomp filter's listener, or
 // -1.
-func restrict(d *domain, filter []unix.SockFilter, lend bool) (listener int, _ error) {
+func restrict(d *domain, filter []unix.SockFilter, asks bool) (listener int, _ error) {
 	if err := dropCapabilities(); err != nil {
 		return -1, err
 	}
@@ -189,7 +191,7 @@ func restrict(d *domain, filter []unix.SockFilter, lend bool) (listener int, _ e
 	if err := d.enter(); err != nil {
 		return -1, err
 	}
-	return install(filter, lend)
+	return install(filter, asks)
 }
 
 // dropCapabilities empties the thread's sets of capabilities but those that it works

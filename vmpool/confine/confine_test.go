@@ -41,6 +41,22 @@ var children = map[string]func(args []string) error{
 		}
 		return nil
 	},
+	// names gives sockets names for as long as it can, up to a minute.
+	"names": func([]string) error {
+		for i := range 60_000 {
+			fd, err := unix.Socket(unix.AF_UNIX, unix.SOCK_STREAM, 0)
+			if err != nil {
+				return err
+			}
+			if err := unix.Bind(fd, &unix.SockaddrUnix{Name: fmt.Sprintf("@cloudhv-confine-%d-%d", os.Getpid(), i)}); err != nil {
+				return err
+			}
+			fmt.Println("named")
+			_ = unix.Close(fd)
+			time.Sleep(time.Millisecond)
+		}
+		return nil
+	},
 	"sockets": func(args []string) error {
 		for _, s := range []struct{ domain, kind int }{
 			{unix.AF_UNIX, unix.SOCK_STREAM}, {unix.AF_UNIX, unix.SOCK_STREAM | unix.SOCK_CLOEXEC | unix.SOCK_NONBLOCK},
@@ -217,6 +233,27 @@ func TestUnixSockets(t *testing.T) {
 	require.Equal(t, 3, strings.Count(out, "} <nil>\n"), "unix sockets of streams and datagrams: %s", out)
 	require.Contains(t, out, "sendto operation not permitted\nsendmsg operation not permitted\n", "to no address")
 	require.Equal(t, 2, strings.Count(out, "bind <nil> connect operation not permitted"), "to listen only: %s", out)
+}
+
+// Sockets get names while a program starts.
+func TestNamesEndWithTheStart(t *testing.T) {
+	path, dir := ownProgram(t)
+	r, w, err := os.Pipe()
+	require.NoError(t, err)
+	defer r.Close()
+	execute, read := Program(path)
+	p, err := Start(Command{Path: path, Args: []string{"names"}, Dir: dir, UID: testUID, Execute: execute, Read: read, UnixSockets: true, Output: w})
+	require.NoError(t, w.Close())
+	require.NoError(t, err)
+	first := make([]byte, len("named\n"))
+	_, err = io.ReadFull(r, first)
+	require.NoError(t, err)
+	require.Equal(t, "named\n", string(first))
+	p.Seal()
+	rest, err := io.ReadAll(r)
+	require.NoError(t, err)
+	require.NoError(t, p.Wait())
+	require.Equal(t, unix.ENOSYS.Error()+"\n", strings.ReplaceAll(string(rest), "named\n", ""))
 }
 
 func TestStartFails(t *testing.T) {

@@ -13,7 +13,8 @@ import (
 )
 
 // lender answers a program that opens files for reading and writing: with a file of
-// ours for a path that it knows, and for all others that the kernel shall go on. What
+// ours for a path that it knows, and for all others, and for names that it gives its
+// sockets, that the kernel shall go on. What
 // the program may open then the kernel decides by who it is, as ever; the lender adds
 // to that only the files that it lends, in the mode in which they are open here.
 type lender struct {
@@ -100,15 +101,23 @@ func (l *lender) answer(fd uintptr) {
 	if ioctl(fd, unix.SECCOMP_IOCTL_NOTIF_RECV, pointer(&ask)) != nil {
 		return
 	}
-	at := ask.args[0]
-	if ask.number == unix.SYS_OPENAT {
-		at = ask.args[1]
-	}
-	if f := l.files[readPath(int(ask.pid), uintptr(at))]; f != nil && l.give(fd, ask.id, f) == nil {
+	if f := l.wanted(&ask); f != nil && l.give(fd, ask.id, f) == nil {
 		return
 	}
 	goOn := reply{id: ask.id, flags: unix.SECCOMP_USER_NOTIF_FLAG_CONTINUE}
 	_ = ioctl(fd, unix.SECCOMP_IOCTL_NOTIF_SEND, pointer(&goOn))
+}
+
+// wanted is the file that is asked for, if that is lent.
+func (l *lender) wanted(ask *notification) *os.File {
+	switch ask.number {
+	case unix.SYS_BIND:
+		return nil
+	case unix.SYS_OPENAT:
+		return l.files[readPath(int(ask.pid), uintptr(ask.args[1]))]
+	default:
+		return l.files[readPath(int(ask.pid), uintptr(ask.args[0]))]
+	}
 }
 
 // give makes f a file of the asker's, and the answer to it.

@@ -6,6 +6,7 @@ package confine
 import (
 	"fmt"
 	"runtime"
+	"slices"
 	"unsafe"
 
 	"github.com/containerd/errdefs"
@@ -32,8 +33,23 @@ var denied = []uint32{
 	unix.SYS_REBOOT, unix.SYS_SWAPON, unix.SYS_SWAPOFF, unix.SYS_SYSLOG, unix.SYS_ACCT, unix.SYS_QUOTACTL, unix.SYS_QUOTACTL_FD,
 	unix.SYS_FANOTIFY_INIT, unix.SYS_LOOKUP_DCOOKIE, unix.SYS_VHANGUP,
 	unix.SYS_SETTIMEOFDAY, unix.SYS_CLOCK_SETTIME, unix.SYS_CLOCK_ADJTIME, unix.SYS_ADJTIMEX,
-	unix.SYS_SETHOSTNAME, unix.SYS_SETDOMAINNAME,
+	unix.SYS_SETHOSTNAME, unix.SYS_SETDOMAINNAME, unix.SYS_OPEN_TREE_ATTR,
+	// What Landlock has no rights for: modes, owners, times and attributes of files, its own
+	// and those that are open to everybody, and what happens in directories that are.
+	unix.SYS_FCHMOD, unix.SYS_FCHMODAT, unix.SYS_FCHMODAT2, unix.SYS_FCHOWN, unix.SYS_FCHOWNAT, unix.SYS_UTIMENSAT,
+	unix.SYS_SETXATTR, unix.SYS_LSETXATTR, unix.SYS_FSETXATTR, unix.SYS_SETXATTRAT,
+	unix.SYS_REMOVEXATTR, unix.SYS_LREMOVEXATTR, unix.SYS_FREMOVEXATTR, unix.SYS_REMOVEXATTRAT, fileSetAttr,
+	unix.SYS_INOTIFY_INIT1, unix.SYS_INOTIFY_ADD_WATCH,
+	// Memory, messages and semaphores that processes of all users share, as their modes let
+	// them, and that outlive whoever made them.
+	unix.SYS_SHMGET, unix.SYS_SHMAT, unix.SYS_SHMCTL, unix.SYS_SHMDT,
+	unix.SYS_MSGGET, unix.SYS_MSGSND, unix.SYS_MSGRCV, unix.SYS_MSGCTL,
+	unix.SYS_SEMGET, unix.SYS_SEMOP, unix.SYS_SEMTIMEDOP, unix.SYS_SEMCTL,
+	unix.SYS_MQ_OPEN, unix.SYS_MQ_UNLINK, unix.SYS_MQ_TIMEDSEND, unix.SYS_MQ_TIMEDRECEIVE, unix.SYS_MQ_NOTIFY, unix.SYS_MQ_GETSETATTR,
 }
+
+// fileSetAttr is file_setattr (Linux 6.17).
+const fileSetAttr = 469
 
 // namespaces are the flags of clone that make one.
 const namespaces = unix.CLONE_NEWNS | unix.CLONE_NEWCGROUP | unix.CLONE_NEWUTS | unix.CLONE_NEWIPC | unix.CLONE_NEWUSER |
@@ -48,15 +64,20 @@ const (
 )
 
 // arch is what the kernel calls this architecture, and old what it has beside: the
-// call open, which newer ones lack, and the first number of calls of another width.
+// call open, which newer ones lack, others of that kind that are denied, and the first
+// number of calls of another width.
 type arch struct {
 	audit   uint32
 	oldOpen int
+	denied  []uint32
 	foreign uint32
 }
 
 var archs = map[string]arch{
-	"amd64": {audit: unix.AUDIT_ARCH_X86_64, oldOpen: 2, foreign: 0x40000000},
+	"amd64": {
+		audit: unix.AUDIT_ARCH_X86_64, oldOpen: 2, foreign: 0x40000000,
+		denied: []uint32{90 /* chmod */, 92 /* chown */, 94 /* lchown */, 132 /* utime */, 235 /* utimes */, 261 /* futimesat */, 253 /* inotify_init */},
+	},
 	"arm64": {audit: unix.AUDIT_ARCH_AARCH64, oldOpen: -1},
 }
 
@@ -87,8 +108,8 @@ func (a *assembler) call(number uint32, steps func(*assembler)) {
 
 func failing(errno unix.Errno) uint32 { return unix.SECCOMP_RET_ERRNO | uint32(errno) }
 
-// program is the filter. With lend it asks us about each opening for reading and
-// writing.
+// program is the filter. With unixSockets it asks us about each name that a socket is to
+// have, with lend about each opening for reading and writing.
 func program(unixSockets, lend bool) ([]unix.SockFilter, error) {
 	machine, ok := archs[runtime.GOARCH]
 	if !ok {
@@ -102,7 +123,7 @@ func program(unixSockets, lend bool) ([]unix.SockFilter, error) {
 	if machine.foreign != 0 {
 		a.when(unix.BPF_JGE, machine.foreign, failing(unix.ENOSYS))
 	}
-	for _, number := range denied {
+	for _, number := range slices.Concat(denied, machine.denied) {
 		a.when(unix.BPF_JEQ, number, failing(unix.EPERM))
 	}
 	// Its flags are out of a filter's sight; who gets ENOSYS uses clone.
@@ -126,7 +147,13 @@ func program(unixSockets, lend bool) ([]unix.SockFilter, error) {
 		a.answer(failing(unix.EPERM))
 	})
 	if unixSockets {
+		a.when(unix.BPF_JEQ, unix.SYS_BIND, unix.SECCOMP_RET_USER_NOTIF)
 		a.noAddresses()
+		a.pairs()
+	} else {
+		a.when(unix.BPF_JEQ, unix.SYS_BIND, failing(unix.EPERM))
+		// From one of a pair it could send to any address, and needs sendmsg for else.
+		a.when(unix.BPF_JEQ, unix.SYS_SOCKETPAIR, failing(unix.EPERM))
 	}
 	if lend {
 		a.openings(machine)
@@ -151,6 +178,15 @@ func (a *assembler) noAddresses() {
 	})
 }
 
+// pairs keeps pairs of sockets to those that every program may have for itself.
+func (a *assembler) pairs() {
+	a.call(unix.SYS_SOCKETPAIR, func(a *assembler) {
+		a.load(atArgs)
+		a.when(unix.BPF_JEQ, unix.AF_UNIX, unix.SECCOMP_RET_ALLOW)
+		a.answer(failing(unix.EPERM))
+	})
+}
+
 // openings asks about files that are opened for reading and writing.
 func (a *assembler) openings(machine arch) {
 	ask := func(flags uint32) func(*assembler) {
@@ -169,12 +205,12 @@ func (a *assembler) openings(machine arch) {
 	a.when(unix.BPF_JEQ, unix.SYS_OPENAT2, failing(unix.ENOSYS))
 }
 
-// install filters the calling thread's system calls, for good. With lend it returns
-// the descriptor on which the kernel asks, and else -1.
-func install(filter []unix.SockFilter, lend bool) (listener int, _ error) {
+// install filters the calling thread's system calls, for good. If the filter asks, it
+// returns the descriptor on which the kernel does, and else -1.
+func install(filter []unix.SockFilter, asks bool) (listener int, _ error) {
 	prog := unix.SockFprog{Len: uint16(len(filter)), Filter: &filter[0]}
 	flags := uintptr(0)
-	if lend {
+	if asks {
 		flags = unix.SECCOMP_FILTER_FLAG_NEW_LISTENER
 	}
 	fd, _, errno := unix.Syscall(unix.SYS_SECCOMP, unix.SECCOMP_SET_MODE_FILTER, flags, uintptr(pointer(&prog)))
@@ -182,7 +218,7 @@ func install(filter []unix.SockFilter, lend bool) (listener int, _ error) {
 	if errno != 0 {
 		return -1, fmt.Errorf("install a seccomp filter: %w", errno)
 	}
-	if !lend {
+	if !asks {
 		return -1, nil
 	}
 	return int(fd), nil
