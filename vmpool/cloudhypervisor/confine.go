@@ -107,7 +107,9 @@ func (vm *machine) lend(disk vmm.Disk) (path string, _ error) {
 	}
 }
 
-// takeBack undoes lend.
+// takeBack undoes lend: the disk's file has its first name only, and is no longer the
+// hypervisor's user's. What the hypervisor has open stays open: until it has ended, a disk
+// that it could write to is not to be another VM's.
 func (vm *machine) takeBack(serial string) error {
 	vm.mu.Lock()
 	dir := vm.own.Disks
@@ -115,11 +117,21 @@ func (vm *machine) takeBack(serial string) error {
 	if dir == "" {
 		return nil
 	}
-	if err := os.Remove(filepath.Join(dir, serial)); err != nil && !errors.Is(err, os.ErrNotExist) {
+	path := filepath.Join(dir, serial)
+	info, err := os.Lstat(path)
+	if errors.Is(err, os.ErrNotExist) {
+		return nil
+	}
+	if err != nil {
 		return err
 	}
-	return nil
+	if owner(info) == vm.State().UID {
+		err = os.Lchown(path, 0, 0)
+	}
+	return errors.Join(err, os.Remove(path))
 }
+
+func owner(info os.FileInfo) uint32 { return info.Sys().(*syscall.Stat_t).Uid }
 
 // Kill ends the VMM and removes what it was given, too.
 func (vm *machine) Kill(ctx context.Context) error {
@@ -184,6 +196,10 @@ func sealFile(path string) error {
 	}
 	if !info.Mode().IsRegular() {
 		return fmt.Errorf("%s is no file: %w", path, errdefs.ErrPermissionDenied)
+	}
+	if n := info.Sys().(*syscall.Stat_t).Nlink; n != 1 {
+		// Whose file it is besides, nobody knows.
+		return fmt.Errorf("%s has %d names: %w", path, n, errdefs.ErrPermissionDenied)
 	}
 	return errors.Join(f.Chown(0, 0), f.Chmod(0o444))
 }

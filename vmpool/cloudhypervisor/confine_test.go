@@ -4,6 +4,7 @@
 package cloudhypervisor
 
 import (
+	"errors"
 	"net"
 	"os"
 	"path/filepath"
@@ -13,6 +14,7 @@ import (
 	"github.com/containerd/errdefs"
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
+	"golang.org/x/sys/unix"
 
 	"github.com/cloudhv/containerd-cloudhv/vmpool/vmm"
 )
@@ -52,6 +54,42 @@ func TestSeal(t *testing.T) {
 	uid, mode = ownerAndMode(t, outside)
 	assert.Equal(t, uint32(testUser), uid)
 	assert.Equal(t, os.FileMode(0o600), mode)
+
+	require.NoError(t, os.Remove(filepath.Join(dir, stateName)))
+	require.NoError(t, os.Link(outside, filepath.Join(dir, stateName)))
+	require.ErrorIs(t, seal(dir), errdefs.ErrPermissionDenied, "it is a file of elsewhere too")
+	uid, _ = ownerAndMode(t, outside)
+	assert.Equal(t, uint32(testUser), uid)
+}
+
+// What a hypervisor has made is read with care, and what it has open it changes in vain.
+func TestConfigOfAStranger(t *testing.T) {
+	path := filepath.Join(t.TempDir(), configName)
+	for name, place := range map[string]func() error{
+		"a FIFO":      func() error { return unix.Mkfifo(path, 0o600) },
+		"a link":      func() error { return os.Symlink("/dev/zero", path) },
+		"a directory": func() error { return os.Mkdir(path, 0o700) },
+		"without end": func() error { return errors.Join(os.WriteFile(path, nil, 0o600), os.Truncate(path, 1<<40)) },
+	} {
+		require.NoError(t, place(), name)
+		require.Error(t, editConfig(path), name)
+		require.NoError(t, os.Remove(path), name)
+	}
+	const config = `{"memory":{"thp":false,"zones":[{"id":"ram","shared":true}]},"payload":{"kernel":"/x/kernel"}}`
+	require.NoError(t, os.WriteFile(path, []byte(config), 0o400))
+	kept, err := os.OpenFile(path, os.O_RDWR, 0)
+	require.NoError(t, err)
+	defer kept.Close() //nolint:errcheck // a test's
+	require.NoError(t, editConfig(path))
+	_, mode := ownerAndMode(t, path)
+	assert.Equal(t, os.FileMode(0o400), mode)
+	text, err := os.ReadFile(path)
+	require.NoError(t, err)
+	_, err = kept.WriteAt([]byte("hostile"), 0)
+	require.NoError(t, err)
+	after, err := os.ReadFile(path)
+	require.NoError(t, err)
+	assert.Equal(t, string(text), string(after))
 }
 
 // Its working directory is closed to the hypervisor, if its sockets are what they seem.
@@ -106,6 +144,7 @@ func TestLend(t *testing.T) {
 		require.NoError(t, vm.takeBack(serial))
 		require.NoError(t, vm.takeBack(serial))
 		assert.NoFileExists(t, filepath.Join(vm.own.Disks, serial))
-		assert.FileExists(t, path)
+		uid, _ := ownerAndMode(t, path)
+		assert.Zero(t, uid)
 	}
 }

@@ -129,10 +129,14 @@ func (d *Driver) start(ctx context.Context, cfg vmm.Config, from *vmm.Snapshot) 
 	}
 	runs, stop := vm.events.expect(isStart(from != nil))
 	defer stop()
-	if err := vm.spawn(ctx, host, cfg, from); err != nil {
+	seal, err := vm.spawn(ctx, host, cfg, from)
+	if err != nil {
 		return nil, err
 	}
-	if err := vm.started(ctx, runs); err != nil {
+	err = vm.started(ctx, runs)
+	// It has its sockets, and makes no others.
+	seal()
+	if err != nil {
 		return nil, vm.Explain(err)
 	}
 	return vm, nil
@@ -195,10 +199,11 @@ func (d *Driver) Attach(ctx context.Context, state vmm.State) (vmm.VM, error) {
 	return vm, nil
 }
 
-// spawn starts the process, in its cgroup, with its socket made.
-func (vm *machine) spawn(ctx context.Context, host vmm.Host, cfg vmm.Config, from *vmm.Snapshot) error {
+// spawn starts the process, in its cgroup, with its socket made. The caller calls seal
+// once the hypervisor has made its own.
+func (vm *machine) spawn(ctx context.Context, host vmm.Host, cfg vmm.Config, from *vmm.Snapshot) (seal func(), _ error) {
 	if err := vm.RemoveFiles(fileNames...); err != nil {
-		return fmt.Errorf("cloud-hypervisor: %w", err)
+		return nil, fmt.Errorf("cloud-hypervisor: %w", err)
 	}
 	var files [3]*os.File // in the order of their descriptors; the last for what it prints
 	var err error
@@ -214,13 +219,13 @@ func (vm *machine) spawn(ctx context.Context, host vmm.Host, cfg vmm.Config, fro
 		}
 	}()
 	if err != nil {
-		return fmt.Errorf("cloud-hypervisor: %w", err)
+		return nil, fmt.Errorf("cloud-hypervisor: %w", err)
 	}
 	if err := vm.openPipes(); err != nil {
-		return err
+		return nil, err
 	}
 	if err := prepare(cfg, from); err != nil {
-		return err
+		return nil, err
 	}
 	inherited := files[:2:2]
 	if cfg.TAP != nil {
@@ -228,11 +233,14 @@ func (vm *machine) spawn(ctx context.Context, host vmm.Host, cfg vmm.Config, fro
 	}
 	command, err := command(host, cfg, from)
 	if err != nil {
-		return err
+		return nil, err
 	}
 	command.Files, command.Output = inherited, files[2]
-	_, err = vm.Start(ctx, command, host.Accelerator)
-	return err
+	proc, err := vm.Start(ctx, command, host.Accelerator)
+	if err != nil {
+		return nil, err
+	}
+	return proc.Seal, nil
 }
 
 // prepare makes what the hypervisor finds in its working directory.

@@ -7,6 +7,7 @@ import (
 	"bufio"
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"maps"
@@ -53,6 +54,7 @@ func TestMain(m *testing.M) {
 		runFake(how, os.Args[1:])
 		os.Exit(0)
 	}
+	attacker()
 	realvm.Main(m)
 }
 
@@ -191,6 +193,7 @@ func (f *fake) do(command string, body []byte) (status string, answer any) {
 		ID    string `json:"id"`
 		VCPUs int    `json:"desired_vcpus"`
 		RAM   int64  `json:"desired_ram"`
+		URL   string `json:"destination_url"`
 	}
 	_ = json.Unmarshal(body, &args)
 	switch command {
@@ -218,10 +221,20 @@ func (f *fake) do(command string, body []byte) (status string, answer any) {
 		f.cpus = args.VCPUs
 	case "vm.resize-zone":
 		f.plugged = args.RAM - 128<<20
+	case "vm.snapshot":
+		if err := save(strings.TrimPrefix(args.URL, "file://")); err != nil {
+			return failed, []string{"Error from API", err.Error()}
+		}
 	default:
 		return "404 Not Found", []string{"Not Found"}
 	}
 	return done, nil
+}
+
+// save writes what a snapshot has beside the RAM.
+func save(dir string) error {
+	const config = `{"memory":{"thp":false,"zones":[{"id":"ram","shared":true}]},"payload":{"kernel":"/x/kernel"}}`
+	return errors.Join(os.WriteFile(filepath.Join(dir, configName), []byte(config), 0o600), os.WriteFile(filepath.Join(dir, stateName), []byte("{}"), 0o600))
 }
 
 func (f *fake) info() map[string]any {

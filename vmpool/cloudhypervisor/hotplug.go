@@ -35,10 +35,14 @@ func (vm *machine) AddDisk(ctx context.Context, disk vmm.Disk) (string, error) {
 	id := diskPrefix + disk.Serial
 	err := vm.plug(ctx, id, func() error {
 		path, err := vm.lend(disk)
-		if err != nil {
-			return err
+		if err == nil {
+			err = vm.put(ctx, "vm.add-disk", diskConfig{ID: id, Path: path, ReadOnly: disk.ReadOnly, Serial: disk.Serial, ImageType: imageRaw, Sparse: !disk.ReadOnly})
 		}
-		return vm.put(ctx, "vm.add-disk", diskConfig{ID: id, Path: path, ReadOnly: disk.ReadOnly, Serial: disk.Serial, ImageType: imageRaw, Sparse: !disk.ReadOnly})
+		if err != nil {
+			// A hypervisor that says so, or nothing, has no more of it than what it has opened.
+			err = errors.Join(err, vm.takeBack(disk.Serial))
+		}
+		return err
 	})
 	if err != nil {
 		return "", fmt.Errorf("add disk %s: %w", disk.Serial, err)

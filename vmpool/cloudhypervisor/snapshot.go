@@ -9,8 +9,10 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
 	"os"
 	"path/filepath"
+	"syscall"
 
 	"github.com/containerd/errdefs"
 
@@ -58,13 +60,15 @@ func (vm *machine) Snapshot(ctx context.Context) (_ vmm.Snapshot, retErr error) 
 	if err := vm.put(ctx, "vm.snapshot", snapshotConfig{URL: "file://" + dir}); err != nil {
 		return vmm.Snapshot{}, err
 	}
-	if err := editConfig(filepath.Join(dir, configName)); err != nil {
-		return vmm.Snapshot{}, fmt.Errorf("cloud-hypervisor: snapshot of VM %s: %w", vm.ID(), err)
-	}
+	// What it has written is looked at when it can no longer be changed.
 	if vm.State().UID != 0 {
-		if err := seal(dir); err != nil {
-			return vmm.Snapshot{}, fmt.Errorf("cloud-hypervisor: snapshot of VM %s: %w", vm.ID(), err)
-		}
+		err = seal(dir)
+	}
+	if err == nil {
+		err = editConfig(filepath.Join(dir, configName))
+	}
+	if err != nil {
+		return vmm.Snapshot{}, fmt.Errorf("cloud-hypervisor: snapshot of VM %s: %w", vm.ID(), err)
 	}
 	size := vmm.Size{VCPUs: info.Config.CPUs.Boot, MemoryBytes: own.Base}
 	return vmm.Snapshot{Driver: Name, Layout: layout, Dir: dir, Size: size, Max: own.Max, BuiltInNIC: own.BuiltInNIC}, nil
@@ -82,11 +86,15 @@ func removeState(dir string) error {
 	return errors.Join(errs...)
 }
 
+// maxConfig bounds a machine's configuration, which the hypervisor writes, in bytes.
+const maxConfig = 1 << 20
+
 // editConfig makes clones map the RAM privately: a page is copied when it is written.
 // All else in the configuration holds for each of them, as paths are relative to the
-// VM's own directory. The kernel's is made so: it is not read again.
+// VM's own directory. The kernel's is made so: it is not read again. The file is a new
+// one, which the template's hypervisor does not have open, with the old one's mode.
 func editConfig(path string) error {
-	text, err := os.ReadFile(path)
+	text, mode, err := readConfig(path)
 	if err != nil {
 		return err
 	}
@@ -102,7 +110,33 @@ func editConfig(path string) error {
 	if text, err = json.Marshal(config); err != nil {
 		return err
 	}
-	return os.WriteFile(path, text, 0o600)
+	if err := os.Remove(path); err != nil {
+		return err
+	}
+	f, err := os.OpenFile(path, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600)
+	if err != nil {
+		return err
+	}
+	_, err = f.Write(text)
+	return errors.Join(err, f.Chmod(mode), f.Close())
+}
+
+// readConfig reads a file that a hypervisor has made: no link, no FIFO, and not without end.
+func readConfig(path string) (text []byte, mode os.FileMode, _ error) {
+	f, err := os.OpenFile(path, os.O_RDONLY|syscall.O_NOFOLLOW|syscall.O_NONBLOCK, 0)
+	if err != nil {
+		return nil, 0, err
+	}
+	defer f.Close() //nolint:errcheck // only read
+	info, err := f.Stat()
+	if err != nil {
+		return nil, 0, err
+	}
+	if !info.Mode().IsRegular() || info.Size() > maxConfig {
+		return nil, 0, fmt.Errorf("%s: %v of %d bytes, want a file of at most %d: %w", configName, info.Mode().Type(), info.Size(), maxConfig, errdefs.ErrPermissionDenied)
+	}
+	text, err = io.ReadAll(io.LimitReader(f, maxConfig))
+	return text, info.Mode().Perm(), err
 }
 
 // unshare turns off the sharing of the guest's RAM, and names no path of the template's.
