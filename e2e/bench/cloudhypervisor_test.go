@@ -18,10 +18,10 @@ import (
 func TestFilesOfProcess(t *testing.T) {
 	t.Parallel()
 	path := filepath.Join(t.TempDir(), "of a process")
-	f, err := os.Create(path)
+	require.NoError(t, os.WriteFile(path, make([]byte, 4096), 0o600))
+	f, err := os.Open(path)
 	require.NoError(t, err)
 	defer f.Close()
-	require.NoError(t, f.Truncate(4096))
 	got, err := opened(os.Getpid(), "/of a process")
 	require.NoError(t, err)
 	assert.Equal(t, path, got)
