@@ -223,29 +223,41 @@ func TestPodStats(t *testing.T) {
 	c.awaitLine("ok")
 	p.start(shellConfig("busy", "while :; do :; done"))
 	time.Sleep(2 * time.Second) // so that there is something to measure
-	host := func(controller, file string) float64 {
-		b, err := os.ReadFile(filepath.Join("/sys/fs/cgroup", controller, p.cfg.GetLinux().GetCgroupParent(), file))
-		require.NoError(t, err)
-		n, err := strconv.ParseFloat(strings.TrimSpace(string(b)), 64)
-		require.NoError(t, err)
-		return n
-	}
-	if _, err := os.Stat("/sys/fs/cgroup/cgroup.controllers"); err == nil {
-		t.Skip("the files of cgroup v1 are compared")
-	}
-	before := host("cpuacct", "cpuacct.usage")
+	before, _ := hostUsage(t, p)
 	r, err := p.n.Runtime().PodSandboxStats(testContext(t), &runtimeapi.PodSandboxStatsRequest{PodSandboxId: p.id})
 	require.NoError(t, err)
-	after := host("cpuacct", "cpuacct.usage")
+	after, memory := hostUsage(t, p)
 	linux := r.GetStats().GetLinux()
 	cpu := float64(linux.GetCpu().GetUsageCoreNanoSeconds().GetValue())
 	t.Logf("processor time: %.0f to %.0f, told %.0f", before, after, cpu)
 	require.GreaterOrEqual(t, cpu, before*(100-near)/100)
 	require.LessOrEqual(t, cpu, after*(100+near)/100)
-	requireNear(t, float64(linux.GetMemory().GetUsageBytes().GetValue()), host("memory", "memory.usage_in_bytes"), "memory")
+	requireNear(t, float64(linux.GetMemory().GetUsageBytes().GetValue()), memory, "memory")
 	require.Len(t, linux.GetContainers(), 2)
 	require.GreaterOrEqual(t, linux.GetProcess().GetProcessCount().GetValue(), uint64(2))
 	require.Equal(t, "eth0", linux.GetNetwork().GetDefaultInterface().GetName())
+}
+
+// hostUsage is what the host's cgroup of a pod has used: processor time in nanoseconds,
+// and memory in bytes.
+func hostUsage(t *testing.T, p *pod) (cpu, memory float64) {
+	t.Helper()
+	number := func(dir, file, key string) float64 {
+		b, err := os.ReadFile(filepath.Join("/sys/fs/cgroup", dir, p.cfg.GetLinux().GetCgroupParent(), file))
+		require.NoError(t, err)
+		text := string(b)
+		if key != "" {
+			_, text, _ = strings.Cut(text, key+" ")
+			text, _, _ = strings.Cut(text, "\n")
+		}
+		n, err := strconv.ParseFloat(strings.TrimSpace(text), 64)
+		require.NoError(t, err)
+		return n
+	}
+	if _, err := os.Stat("/sys/fs/cgroup/cgroup.controllers"); err == nil {
+		return number("", "cpu.stat", "usage_usec") * 1000, number("", "memory.current", "")
+	}
+	return number("cpuacct", "cpuacct.usage", ""), number("memory", "memory.usage_in_bytes", "")
 }
 
 // TestWritableLayer compares what a container's writable layer takes by CRI with what
