@@ -155,6 +155,7 @@ func configureRequest(rec *record, s *startConfig, n *network.Network) (*guestv1
 		BuiltInMac:  vmm.BuiltInMAC,
 		Interfaces:  n.Interfaces,
 		Routes:      n.Routes,
+		Rules:       n.Rules,
 		Sysctls:     s.sysctls,
 		Vcpus:       uint32(rec.Size.VCPUs),
 		MemoryBytes: uint64(rec.Size.MemoryBytes),

@@ -204,6 +204,8 @@ func rehearsal() *guestv1.ConfigureRequest {
 			Name: "eth0", Mac: "02:00:5e:00:53:01", Mtu: 1500, Addresses: []string{"192.0.2.2/24", "2001:db8::2/64"},
 		}},
 		Routes: []*guestv1.Route{
+			{Device: "eth0", Destination: "192.0.2.0/24", Family: unix.AF_INET, Scope: unix.RT_SCOPE_LINK, Protocol: unix.RTPROT_KERNEL},
+			{Device: "eth0", Destination: "2001:db8::/64", Family: unix.AF_INET6, Priority: 256, Protocol: unix.RTPROT_KERNEL},
 			{Device: "eth0", Gateway: "192.0.2.1", Family: unix.AF_INET},
 			{Device: "eth0", Gateway: "2001:db8::1", Family: unix.AF_INET6},
 		},

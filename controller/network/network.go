@@ -49,6 +49,7 @@ type Network struct {
 	// Interfaces and Routes are for the guest's agent.
 	Interfaces []*guestv1.Interface
 	Routes     []*guestv1.Route
+	Rules      []*guestv1.Rule
 	// NICs are to be plugged into the VM, once it is joined to the network. The first
 	// interface has none: its device is there from the start.
 	NICs []vmm.NIC
@@ -87,7 +88,7 @@ func Read(_ context.Context, path string) (*Network, error) {
 			return nil, fmt.Errorf("read interface %s: %w", link.Attrs().Name, err)
 		}
 	}
-	if err := n.readRoutes(h, n.links); err != nil {
+	if err := errors.Join(n.readRoutes(h, n.links), n.readRules(h)); err != nil {
 		return nil, err
 	}
 	sortRoutes(n.Routes)
@@ -227,6 +228,10 @@ func podLinks(h *netlink.Handle) ([]netlink.Link, error) {
 		if a.EncapType != "ether" || len(a.HardwareAddr) != 6 {
 			return nil, fmt.Errorf("interface %s is %s, not ethernet, and cannot be given to a VM: %w",
 				a.Name, a.EncapType, errdefs.ErrNotImplemented)
+		}
+		if a.MasterIndex != 0 {
+			return nil, fmt.Errorf("interface %s is part of another one, such as a bond or a VRF, and cannot be given to a VM: %w",
+				a.Name, errdefs.ErrNotImplemented)
 		}
 		pod = append(pod, link)
 	}

@@ -25,11 +25,17 @@ func (n *Network) read(h *netlink.Handle, link netlink.Link) error {
 		return fmt.Errorf("list addresses: %w", err)
 	}
 	for _, addr := range addrs {
-		// The guest makes its link-local addresses itself, from the same MAC.
-		if addr.IPNet == nil || addr.IP.To4() == nil && addr.IP.IsLinkLocalUnicast() {
+		// The guest makes the link-local address of its MAC itself.
+		if addr.IPNet == nil || addr.IP.Equal(linkLocal(a.HardwareAddr)) {
 			continue
 		}
 		iface.Addresses = append(iface.Addresses, addr.IPNet.String())
+		if addr.Peer != nil && !addr.Peer.IP.Equal(addr.IP) {
+			if iface.Peers == nil {
+				iface.Peers = map[string]string{}
+			}
+			iface.Peers[addr.IPNet.String()] = addr.Peer.String()
+		}
 	}
 
 	neighs, err := retry(func() ([]netlink.Neigh, error) { return h.NeighList(a.Index, netlink.FAMILY_ALL) })
@@ -51,13 +57,14 @@ func (n *Network) read(h *netlink.Handle, link netlink.Link) error {
 	return nil
 }
 
-// readRoutes adds the routes over links, from the main table.
+// readRoutes adds the routes over links and those that lead nowhere, of all tables but
+// the kernel's own.
 func (n *Network) readRoutes(h *netlink.Handle, links []netlink.Link) error {
 	names := map[int]string{}
 	for _, link := range links {
 		names[link.Attrs().Index] = link.Attrs().Name
 	}
-	filter := &netlink.Route{Table: unix.RT_TABLE_MAIN}
+	filter := &netlink.Route{Table: unix.RT_TABLE_UNSPEC} // all
 	for _, family := range []int{netlink.FAMILY_V4, netlink.FAMILY_V6} {
 		routes, err := retry(func() ([]netlink.Route, error) {
 			return h.RouteListFiltered(family, filter, netlink.RT_FILTER_TABLE)
@@ -67,19 +74,58 @@ func (n *Network) readRoutes(h *netlink.Handle, links []netlink.Link) error {
 		}
 		for i := range routes {
 			r := &routes[i]
-			// The guest's kernel adds its own for addresses and router advertisements.
-			if r.Protocol == unix.RTPROT_KERNEL || r.Protocol == unix.RTPROT_RA {
+			if isGuestsOwn(r) {
 				continue
 			}
-			if len(r.MultiPath) > 0 || r.Encap != nil || r.Via != nil || r.Type != unix.RTN_UNICAST {
-				return fmt.Errorf("route %s has several next hops, an encapsulation or a special type: %w", r, errdefs.ErrNotImplemented)
-			}
-			if name, ok := names[r.LinkIndex]; ok {
-				n.Routes = append(n.Routes, guestRoute(r, family, name))
+			for _, r := range hops(r, family) {
+				if len(r.MultiPath) > 0 || r.Encap != nil || r.Via != nil || r.Type != unix.RTN_UNICAST && !leadsNowhere(r) {
+					return fmt.Errorf("route %s has several next hops, an encapsulation or a special type: %w", r, errdefs.ErrNotImplemented)
+				}
+				if name, ok := names[r.LinkIndex]; ok || leadsNowhere(r) {
+					n.Routes = append(n.Routes, guestRoute(r, family, name))
+				}
 			}
 		}
 	}
 	return nil
+}
+
+// linkLocal is the link-local address that the kernel makes of a MAC.
+func linkLocal(mac net.HardwareAddr) net.IP {
+	return net.IP{0xfe, 0x80, 8: mac[0] ^ 2, mac[1], mac[2], 0xff, 0xfe, mac[3], mac[4], mac[5]}
+}
+
+// leadsNowhere is true for a route that has packets dropped or looked up elsewhere.
+func leadsNowhere(r *netlink.Route) bool {
+	return r.Type == unix.RTN_BLACKHOLE || r.Type == unix.RTN_UNREACHABLE || r.Type == unix.RTN_PROHIBIT || r.Type == unix.RTN_THROW
+}
+
+// isGuestsOwn is true for a route that the guest's kernel makes by itself: to its own and
+// link-local addresses, and what router advertisements say. It makes none of the other
+// addresses, so that a route which a CNI plugin has removed is not there either.
+func isGuestsOwn(r *netlink.Route) bool {
+	return r.Table == unix.RT_TABLE_LOCAL || r.Protocol == unix.RTPROT_RA ||
+		r.Protocol == unix.RTPROT_KERNEL && (r.Type != unix.RTN_UNICAST || r.Table == unix.RT_TABLE_MAIN && isLinkLocal(r.Dst))
+}
+
+// isLinkLocal is true for the prefix of IPv6's link-local addresses.
+func isLinkLocal(n *net.IPNet) bool {
+	return n != nil && n.IP.To4() == nil && n.IP.IsLinkLocalUnicast()
+}
+
+// hops makes a route of each next hop of an IPv6 route: the kernel joins those to the
+// same destination, as it did here, where two interfaces have a default route each.
+func hops(r *netlink.Route, family int) []*netlink.Route {
+	if family != netlink.FAMILY_V6 || len(r.MultiPath) == 0 {
+		return []*netlink.Route{r}
+	}
+	var all []*netlink.Route
+	for _, hop := range r.MultiPath {
+		one := *r
+		one.MultiPath, one.LinkIndex, one.Gw, one.Flags, one.Encap, one.Via = nil, hop.LinkIndex, hop.Gw, hop.Flags, hop.Encap, hop.Via
+		all = append(all, &one)
+	}
+	return all
 }
 
 func guestRoute(r *netlink.Route, family int, device string) *guestv1.Route {
@@ -92,6 +138,9 @@ func guestRoute(r *netlink.Route, family int, device string) *guestv1.Route {
 		Mtu:      uint32(r.MTU),
 		Protocol: uint32(r.Protocol),
 		Type:     uint32(r.Type),
+	}
+	if r.Table != unix.RT_TABLE_MAIN {
+		route.Table = uint32(r.Table)
 	}
 	if r.Dst != nil && !isDefault(r.Dst) {
 		route.Destination = r.Dst.String()

@@ -242,6 +242,8 @@ func (v *vm) configureRequest() *guestv1.ConfigureRequest {
 			Neighbors: []*guestv1.Neighbor{{Address: "10.22.0.9", Mac: "02:00:00:00:00:09"}},
 		}},
 		Routes: []*guestv1.Route{
+			{Device: "eth0", Destination: "10.22.0.0/24", Source: "10.22.0.5", Scope: 253, Protocol: 2, Family: 2},
+			{Device: "eth0", Destination: "fd00::/64", Priority: 256, Protocol: 2, Family: 10},
 			{Device: "eth0", Gateway: "10.22.0.1", Family: 2},
 			{Device: "eth0", Gateway: "fd00::1", Family: 10},
 			{Device: "eth0", Destination: "192.168.7.0/24", Gateway: "169.254.1.1", Family: 2},

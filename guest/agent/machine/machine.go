@@ -158,12 +158,12 @@ func (s *Service) Rehearse(ctx context.Context, r *guestv1.ConfigureRequest) (_ 
 	}
 	pod := Pod{Dir: s.cfg.PodDir}
 	defer func() {
-		retErr = errors.Join(retErr, pod.forget(), network.Forget(r.GetBuiltInMac(), r.GetInterfaces()))
+		retErr = errors.Join(retErr, pod.forget(), network.Forget(r))
 	}()
 	steps, err := take([]step{
 		{"names", func() error { return pod.write(r) }},
 		{"shm", func() error { return pod.mountShm(r.GetShmBytes()) }},
-		{"network", func() error { return network.Configure(ctx, r.GetBuiltInMac(), r.GetInterfaces(), r.GetRoutes()) }},
+		{"network", func() error { return network.Configure(ctx, r) }},
 		// The VM keeps the size that it has.
 		{"vcpus", func() error {
 			online, err := s.cpu.online()
@@ -198,7 +198,7 @@ func (s *Service) configure(ctx context.Context, r *guestv1.ConfigureRequest) ([
 		{"entropy", func() error { return s.cfg.System.AddEntropy(r.GetEntropy()) }},
 		{"names", func() error { return pod.write(r) }},
 		{"shm", func() error { return pod.mountShm(r.GetShmBytes()) }},
-		{"network", func() error { return network.Configure(ctx, r.GetBuiltInMac(), r.GetInterfaces(), r.GetRoutes()) }},
+		{"network", func() error { return network.Configure(ctx, r) }},
 		{"vcpus", func() error { return s.cpu.set(ctx, int(r.GetVcpus())) }},
 		{"memory", func() error { return s.memoryOfPod(ctx, r.GetMemoryBytes()) }},
 		{"sysctls", func() error { return setSysctls(sysctlDir, r.GetSysctls()) }},

@@ -26,17 +26,18 @@ import (
 const (
 	// deviceLimit is how long a hot-plugged device may take to appear.
 	deviceLimit = 20 * time.Second
-	// maxInterfaces, maxAddresses and maxRoutes bound a request.
+	// maxInterfaces, maxAddresses, maxRoutes and maxRules bound a request.
 	maxInterfaces = 16
 	maxAddresses  = 64
 	maxRoutes     = 1024
+	maxRules      = 256
 )
 
-// Configure makes the network as said. It waits for the devices, by their MAC. The
-// device with the MAC builtIn, if that is not empty, becomes the first interface;
-// without interfaces it goes.
-func Configure(ctx context.Context, builtIn string, ifs []*guestv1.Interface, routes []*guestv1.Route) error {
-	plan, err := parse(builtIn, ifs, routes)
+// Configure makes the network that a request says. It waits for the devices, by their
+// MAC. The built-in device, if there is one, becomes the first interface; without
+// interfaces it goes.
+func Configure(ctx context.Context, r *guestv1.ConfigureRequest) error {
+	plan, err := parse(r)
 	if err != nil {
 		return err
 	}
@@ -59,12 +60,15 @@ func Configure(ctx context.Context, builtIn string, ifs []*guestv1.Interface, ro
 		}
 		index[l.name] = i
 	}
-	return addRoutes(h, plan.routes, index)
+	if err := addRoutes(h, plan.routes, index); err != nil {
+		return err
+	}
+	return addRules(h, plan.rules)
 }
 
-// Forget undoes a Configure of a VM that has only its built-in device.
-func Forget(builtIn string, ifs []*guestv1.Interface) error {
-	plan, err := parse(builtIn, ifs, nil)
+// Forget undoes a Configure of a VM that has only its built-in device, and no rules.
+func Forget(r *guestv1.ConfigureRequest) error {
+	plan, err := parse(r)
 	if err != nil {
 		return err
 	}
@@ -213,20 +217,33 @@ func waitDevice(ctx context.Context, h *netlink.Handle, mac net.HardwareAddr) (n
 	return found, err
 }
 
-// addRoutes adds the routes in an order in which each next hop is reachable.
-// ErrExist is fine: the kernel made the routes of the addresses by itself.
+// addRoutes adds the routes in an order in which each next hop is reachable. Of two to
+// the same destination with the same metric the first counts, so each comes after those
+// that are there.
 func addRoutes(h *netlink.Handle, routes []route, index map[string]int) error {
 	for _, r := range routes {
-		r.nl.LinkIndex = index[r.device]
-		err := h.RouteReplace(r.nl)
+		if r.device != "" {
+			r.nl.LinkIndex = index[r.device]
+		}
+		err := h.RouteAppend(r.nl)
 		if errors.Is(err, unix.ENETUNREACH) || errors.Is(err, unix.EHOSTUNREACH) {
 			// The gateway lies outside of every subnet: say that it is on this link,
 			// which is what CNI plugins with such gateways mean.
 			r.nl.Flags |= int(netlink.FLAG_ONLINK)
-			err = h.RouteReplace(r.nl)
+			err = h.RouteAppend(r.nl)
 		}
-		if err != nil {
+		if err != nil && !errors.Is(err, unix.EEXIST) {
 			return fmt.Errorf("add route %s: %w", r.nl, err)
+		}
+	}
+	return nil
+}
+
+// addRules adds the rules that say which table of routes is asked.
+func addRules(h *netlink.Handle, rules []*netlink.Rule) error {
+	for _, r := range rules {
+		if err := h.RuleAdd(r); err != nil && !errors.Is(err, unix.EEXIST) {
+			return fmt.Errorf("add routing rule %d, %s: %w", r.Priority, r, err)
 		}
 	}
 	return nil

@@ -5,9 +5,11 @@ package network
 
 import (
 	"context"
+	"fmt"
 	"net"
 	"os"
 	"runtime"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -42,6 +44,9 @@ func TestParseRefuses(t *testing.T) {
 		{"infiniband mac", eth0(func(i *guestv1.Interface) { i.Mac = strings.Repeat("00:", 19) + "00" }), nil},
 		{"mtu", eth0(func(i *guestv1.Interface) { i.Mtu = 67 }), nil},
 		{"address", eth0(func(i *guestv1.Interface) { i.Addresses = []string{"10.0.0.5"} }), nil},
+		{"peer", eth0(func(i *guestv1.Interface) { i.Peers = map[string]string{i.GetAddresses()[0]: "fd00::1/64"} }), nil},
+		{"local table", eth0(func(*guestv1.Interface) {}), []*guestv1.Route{{Device: "eth0", Family: 2, Table: 255}}},
+		{"no device", eth0(func(*guestv1.Interface) {}), []*guestv1.Route{{Family: 2}}},
 		{"neighbour", eth0(func(i *guestv1.Interface) { i.Neighbors = []*guestv1.Neighbor{{Address: "x", Mac: mac}} }), nil},
 		{"twice", append(eth0(func(*guestv1.Interface) {}), eth0(func(*guestv1.Interface) {})...), nil},
 		{"device", nil, []*guestv1.Route{{Device: "eth1", Family: 2}}},
@@ -50,18 +55,32 @@ func TestParseRefuses(t *testing.T) {
 		{"destination", eth0(func(*guestv1.Interface) {}), []*guestv1.Route{{Device: "eth0", Family: 10, Destination: "10.0.0.0/8"}}},
 		{"scope", eth0(func(*guestv1.Interface) {}), []*guestv1.Route{{Device: "eth0", Family: 2, Scope: 256}}},
 	} {
-		_, err := parse("", tc.ifs, tc.routes)
+		_, err := parse(request("", tc.ifs, tc.routes...))
 		require.True(t, errdefs.IsInvalidArgument(err), "%s: %v", tc.name, err)
+	}
+	for name, rule := range map[string]*guestv1.Rule{
+		"family":      {Table: 5},
+		"table":       {Family: 2},
+		"high table":  {Family: 2, Table: 1 << 31},
+		"priority":    {Family: 2, Table: 5, Priority: 1 << 31},
+		"source":      {Family: 2, Table: 5, Source: "10.0.0.1"},
+		"destination": {Family: 10, Table: 5, Destination: "10.0.0.1/32"},
+		"interface":   {Family: 2, Table: 5, Input: "eth1"},
+	} {
+		r := request("", eth0(func(*guestv1.Interface) {}))
+		r.Rules = []*guestv1.Rule{rule}
+		_, err := parse(r)
+		require.True(t, errdefs.IsInvalidArgument(err), "%s: %v", name, err)
 	}
 }
 
 func TestParseOrdersRoutes(t *testing.T) {
 	t.Parallel()
-	p, err := parse("", eth0(func(*guestv1.Interface) {}), []*guestv1.Route{
-		{Device: "eth0", Family: 2, Gateway: "169.254.1.1"},
-		{Device: "eth0", Family: 2, Destination: "10.1.0.0/16", Gateway: "169.254.1.1"},
-		{Device: "eth0", Family: 2, Destination: "169.254.1.1/32", Scope: 253},
-	})
+	p, err := parse(request("", eth0(func(*guestv1.Interface) {}),
+		&guestv1.Route{Device: "eth0", Family: 2, Gateway: "169.254.1.1"},
+		&guestv1.Route{Device: "eth0", Family: 2, Destination: "10.1.0.0/16", Gateway: "169.254.1.1"},
+		&guestv1.Route{Device: "eth0", Family: 2, Destination: "169.254.1.1/32", Scope: 253},
+	))
 	require.NoError(t, err)
 	var got []string
 	for _, r := range p.routes {
@@ -74,10 +93,17 @@ func FuzzParse(f *testing.F) {
 	f.Add("eth0", mac, "10.0.0.5/24", "10.0.0.0/8", "10.0.0.1", uint32(2))
 	f.Add("eth0", mac, "fd00::5/64", "", "fd00::1", uint32(10))
 	f.Fuzz(func(_ *testing.T, name, mac, addr, dst, gw string, family uint32) {
-		_, _ = parse("",
-			[]*guestv1.Interface{{Name: name, Mac: mac, Addresses: []string{addr}, Neighbors: []*guestv1.Neighbor{{Address: gw, Mac: mac}}}},
-			[]*guestv1.Route{{Device: name, Destination: dst, Gateway: gw, Source: gw, Family: family}})
+		r := request("",
+			[]*guestv1.Interface{{Name: name, Mac: mac, Addresses: []string{addr}, Peers: map[string]string{addr: dst}, Neighbors: []*guestv1.Neighbor{{Address: gw, Mac: mac}}}},
+			&guestv1.Route{Device: name, Destination: dst, Gateway: gw, Source: gw, Family: family, Type: family})
+		r.Rules = []*guestv1.Rule{{Family: family, Table: family, Source: addr, Destination: dst, Input: name}}
+		_, _ = parse(r)
 	})
+}
+
+// request is one of a network.
+func request(builtIn string, ifs []*guestv1.Interface, routes ...*guestv1.Route) *guestv1.ConfigureRequest {
+	return &guestv1.ConfigureRequest{BuiltInMac: builtIn, Interfaces: ifs, Routes: routes}
 }
 
 // inNetns runs fn in a network namespace of its own, which ends with its thread.
@@ -126,6 +152,8 @@ func TestConfigure(t *testing.T) {
 		ifs := eth0(func(i *guestv1.Interface) {
 			i.Mtu = 1400
 			i.Addresses = append(i.Addresses, "fd00::5/64")
+			i.Addresses = append(i.Addresses, "192.168.9.1/32")
+			i.Peers = map[string]string{"192.168.9.1/32": "192.168.9.2/32"}
 			i.Neighbors = []*guestv1.Neighbor{{Address: "10.0.0.9", Mac: "02:00:00:00:00:09"}}
 		})
 		routes := []*guestv1.Route{
@@ -133,9 +161,20 @@ func TestConfigure(t *testing.T) {
 			{Device: "eth0", Family: 10, Gateway: "fd00::1"},
 			{Device: "eth0", Family: 2, Destination: "192.168.0.0/16", Gateway: "169.254.1.1", Mtu: 1300},
 			{Device: "eth0", Family: 2, Destination: "169.254.1.1/32", Scope: 253},
-			{Device: "eth0", Family: 2, Destination: "10.0.0.0/24", Source: "10.0.0.5", Scope: 253}, // the kernel's own
+			{Device: "eth0", Family: 2, Destination: "10.0.0.0/24", Source: "10.0.0.5", Scope: 253, Protocol: unix.RTPROT_KERNEL},
+			{Device: "eth0", Family: 2, Destination: "10.0.0.0/24", Source: "10.0.0.5", Scope: 253, Protocol: unix.RTPROT_KERNEL},
+			{Device: "eth0", Family: 2, Gateway: "10.0.0.1"}, // the second
+			{Device: "eth0", Family: 2, Gateway: "10.0.0.2", Table: 100},
+			{Family: 2, Destination: "198.51.100.0/24", Type: unix.RTN_BLACKHOLE},
+			{Family: 10, Destination: "2001:db8::/32", Type: unix.RTN_UNREACHABLE, Table: 1000},
 		}
-		if err := Configure(t.Context(), "", ifs, routes); err != nil {
+		r := request("", ifs, routes...)
+		mask := uint32(0xff)
+		r.Rules = []*guestv1.Rule{
+			{Family: 2, Priority: 32000, Table: 100, Source: "10.0.0.5/32"},
+			{Family: 10, Priority: 7, Table: 1000, Destination: "2001:db8::/32", Input: "eth0", Mark: 5, Mask: mask, Invert: true},
+		}
+		if err := Configure(t.Context(), r); err != nil {
 			t.Errorf("configure: %v", err)
 			return
 		}
@@ -148,7 +187,45 @@ func TestConfigure(t *testing.T) {
 			t.Errorf("link %+v", l.Attrs())
 		}
 		checkState(t, l)
+		checkTables(t)
+		if err := Configure(t.Context(), r); err != nil {
+			t.Errorf("configure again: %v", err)
+		}
 	})
+}
+
+// checkTables looks at what is not of the interface and the main table.
+func checkTables(t *testing.T) {
+	var got []string
+	routes, err := netlink.RouteListFiltered(netlink.FAMILY_ALL, &netlink.Route{}, netlink.RT_FILTER_TABLE)
+	if err != nil {
+		t.Error(err)
+	}
+	for _, r := range routes {
+		if r.Type != unix.RTN_UNICAST && r.Table != unix.RT_TABLE_LOCAL || r.Table == 100 {
+			got = append(got, fmt.Sprintf("%s type %d table %d via %s", r.Dst, r.Type, r.Table, r.Gw))
+		}
+	}
+	for _, family := range []int{netlink.FAMILY_V4, netlink.FAMILY_V6} {
+		rules, err := netlink.RuleList(family)
+		if err != nil {
+			t.Error(err)
+		}
+		for _, r := range rules {
+			if r.Table < unix.RT_TABLE_DEFAULT || r.Table > unix.RT_TABLE_LOCAL {
+				got = append(got, fmt.Sprintf("%d from %s to %s by %s mark %x invert %v table %d", r.Priority, r.Src, r.Dst, r.IifName, r.Mark, r.Invert, r.Table))
+			}
+		}
+	}
+	slices.Sort(got)
+	want := []string{
+		"0.0.0.0/0 type 1 table 100 via 10.0.0.2", "198.51.100.0/24 type 6 table 254 via <nil>", "2001:db8::/32 type 7 table 1000 via <nil>",
+		"32000 from 10.0.0.5/32 to <nil> by  mark 0 invert false table 100",
+		"7 from <nil> to 2001:db8::/32 by eth0 mark 5 invert true table 1000",
+	}
+	if !slices.Equal(got, want) {
+		t.Errorf("routes and rules %q", got)
+	}
 }
 
 // dadTime is less than duplicate detection takes (a second and more), and more
@@ -166,6 +243,9 @@ func checkState(t *testing.T, l netlink.Link) {
 		tentative = nil
 		for _, a := range addrs {
 			found[a.IPNet.String()] = true
+			if a.Peer != nil {
+				found["peer "+a.Peer.String()] = true
+			}
 			if a.Flags&unix.IFA_F_TENTATIVE != 0 {
 				tentative = append(tentative, a.IPNet.String())
 			}
@@ -177,7 +257,7 @@ func checkState(t *testing.T, l netlink.Link) {
 	if len(tentative) > 0 {
 		t.Errorf("addresses %v are not usable yet", tentative)
 	}
-	if !found["10.0.0.5/24"] || !found["fd00::5/64"] {
+	if !found["10.0.0.5/24"] || !found["fd00::5/64"] || !found["peer 192.168.9.2/32"] {
 		t.Errorf("addresses %v", found)
 	}
 	routes, err := netlink.RouteList(l, netlink.FAMILY_ALL)
@@ -186,9 +266,12 @@ func checkState(t *testing.T, l netlink.Link) {
 	}
 	gateways := map[string]string{}
 	for _, r := range routes {
-		gateways[r.Dst.String()] = r.Gw.String()
+		gateways[r.Dst.String()] += r.Gw.String()
 	}
-	if gateways["0.0.0.0/0"] != "172.31.0.1" || gateways["::/0"] != "fd00::1" || gateways["192.168.0.0/16"] != "169.254.1.1" {
+	if _, made := gateways["fd00::/64"]; made || gateways["10.0.0.0/24"] != "<nil>" {
+		t.Errorf("routes to what is on the link that were not asked for, or not those that were: %v", gateways)
+	}
+	if gateways["0.0.0.0/0"] != "172.31.0.110.0.0.1" || gateways["::/0"] != "fd00::1" || gateways["192.168.0.0/16"] != "169.254.1.1" {
 		t.Errorf("routes %v", gateways)
 	}
 	neighs, err := netlink.NeighList(l.Attrs().Index, netlink.FAMILY_V4)
@@ -208,12 +291,12 @@ func TestConfigureWaitsForDevice(t *testing.T) {
 		defer h.Close()
 		// On another thread, but by a socket of this namespace.
 		time.AfterFunc(50*time.Millisecond, func() { plug(t, h, mac) })
-		if err := Configure(t.Context(), "", eth0(func(*guestv1.Interface) {}), nil); err != nil {
+		if err := Configure(t.Context(), request("", eth0(func(*guestv1.Interface) {}))); err != nil {
 			t.Errorf("configure: %v", err)
 		}
 		ctx, cancel := context.WithTimeout(t.Context(), 20*time.Millisecond)
 		defer cancel()
-		err = Configure(ctx, "", eth0(func(i *guestv1.Interface) { i.Mac = "02:00:00:00:00:77" }), nil)
+		err = Configure(ctx, request("", eth0(func(i *guestv1.Interface) { i.Mac = "02:00:00:00:00:77" })))
 		if err == nil {
 			t.Error("a device that never comes was found")
 		}
@@ -240,7 +323,7 @@ func TestBuiltIn(t *testing.T) {
 		}
 		ifs := eth0(func(i *guestv1.Interface) { i.Addresses = append(i.Addresses, "fd00::5/64") })
 		for range 2 {
-			if err := Configure(t.Context(), builtIn, ifs, []*guestv1.Route{{Device: "eth0", Family: 2, Gateway: "10.0.0.1"}}); err != nil {
+			if err := Configure(t.Context(), request(builtIn, ifs, &guestv1.Route{Device: "eth0", Family: 2, Gateway: "10.0.0.1"})); err != nil {
 				t.Errorf("configure: %v", err)
 				return
 			}
@@ -249,7 +332,7 @@ func TestBuiltIn(t *testing.T) {
 				t.Errorf("eth0 is %+v, %v", dev, err)
 				return
 			}
-			if err := Forget(builtIn, ifs); err != nil {
+			if err := Forget(request(builtIn, ifs)); err != nil {
 				t.Errorf("forget: %v", err)
 			}
 			if dev, err = h.LinkByName("eth0"); err != nil || dev.Attrs().HardwareAddr.String() != builtIn || dev.Attrs().Flags&net.FlagUp != 0 {
@@ -261,7 +344,7 @@ func TestBuiltIn(t *testing.T) {
 				t.Errorf("addresses %v, %v", addrs, err)
 			}
 		}
-		if err := Configure(t.Context(), "x", ifs, nil); !errdefs.IsInvalidArgument(err) {
+		if err := Configure(t.Context(), request("x", ifs)); !errdefs.IsInvalidArgument(err) {
 			t.Errorf("a wrong MAC: %v", err)
 		}
 	})

@@ -5,6 +5,7 @@ package network
 
 import (
 	"fmt"
+	"math"
 	"net"
 	"slices"
 
@@ -21,6 +22,7 @@ type plan struct {
 	builtIn net.HardwareAddr
 	links   []link
 	routes  []route
+	rules   []*netlink.Rule
 }
 
 type link struct {
@@ -43,16 +45,18 @@ func invalid(format string, args ...any) error {
 }
 
 // parse checks a request as a whole, so that nothing of a wrong one is applied.
-func parse(builtIn string, ifs []*guestv1.Interface, routes []*guestv1.Route) (plan, error) {
+func parse(req *guestv1.ConfigureRequest) (plan, error) {
 	var p plan
-	if builtIn != "" {
+	if mac := req.GetBuiltInMac(); mac != "" {
 		var err error
-		if p.builtIn, err = net.ParseMAC(builtIn); err != nil {
-			return p, invalid("built-in MAC %q", builtIn)
+		if p.builtIn, err = net.ParseMAC(mac); err != nil {
+			return p, invalid("built-in MAC %q", mac)
 		}
 	}
-	if len(ifs) > maxInterfaces || len(routes) > maxRoutes {
-		return p, invalid("%d interfaces and %d routes: at most %d and %d", len(ifs), len(routes), maxInterfaces, maxRoutes)
+	ifs, routes, rules := req.GetInterfaces(), req.GetRoutes(), req.GetRules()
+	if len(ifs) > maxInterfaces || len(routes) > maxRoutes || len(rules) > maxRules {
+		return p, invalid("%d interfaces, %d routes and %d rules: at most %d, %d and %d",
+			len(ifs), len(routes), len(rules), maxInterfaces, maxRoutes, maxRules)
 	}
 	names := map[string]bool{}
 	for _, i := range ifs {
@@ -70,7 +74,7 @@ func parse(builtIn string, ifs []*guestv1.Interface, routes []*guestv1.Route) (p
 		p.links = append(p.links, l)
 	}
 	for _, r := range routes {
-		if !names[r.GetDevice()] {
+		if !names[r.GetDevice()] && (r.GetDevice() != "" || !leadsNowhere(r.GetType())) {
 			return p, invalid("route by unknown interface %q", r.GetDevice())
 		}
 		nr, err := parseRoute(r)
@@ -82,7 +86,14 @@ func parse(builtIn string, ifs []*guestv1.Interface, routes []*guestv1.Route) (p
 	// A route without a gateway makes gateways reachable: those first, wide scopes
 	// after narrow ones.
 	slices.SortStableFunc(p.routes, func(a, b route) int { return rank(a) - rank(b) })
-	return p, nil
+	var err error
+	p.rules, err = parseRules(rules, names)
+	return p, err
+}
+
+// leadsNowhere is true for the types of routes that have no device.
+func leadsNowhere(kind uint32) bool {
+	return kind == unix.RTN_BLACKHOLE || kind == unix.RTN_UNREACHABLE || kind == unix.RTN_PROHIBIT || kind == unix.RTN_THROW
 }
 
 func rank(r route) int {
@@ -131,7 +142,7 @@ func parseLink(i *guestv1.Interface) (link, error) {
 		return l, invalid("interface %s: more than %d addresses or neighbours", l.name, maxAddresses)
 	}
 	for _, a := range i.GetAddresses() {
-		addr, err := parseAddr(a)
+		addr, err := parseAddr(a, i.GetPeers()[a])
 		if err != nil {
 			return l, fmt.Errorf("interface %s: %w", l.name, err)
 		}
@@ -147,13 +158,15 @@ func parseLink(i *guestv1.Interface) (link, error) {
 	return l, nil
 }
 
-func parseAddr(s string) (*netlink.Addr, error) {
+// parseAddr decodes an address, and its other end if that is not empty.
+func parseAddr(s, peer string) (*netlink.Addr, error) {
 	ip, ipnet, err := net.ParseCIDR(s)
 	if err != nil {
 		return nil, invalid("address %q: want CIDR", s)
 	}
 	ipnet.IP = ip
-	a := &netlink.Addr{IPNet: ipnet}
+	// The routes that the kernel would make for the address come with the others.
+	a := &netlink.Addr{IPNet: ipnet, Flags: unix.IFA_F_NOPREFIXROUTE}
 	if v4 := ip.To4(); v4 != nil {
 		ipnet.IP = v4
 		if len(ipnet.Mask) == net.IPv6len {
@@ -164,11 +177,19 @@ func parseAddr(s string) (*netlink.Addr, error) {
 		}
 	} else {
 		// The address is the pod's already: it must be usable at once.
-		a.Flags = unix.IFA_F_NODAD
+		a.Flags |= unix.IFA_F_NODAD
 		if ip.IsLinkLocalUnicast() {
 			a.Scope = unix.RT_SCOPE_LINK
 		}
 	}
+	if peer == "" {
+		return a, nil
+	}
+	other, n, err := net.ParseCIDR(peer)
+	if err != nil || (other.To4() != nil) != (ip.To4() != nil) {
+		return nil, invalid("address %q: peer %q: want CIDR of the same family", s, peer)
+	}
+	a.Peer, a.Broadcast = &net.IPNet{IP: other, Mask: n.Mask}, net.IPv4zero // has none
 	return a, nil
 }
 
@@ -206,6 +227,10 @@ func parseRoute(r *guestv1.Route) (route, error) {
 		MTU:      int(r.GetMtu()),
 		Protocol: netlink.RouteProtocol(r.GetProtocol()),
 		Type:     int(r.GetType()),
+		Table:    int(r.GetTable()),
+	}
+	if r.GetTable() == unix.RT_TABLE_LOCAL || r.GetTable() > math.MaxInt32 {
+		return route{}, invalid("route to %q: table %d", r.GetDestination(), r.GetTable())
 	}
 	var err error
 	if n.Dst, err = destination(r); err != nil {

@@ -310,7 +310,9 @@ type ConfigureRequest struct {
 	// built_in_mac finds the network device that the VM has had from its start, in
 	// colon form. It becomes the first interface, and is given that one's mac; a
 	// pod without interfaces does not see it. Empty means that there is none.
-	BuiltInMac    string `protobuf:"bytes,14,opt,name=built_in_mac,json=builtInMac,proto3" json:"built_in_mac,omitempty"`
+	BuiltInMac string `protobuf:"bytes,14,opt,name=built_in_mac,json=builtInMac,proto3" json:"built_in_mac,omitempty"`
+	// rules choose among tables of routes, beside the kernel's own rules.
+	Rules         []*Rule `protobuf:"bytes,15,rep,name=rules,proto3" json:"rules,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -441,6 +443,13 @@ func (x *ConfigureRequest) GetBuiltInMac() string {
 		return x.BuiltInMac
 	}
 	return ""
+}
+
+func (x *ConfigureRequest) GetRules() []*Rule {
+	if x != nil {
+		return x.Rules
+	}
+	return nil
 }
 
 type ConfigureResponse struct {
@@ -649,8 +658,10 @@ type Interface struct {
 	Mac string `protobuf:"bytes,2,opt,name=mac,proto3" json:"mac,omitempty"`
 	Mtu uint32 `protobuf:"varint,3,opt,name=mtu,proto3" json:"mtu,omitempty"`
 	// addresses in CIDR form, IPv4 and IPv6.
-	Addresses     []string    `protobuf:"bytes,4,rep,name=addresses,proto3" json:"addresses,omitempty"`
-	Neighbors     []*Neighbor `protobuf:"bytes,5,rep,name=neighbors,proto3" json:"neighbors,omitempty"`
+	Addresses []string    `protobuf:"bytes,4,rep,name=addresses,proto3" json:"addresses,omitempty"`
+	Neighbors []*Neighbor `protobuf:"bytes,5,rep,name=neighbors,proto3" json:"neighbors,omitempty"`
+	// peers are the other ends, in CIDR form, of the addresses that have one.
+	Peers         map[string]string `protobuf:"bytes,6,rep,name=peers,proto3" json:"peers,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -716,6 +727,13 @@ func (x *Interface) GetAddresses() []string {
 func (x *Interface) GetNeighbors() []*Neighbor {
 	if x != nil {
 		return x.Neighbors
+	}
+	return nil
+}
+
+func (x *Interface) GetPeers() map[string]string {
+	if x != nil {
+		return x.Peers
 	}
 	return nil
 }
@@ -795,16 +813,19 @@ type Route struct {
 	Destination string `protobuf:"bytes,1,opt,name=destination,proto3" json:"destination,omitempty"`
 	Gateway     string `protobuf:"bytes,2,opt,name=gateway,proto3" json:"gateway,omitempty"`
 	Source      string `protobuf:"bytes,3,opt,name=source,proto3" json:"source,omitempty"`
-	Device      string `protobuf:"bytes,4,opt,name=device,proto3" json:"device,omitempty"`
+	// device is an interface's name; empty where type is one that leads nowhere.
+	Device string `protobuf:"bytes,4,opt,name=device,proto3" json:"device,omitempty"`
 	// scope, type, protocol, table, flags and family are the kernel's numbers.
 	Scope    uint32 `protobuf:"varint,5,opt,name=scope,proto3" json:"scope,omitempty"`
 	Priority uint32 `protobuf:"varint,6,opt,name=priority,proto3" json:"priority,omitempty"`
 	Flags    uint32 `protobuf:"varint,7,opt,name=flags,proto3" json:"flags,omitempty"`
 	// family is 2 (AF_INET) or 10 (AF_INET6).
-	Family        uint32 `protobuf:"varint,8,opt,name=family,proto3" json:"family,omitempty"`
-	Mtu           uint32 `protobuf:"varint,9,opt,name=mtu,proto3" json:"mtu,omitempty"`
-	Protocol      uint32 `protobuf:"varint,10,opt,name=protocol,proto3" json:"protocol,omitempty"`
-	Type          uint32 `protobuf:"varint,11,opt,name=type,proto3" json:"type,omitempty"`
+	Family   uint32 `protobuf:"varint,8,opt,name=family,proto3" json:"family,omitempty"`
+	Mtu      uint32 `protobuf:"varint,9,opt,name=mtu,proto3" json:"mtu,omitempty"`
+	Protocol uint32 `protobuf:"varint,10,opt,name=protocol,proto3" json:"protocol,omitempty"`
+	Type     uint32 `protobuf:"varint,11,opt,name=type,proto3" json:"type,omitempty"`
+	// table 0 is the main one.
+	Table         uint32 `protobuf:"varint,12,opt,name=table,proto3" json:"table,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -916,6 +937,134 @@ func (x *Route) GetType() uint32 {
 	return 0
 }
 
+func (x *Route) GetTable() uint32 {
+	if x != nil {
+		return x.Table
+	}
+	return 0
+}
+
+// Rule says which table of routes is asked for what packets.
+type Rule struct {
+	state    protoimpl.MessageState `protogen:"open.v1"`
+	Family   uint32                 `protobuf:"varint,1,opt,name=family,proto3" json:"family,omitempty"`
+	Priority uint32                 `protobuf:"varint,2,opt,name=priority,proto3" json:"priority,omitempty"`
+	Table    uint32                 `protobuf:"varint,3,opt,name=table,proto3" json:"table,omitempty"`
+	// source and destination in CIDR form; empty is any.
+	Source      string `protobuf:"bytes,4,opt,name=source,proto3" json:"source,omitempty"`
+	Destination string `protobuf:"bytes,5,opt,name=destination,proto3" json:"destination,omitempty"`
+	// input and output are interfaces by which a packet comes and goes; empty is any.
+	Input  string `protobuf:"bytes,6,opt,name=input,proto3" json:"input,omitempty"`
+	Output string `protobuf:"bytes,7,opt,name=output,proto3" json:"output,omitempty"`
+	// mark is compared where mask, which is all bits as a rule, has bits.
+	Mark uint32 `protobuf:"varint,8,opt,name=mark,proto3" json:"mark,omitempty"`
+	Mask uint32 `protobuf:"varint,9,opt,name=mask,proto3" json:"mask,omitempty"`
+	// invert takes all packets that the above does not say.
+	Invert        bool `protobuf:"varint,10,opt,name=invert,proto3" json:"invert,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Rule) Reset() {
+	*x = Rule{}
+	mi := &file_guest_api_v1_guest_proto_msgTypes[10]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Rule) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Rule) ProtoMessage() {}
+
+func (x *Rule) ProtoReflect() protoreflect.Message {
+	mi := &file_guest_api_v1_guest_proto_msgTypes[10]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Rule.ProtoReflect.Descriptor instead.
+func (*Rule) Descriptor() ([]byte, []int) {
+	return file_guest_api_v1_guest_proto_rawDescGZIP(), []int{10}
+}
+
+func (x *Rule) GetFamily() uint32 {
+	if x != nil {
+		return x.Family
+	}
+	return 0
+}
+
+func (x *Rule) GetPriority() uint32 {
+	if x != nil {
+		return x.Priority
+	}
+	return 0
+}
+
+func (x *Rule) GetTable() uint32 {
+	if x != nil {
+		return x.Table
+	}
+	return 0
+}
+
+func (x *Rule) GetSource() string {
+	if x != nil {
+		return x.Source
+	}
+	return ""
+}
+
+func (x *Rule) GetDestination() string {
+	if x != nil {
+		return x.Destination
+	}
+	return ""
+}
+
+func (x *Rule) GetInput() string {
+	if x != nil {
+		return x.Input
+	}
+	return ""
+}
+
+func (x *Rule) GetOutput() string {
+	if x != nil {
+		return x.Output
+	}
+	return ""
+}
+
+func (x *Rule) GetMark() uint32 {
+	if x != nil {
+		return x.Mark
+	}
+	return 0
+}
+
+func (x *Rule) GetMask() uint32 {
+	if x != nil {
+		return x.Mask
+	}
+	return 0
+}
+
+func (x *Rule) GetInvert() bool {
+	if x != nil {
+		return x.Invert
+	}
+	return false
+}
+
 type ResizeRequest struct {
 	state       protoimpl.MessageState `protogen:"open.v1"`
 	Vcpus       uint32                 `protobuf:"varint,1,opt,name=vcpus,proto3" json:"vcpus,omitempty"`
@@ -930,7 +1079,7 @@ type ResizeRequest struct {
 
 func (x *ResizeRequest) Reset() {
 	*x = ResizeRequest{}
-	mi := &file_guest_api_v1_guest_proto_msgTypes[10]
+	mi := &file_guest_api_v1_guest_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -942,7 +1091,7 @@ func (x *ResizeRequest) String() string {
 func (*ResizeRequest) ProtoMessage() {}
 
 func (x *ResizeRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_guest_api_v1_guest_proto_msgTypes[10]
+	mi := &file_guest_api_v1_guest_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -955,7 +1104,7 @@ func (x *ResizeRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ResizeRequest.ProtoReflect.Descriptor instead.
 func (*ResizeRequest) Descriptor() ([]byte, []int) {
-	return file_guest_api_v1_guest_proto_rawDescGZIP(), []int{10}
+	return file_guest_api_v1_guest_proto_rawDescGZIP(), []int{11}
 }
 
 func (x *ResizeRequest) GetVcpus() uint32 {
@@ -989,7 +1138,7 @@ type ResizeResponse struct {
 
 func (x *ResizeResponse) Reset() {
 	*x = ResizeResponse{}
-	mi := &file_guest_api_v1_guest_proto_msgTypes[11]
+	mi := &file_guest_api_v1_guest_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1001,7 +1150,7 @@ func (x *ResizeResponse) String() string {
 func (*ResizeResponse) ProtoMessage() {}
 
 func (x *ResizeResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_guest_api_v1_guest_proto_msgTypes[11]
+	mi := &file_guest_api_v1_guest_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1014,7 +1163,7 @@ func (x *ResizeResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ResizeResponse.ProtoReflect.Descriptor instead.
 func (*ResizeResponse) Descriptor() ([]byte, []int) {
-	return file_guest_api_v1_guest_proto_rawDescGZIP(), []int{11}
+	return file_guest_api_v1_guest_proto_rawDescGZIP(), []int{12}
 }
 
 func (x *ResizeResponse) GetVcpusOnline() uint32 {
@@ -1039,7 +1188,7 @@ type PowerOffRequest struct {
 
 func (x *PowerOffRequest) Reset() {
 	*x = PowerOffRequest{}
-	mi := &file_guest_api_v1_guest_proto_msgTypes[12]
+	mi := &file_guest_api_v1_guest_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1051,7 +1200,7 @@ func (x *PowerOffRequest) String() string {
 func (*PowerOffRequest) ProtoMessage() {}
 
 func (x *PowerOffRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_guest_api_v1_guest_proto_msgTypes[12]
+	mi := &file_guest_api_v1_guest_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1064,7 +1213,7 @@ func (x *PowerOffRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PowerOffRequest.ProtoReflect.Descriptor instead.
 func (*PowerOffRequest) Descriptor() ([]byte, []int) {
-	return file_guest_api_v1_guest_proto_rawDescGZIP(), []int{12}
+	return file_guest_api_v1_guest_proto_rawDescGZIP(), []int{13}
 }
 
 // RootFS says what a container's root file system is made of.
@@ -1079,7 +1228,7 @@ type RootFS struct {
 
 func (x *RootFS) Reset() {
 	*x = RootFS{}
-	mi := &file_guest_api_v1_guest_proto_msgTypes[13]
+	mi := &file_guest_api_v1_guest_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1091,7 +1240,7 @@ func (x *RootFS) String() string {
 func (*RootFS) ProtoMessage() {}
 
 func (x *RootFS) ProtoReflect() protoreflect.Message {
-	mi := &file_guest_api_v1_guest_proto_msgTypes[13]
+	mi := &file_guest_api_v1_guest_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1104,7 +1253,7 @@ func (x *RootFS) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RootFS.ProtoReflect.Descriptor instead.
 func (*RootFS) Descriptor() ([]byte, []int) {
-	return file_guest_api_v1_guest_proto_rawDescGZIP(), []int{13}
+	return file_guest_api_v1_guest_proto_rawDescGZIP(), []int{14}
 }
 
 func (x *RootFS) GetImageSerial() string {
@@ -1129,7 +1278,7 @@ type Stdio struct {
 
 func (x *Stdio) Reset() {
 	*x = Stdio{}
-	mi := &file_guest_api_v1_guest_proto_msgTypes[14]
+	mi := &file_guest_api_v1_guest_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1141,7 +1290,7 @@ func (x *Stdio) String() string {
 func (*Stdio) ProtoMessage() {}
 
 func (x *Stdio) ProtoReflect() protoreflect.Message {
-	mi := &file_guest_api_v1_guest_proto_msgTypes[14]
+	mi := &file_guest_api_v1_guest_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1154,7 +1303,7 @@ func (x *Stdio) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Stdio.ProtoReflect.Descriptor instead.
 func (*Stdio) Descriptor() ([]byte, []int) {
-	return file_guest_api_v1_guest_proto_rawDescGZIP(), []int{14}
+	return file_guest_api_v1_guest_proto_rawDescGZIP(), []int{15}
 }
 
 func (x *Stdio) GetStdin() string {
@@ -1205,7 +1354,7 @@ type CreateRequest struct {
 
 func (x *CreateRequest) Reset() {
 	*x = CreateRequest{}
-	mi := &file_guest_api_v1_guest_proto_msgTypes[15]
+	mi := &file_guest_api_v1_guest_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1217,7 +1366,7 @@ func (x *CreateRequest) String() string {
 func (*CreateRequest) ProtoMessage() {}
 
 func (x *CreateRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_guest_api_v1_guest_proto_msgTypes[15]
+	mi := &file_guest_api_v1_guest_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1230,7 +1379,7 @@ func (x *CreateRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CreateRequest.ProtoReflect.Descriptor instead.
 func (*CreateRequest) Descriptor() ([]byte, []int) {
-	return file_guest_api_v1_guest_proto_rawDescGZIP(), []int{15}
+	return file_guest_api_v1_guest_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *CreateRequest) GetId() string {
@@ -1294,7 +1443,7 @@ type MountVolumesRequest struct {
 
 func (x *MountVolumesRequest) Reset() {
 	*x = MountVolumesRequest{}
-	mi := &file_guest_api_v1_guest_proto_msgTypes[16]
+	mi := &file_guest_api_v1_guest_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1306,7 +1455,7 @@ func (x *MountVolumesRequest) String() string {
 func (*MountVolumesRequest) ProtoMessage() {}
 
 func (x *MountVolumesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_guest_api_v1_guest_proto_msgTypes[16]
+	mi := &file_guest_api_v1_guest_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1319,7 +1468,7 @@ func (x *MountVolumesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use MountVolumesRequest.ProtoReflect.Descriptor instead.
 func (*MountVolumesRequest) Descriptor() ([]byte, []int) {
-	return file_guest_api_v1_guest_proto_rawDescGZIP(), []int{16}
+	return file_guest_api_v1_guest_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *MountVolumesRequest) GetStream() string {
@@ -1349,7 +1498,7 @@ type WarmUpRequest struct {
 
 func (x *WarmUpRequest) Reset() {
 	*x = WarmUpRequest{}
-	mi := &file_guest_api_v1_guest_proto_msgTypes[17]
+	mi := &file_guest_api_v1_guest_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1361,7 +1510,7 @@ func (x *WarmUpRequest) String() string {
 func (*WarmUpRequest) ProtoMessage() {}
 
 func (x *WarmUpRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_guest_api_v1_guest_proto_msgTypes[17]
+	mi := &file_guest_api_v1_guest_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1374,7 +1523,7 @@ func (x *WarmUpRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WarmUpRequest.ProtoReflect.Descriptor instead.
 func (*WarmUpRequest) Descriptor() ([]byte, []int) {
-	return file_guest_api_v1_guest_proto_rawDescGZIP(), []int{17}
+	return file_guest_api_v1_guest_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *WarmUpRequest) GetSpec() []byte {
@@ -1402,7 +1551,7 @@ type CreateResponse struct {
 
 func (x *CreateResponse) Reset() {
 	*x = CreateResponse{}
-	mi := &file_guest_api_v1_guest_proto_msgTypes[18]
+	mi := &file_guest_api_v1_guest_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1414,7 +1563,7 @@ func (x *CreateResponse) String() string {
 func (*CreateResponse) ProtoMessage() {}
 
 func (x *CreateResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_guest_api_v1_guest_proto_msgTypes[18]
+	mi := &file_guest_api_v1_guest_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1427,7 +1576,7 @@ func (x *CreateResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CreateResponse.ProtoReflect.Descriptor instead.
 func (*CreateResponse) Descriptor() ([]byte, []int) {
-	return file_guest_api_v1_guest_proto_rawDescGZIP(), []int{18}
+	return file_guest_api_v1_guest_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *CreateResponse) GetPid() uint32 {
@@ -1454,7 +1603,7 @@ type StartRequest struct {
 
 func (x *StartRequest) Reset() {
 	*x = StartRequest{}
-	mi := &file_guest_api_v1_guest_proto_msgTypes[19]
+	mi := &file_guest_api_v1_guest_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1466,7 +1615,7 @@ func (x *StartRequest) String() string {
 func (*StartRequest) ProtoMessage() {}
 
 func (x *StartRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_guest_api_v1_guest_proto_msgTypes[19]
+	mi := &file_guest_api_v1_guest_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1479,7 +1628,7 @@ func (x *StartRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StartRequest.ProtoReflect.Descriptor instead.
 func (*StartRequest) Descriptor() ([]byte, []int) {
-	return file_guest_api_v1_guest_proto_rawDescGZIP(), []int{19}
+	return file_guest_api_v1_guest_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *StartRequest) GetId() string {
@@ -1505,7 +1654,7 @@ type StartResponse struct {
 
 func (x *StartResponse) Reset() {
 	*x = StartResponse{}
-	mi := &file_guest_api_v1_guest_proto_msgTypes[20]
+	mi := &file_guest_api_v1_guest_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1517,7 +1666,7 @@ func (x *StartResponse) String() string {
 func (*StartResponse) ProtoMessage() {}
 
 func (x *StartResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_guest_api_v1_guest_proto_msgTypes[20]
+	mi := &file_guest_api_v1_guest_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1530,7 +1679,7 @@ func (x *StartResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StartResponse.ProtoReflect.Descriptor instead.
 func (*StartResponse) Descriptor() ([]byte, []int) {
-	return file_guest_api_v1_guest_proto_rawDescGZIP(), []int{20}
+	return file_guest_api_v1_guest_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *StartResponse) GetPid() uint32 {
@@ -1553,7 +1702,7 @@ type ExecRequest struct {
 
 func (x *ExecRequest) Reset() {
 	*x = ExecRequest{}
-	mi := &file_guest_api_v1_guest_proto_msgTypes[21]
+	mi := &file_guest_api_v1_guest_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1565,7 +1714,7 @@ func (x *ExecRequest) String() string {
 func (*ExecRequest) ProtoMessage() {}
 
 func (x *ExecRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_guest_api_v1_guest_proto_msgTypes[21]
+	mi := &file_guest_api_v1_guest_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1578,7 +1727,7 @@ func (x *ExecRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExecRequest.ProtoReflect.Descriptor instead.
 func (*ExecRequest) Descriptor() ([]byte, []int) {
-	return file_guest_api_v1_guest_proto_rawDescGZIP(), []int{21}
+	return file_guest_api_v1_guest_proto_rawDescGZIP(), []int{22}
 }
 
 func (x *ExecRequest) GetId() string {
@@ -1619,7 +1768,7 @@ type DeleteRequest struct {
 
 func (x *DeleteRequest) Reset() {
 	*x = DeleteRequest{}
-	mi := &file_guest_api_v1_guest_proto_msgTypes[22]
+	mi := &file_guest_api_v1_guest_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1631,7 +1780,7 @@ func (x *DeleteRequest) String() string {
 func (*DeleteRequest) ProtoMessage() {}
 
 func (x *DeleteRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_guest_api_v1_guest_proto_msgTypes[22]
+	mi := &file_guest_api_v1_guest_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1644,7 +1793,7 @@ func (x *DeleteRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DeleteRequest.ProtoReflect.Descriptor instead.
 func (*DeleteRequest) Descriptor() ([]byte, []int) {
-	return file_guest_api_v1_guest_proto_rawDescGZIP(), []int{22}
+	return file_guest_api_v1_guest_proto_rawDescGZIP(), []int{23}
 }
 
 func (x *DeleteRequest) GetId() string {
@@ -1672,7 +1821,7 @@ type DeleteResponse struct {
 
 func (x *DeleteResponse) Reset() {
 	*x = DeleteResponse{}
-	mi := &file_guest_api_v1_guest_proto_msgTypes[23]
+	mi := &file_guest_api_v1_guest_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1684,7 +1833,7 @@ func (x *DeleteResponse) String() string {
 func (*DeleteResponse) ProtoMessage() {}
 
 func (x *DeleteResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_guest_api_v1_guest_proto_msgTypes[23]
+	mi := &file_guest_api_v1_guest_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1697,7 +1846,7 @@ func (x *DeleteResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DeleteResponse.ProtoReflect.Descriptor instead.
 func (*DeleteResponse) Descriptor() ([]byte, []int) {
-	return file_guest_api_v1_guest_proto_rawDescGZIP(), []int{23}
+	return file_guest_api_v1_guest_proto_rawDescGZIP(), []int{24}
 }
 
 func (x *DeleteResponse) GetPid() uint32 {
@@ -1734,7 +1883,7 @@ type KillRequest struct {
 
 func (x *KillRequest) Reset() {
 	*x = KillRequest{}
-	mi := &file_guest_api_v1_guest_proto_msgTypes[24]
+	mi := &file_guest_api_v1_guest_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1746,7 +1895,7 @@ func (x *KillRequest) String() string {
 func (*KillRequest) ProtoMessage() {}
 
 func (x *KillRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_guest_api_v1_guest_proto_msgTypes[24]
+	mi := &file_guest_api_v1_guest_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1759,7 +1908,7 @@ func (x *KillRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use KillRequest.ProtoReflect.Descriptor instead.
 func (*KillRequest) Descriptor() ([]byte, []int) {
-	return file_guest_api_v1_guest_proto_rawDescGZIP(), []int{24}
+	return file_guest_api_v1_guest_proto_rawDescGZIP(), []int{25}
 }
 
 func (x *KillRequest) GetId() string {
@@ -1802,7 +1951,7 @@ type ResizePtyRequest struct {
 
 func (x *ResizePtyRequest) Reset() {
 	*x = ResizePtyRequest{}
-	mi := &file_guest_api_v1_guest_proto_msgTypes[25]
+	mi := &file_guest_api_v1_guest_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1814,7 +1963,7 @@ func (x *ResizePtyRequest) String() string {
 func (*ResizePtyRequest) ProtoMessage() {}
 
 func (x *ResizePtyRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_guest_api_v1_guest_proto_msgTypes[25]
+	mi := &file_guest_api_v1_guest_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1827,7 +1976,7 @@ func (x *ResizePtyRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ResizePtyRequest.ProtoReflect.Descriptor instead.
 func (*ResizePtyRequest) Descriptor() ([]byte, []int) {
-	return file_guest_api_v1_guest_proto_rawDescGZIP(), []int{25}
+	return file_guest_api_v1_guest_proto_rawDescGZIP(), []int{26}
 }
 
 func (x *ResizePtyRequest) GetId() string {
@@ -1867,7 +2016,7 @@ type PauseRequest struct {
 
 func (x *PauseRequest) Reset() {
 	*x = PauseRequest{}
-	mi := &file_guest_api_v1_guest_proto_msgTypes[26]
+	mi := &file_guest_api_v1_guest_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1879,7 +2028,7 @@ func (x *PauseRequest) String() string {
 func (*PauseRequest) ProtoMessage() {}
 
 func (x *PauseRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_guest_api_v1_guest_proto_msgTypes[26]
+	mi := &file_guest_api_v1_guest_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1892,7 +2041,7 @@ func (x *PauseRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PauseRequest.ProtoReflect.Descriptor instead.
 func (*PauseRequest) Descriptor() ([]byte, []int) {
-	return file_guest_api_v1_guest_proto_rawDescGZIP(), []int{26}
+	return file_guest_api_v1_guest_proto_rawDescGZIP(), []int{27}
 }
 
 func (x *PauseRequest) GetId() string {
@@ -1911,7 +2060,7 @@ type ResumeRequest struct {
 
 func (x *ResumeRequest) Reset() {
 	*x = ResumeRequest{}
-	mi := &file_guest_api_v1_guest_proto_msgTypes[27]
+	mi := &file_guest_api_v1_guest_proto_msgTypes[28]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1923,7 +2072,7 @@ func (x *ResumeRequest) String() string {
 func (*ResumeRequest) ProtoMessage() {}
 
 func (x *ResumeRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_guest_api_v1_guest_proto_msgTypes[27]
+	mi := &file_guest_api_v1_guest_proto_msgTypes[28]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1936,7 +2085,7 @@ func (x *ResumeRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ResumeRequest.ProtoReflect.Descriptor instead.
 func (*ResumeRequest) Descriptor() ([]byte, []int) {
-	return file_guest_api_v1_guest_proto_rawDescGZIP(), []int{27}
+	return file_guest_api_v1_guest_proto_rawDescGZIP(), []int{28}
 }
 
 func (x *ResumeRequest) GetId() string {
@@ -1957,7 +2106,7 @@ type UpdateRequest struct {
 
 func (x *UpdateRequest) Reset() {
 	*x = UpdateRequest{}
-	mi := &file_guest_api_v1_guest_proto_msgTypes[28]
+	mi := &file_guest_api_v1_guest_proto_msgTypes[29]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1969,7 +2118,7 @@ func (x *UpdateRequest) String() string {
 func (*UpdateRequest) ProtoMessage() {}
 
 func (x *UpdateRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_guest_api_v1_guest_proto_msgTypes[28]
+	mi := &file_guest_api_v1_guest_proto_msgTypes[29]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1982,7 +2131,7 @@ func (x *UpdateRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UpdateRequest.ProtoReflect.Descriptor instead.
 func (*UpdateRequest) Descriptor() ([]byte, []int) {
-	return file_guest_api_v1_guest_proto_rawDescGZIP(), []int{28}
+	return file_guest_api_v1_guest_proto_rawDescGZIP(), []int{29}
 }
 
 func (x *UpdateRequest) GetId() string {
@@ -2008,7 +2157,7 @@ type StatsRequest struct {
 
 func (x *StatsRequest) Reset() {
 	*x = StatsRequest{}
-	mi := &file_guest_api_v1_guest_proto_msgTypes[29]
+	mi := &file_guest_api_v1_guest_proto_msgTypes[30]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2020,7 +2169,7 @@ func (x *StatsRequest) String() string {
 func (*StatsRequest) ProtoMessage() {}
 
 func (x *StatsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_guest_api_v1_guest_proto_msgTypes[29]
+	mi := &file_guest_api_v1_guest_proto_msgTypes[30]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2033,7 +2182,7 @@ func (x *StatsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StatsRequest.ProtoReflect.Descriptor instead.
 func (*StatsRequest) Descriptor() ([]byte, []int) {
-	return file_guest_api_v1_guest_proto_rawDescGZIP(), []int{29}
+	return file_guest_api_v1_guest_proto_rawDescGZIP(), []int{30}
 }
 
 func (x *StatsRequest) GetId() string {
@@ -2059,7 +2208,7 @@ type StatsResponse struct {
 
 func (x *StatsResponse) Reset() {
 	*x = StatsResponse{}
-	mi := &file_guest_api_v1_guest_proto_msgTypes[30]
+	mi := &file_guest_api_v1_guest_proto_msgTypes[31]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2071,7 +2220,7 @@ func (x *StatsResponse) String() string {
 func (*StatsResponse) ProtoMessage() {}
 
 func (x *StatsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_guest_api_v1_guest_proto_msgTypes[30]
+	mi := &file_guest_api_v1_guest_proto_msgTypes[31]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2084,7 +2233,7 @@ func (x *StatsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StatsResponse.ProtoReflect.Descriptor instead.
 func (*StatsResponse) Descriptor() ([]byte, []int) {
-	return file_guest_api_v1_guest_proto_rawDescGZIP(), []int{30}
+	return file_guest_api_v1_guest_proto_rawDescGZIP(), []int{31}
 }
 
 func (x *StatsResponse) GetCpu() *CPUStats {
@@ -2143,7 +2292,7 @@ type CPUStats struct {
 
 func (x *CPUStats) Reset() {
 	*x = CPUStats{}
-	mi := &file_guest_api_v1_guest_proto_msgTypes[31]
+	mi := &file_guest_api_v1_guest_proto_msgTypes[32]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2155,7 +2304,7 @@ func (x *CPUStats) String() string {
 func (*CPUStats) ProtoMessage() {}
 
 func (x *CPUStats) ProtoReflect() protoreflect.Message {
-	mi := &file_guest_api_v1_guest_proto_msgTypes[31]
+	mi := &file_guest_api_v1_guest_proto_msgTypes[32]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2168,7 +2317,7 @@ func (x *CPUStats) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CPUStats.ProtoReflect.Descriptor instead.
 func (*CPUStats) Descriptor() ([]byte, []int) {
-	return file_guest_api_v1_guest_proto_rawDescGZIP(), []int{31}
+	return file_guest_api_v1_guest_proto_rawDescGZIP(), []int{32}
 }
 
 func (x *CPUStats) GetUsageUsec() uint64 {
@@ -2234,7 +2383,7 @@ type MemoryStats struct {
 
 func (x *MemoryStats) Reset() {
 	*x = MemoryStats{}
-	mi := &file_guest_api_v1_guest_proto_msgTypes[32]
+	mi := &file_guest_api_v1_guest_proto_msgTypes[33]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2246,7 +2395,7 @@ func (x *MemoryStats) String() string {
 func (*MemoryStats) ProtoMessage() {}
 
 func (x *MemoryStats) ProtoReflect() protoreflect.Message {
-	mi := &file_guest_api_v1_guest_proto_msgTypes[32]
+	mi := &file_guest_api_v1_guest_proto_msgTypes[33]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2259,7 +2408,7 @@ func (x *MemoryStats) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use MemoryStats.ProtoReflect.Descriptor instead.
 func (*MemoryStats) Descriptor() ([]byte, []int) {
-	return file_guest_api_v1_guest_proto_rawDescGZIP(), []int{32}
+	return file_guest_api_v1_guest_proto_rawDescGZIP(), []int{33}
 }
 
 func (x *MemoryStats) GetUsage() uint64 {
@@ -2349,7 +2498,7 @@ type PidsStats struct {
 
 func (x *PidsStats) Reset() {
 	*x = PidsStats{}
-	mi := &file_guest_api_v1_guest_proto_msgTypes[33]
+	mi := &file_guest_api_v1_guest_proto_msgTypes[34]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2361,7 +2510,7 @@ func (x *PidsStats) String() string {
 func (*PidsStats) ProtoMessage() {}
 
 func (x *PidsStats) ProtoReflect() protoreflect.Message {
-	mi := &file_guest_api_v1_guest_proto_msgTypes[33]
+	mi := &file_guest_api_v1_guest_proto_msgTypes[34]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2374,7 +2523,7 @@ func (x *PidsStats) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PidsStats.ProtoReflect.Descriptor instead.
 func (*PidsStats) Descriptor() ([]byte, []int) {
-	return file_guest_api_v1_guest_proto_rawDescGZIP(), []int{33}
+	return file_guest_api_v1_guest_proto_rawDescGZIP(), []int{34}
 }
 
 func (x *PidsStats) GetCurrent() uint64 {
@@ -2405,7 +2554,7 @@ type IOStats struct {
 
 func (x *IOStats) Reset() {
 	*x = IOStats{}
-	mi := &file_guest_api_v1_guest_proto_msgTypes[34]
+	mi := &file_guest_api_v1_guest_proto_msgTypes[35]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2417,7 +2566,7 @@ func (x *IOStats) String() string {
 func (*IOStats) ProtoMessage() {}
 
 func (x *IOStats) ProtoReflect() protoreflect.Message {
-	mi := &file_guest_api_v1_guest_proto_msgTypes[34]
+	mi := &file_guest_api_v1_guest_proto_msgTypes[35]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2430,7 +2579,7 @@ func (x *IOStats) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use IOStats.ProtoReflect.Descriptor instead.
 func (*IOStats) Descriptor() ([]byte, []int) {
-	return file_guest_api_v1_guest_proto_rawDescGZIP(), []int{34}
+	return file_guest_api_v1_guest_proto_rawDescGZIP(), []int{35}
 }
 
 func (x *IOStats) GetMajor() uint64 {
@@ -2484,7 +2633,7 @@ type PidsRequest struct {
 
 func (x *PidsRequest) Reset() {
 	*x = PidsRequest{}
-	mi := &file_guest_api_v1_guest_proto_msgTypes[35]
+	mi := &file_guest_api_v1_guest_proto_msgTypes[36]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2496,7 +2645,7 @@ func (x *PidsRequest) String() string {
 func (*PidsRequest) ProtoMessage() {}
 
 func (x *PidsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_guest_api_v1_guest_proto_msgTypes[35]
+	mi := &file_guest_api_v1_guest_proto_msgTypes[36]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2509,7 +2658,7 @@ func (x *PidsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PidsRequest.ProtoReflect.Descriptor instead.
 func (*PidsRequest) Descriptor() ([]byte, []int) {
-	return file_guest_api_v1_guest_proto_rawDescGZIP(), []int{35}
+	return file_guest_api_v1_guest_proto_rawDescGZIP(), []int{36}
 }
 
 func (x *PidsRequest) GetId() string {
@@ -2529,7 +2678,7 @@ type PidsResponse struct {
 
 func (x *PidsResponse) Reset() {
 	*x = PidsResponse{}
-	mi := &file_guest_api_v1_guest_proto_msgTypes[36]
+	mi := &file_guest_api_v1_guest_proto_msgTypes[37]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2541,7 +2690,7 @@ func (x *PidsResponse) String() string {
 func (*PidsResponse) ProtoMessage() {}
 
 func (x *PidsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_guest_api_v1_guest_proto_msgTypes[36]
+	mi := &file_guest_api_v1_guest_proto_msgTypes[37]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2554,7 +2703,7 @@ func (x *PidsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PidsResponse.ProtoReflect.Descriptor instead.
 func (*PidsResponse) Descriptor() ([]byte, []int) {
-	return file_guest_api_v1_guest_proto_rawDescGZIP(), []int{36}
+	return file_guest_api_v1_guest_proto_rawDescGZIP(), []int{37}
 }
 
 func (x *PidsResponse) GetProcesses() []*Process {
@@ -2575,7 +2724,7 @@ type Process struct {
 
 func (x *Process) Reset() {
 	*x = Process{}
-	mi := &file_guest_api_v1_guest_proto_msgTypes[37]
+	mi := &file_guest_api_v1_guest_proto_msgTypes[38]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2587,7 +2736,7 @@ func (x *Process) String() string {
 func (*Process) ProtoMessage() {}
 
 func (x *Process) ProtoReflect() protoreflect.Message {
-	mi := &file_guest_api_v1_guest_proto_msgTypes[37]
+	mi := &file_guest_api_v1_guest_proto_msgTypes[38]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2600,7 +2749,7 @@ func (x *Process) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Process.ProtoReflect.Descriptor instead.
 func (*Process) Descriptor() ([]byte, []int) {
-	return file_guest_api_v1_guest_proto_rawDescGZIP(), []int{37}
+	return file_guest_api_v1_guest_proto_rawDescGZIP(), []int{38}
 }
 
 func (x *Process) GetPid() uint32 {
@@ -2627,7 +2776,7 @@ type StateRequest struct {
 
 func (x *StateRequest) Reset() {
 	*x = StateRequest{}
-	mi := &file_guest_api_v1_guest_proto_msgTypes[38]
+	mi := &file_guest_api_v1_guest_proto_msgTypes[39]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2639,7 +2788,7 @@ func (x *StateRequest) String() string {
 func (*StateRequest) ProtoMessage() {}
 
 func (x *StateRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_guest_api_v1_guest_proto_msgTypes[38]
+	mi := &file_guest_api_v1_guest_proto_msgTypes[39]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2652,7 +2801,7 @@ func (x *StateRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StateRequest.ProtoReflect.Descriptor instead.
 func (*StateRequest) Descriptor() ([]byte, []int) {
-	return file_guest_api_v1_guest_proto_rawDescGZIP(), []int{38}
+	return file_guest_api_v1_guest_proto_rawDescGZIP(), []int{39}
 }
 
 func (x *StateRequest) GetId() string {
@@ -2681,7 +2830,7 @@ type StateResponse struct {
 
 func (x *StateResponse) Reset() {
 	*x = StateResponse{}
-	mi := &file_guest_api_v1_guest_proto_msgTypes[39]
+	mi := &file_guest_api_v1_guest_proto_msgTypes[40]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2693,7 +2842,7 @@ func (x *StateResponse) String() string {
 func (*StateResponse) ProtoMessage() {}
 
 func (x *StateResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_guest_api_v1_guest_proto_msgTypes[39]
+	mi := &file_guest_api_v1_guest_proto_msgTypes[40]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2706,7 +2855,7 @@ func (x *StateResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StateResponse.ProtoReflect.Descriptor instead.
 func (*StateResponse) Descriptor() ([]byte, []int) {
-	return file_guest_api_v1_guest_proto_rawDescGZIP(), []int{39}
+	return file_guest_api_v1_guest_proto_rawDescGZIP(), []int{40}
 }
 
 func (x *StateResponse) GetPid() uint32 {
@@ -2747,7 +2896,7 @@ type WaitRequest struct {
 
 func (x *WaitRequest) Reset() {
 	*x = WaitRequest{}
-	mi := &file_guest_api_v1_guest_proto_msgTypes[40]
+	mi := &file_guest_api_v1_guest_proto_msgTypes[41]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2759,7 +2908,7 @@ func (x *WaitRequest) String() string {
 func (*WaitRequest) ProtoMessage() {}
 
 func (x *WaitRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_guest_api_v1_guest_proto_msgTypes[40]
+	mi := &file_guest_api_v1_guest_proto_msgTypes[41]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2772,7 +2921,7 @@ func (x *WaitRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WaitRequest.ProtoReflect.Descriptor instead.
 func (*WaitRequest) Descriptor() ([]byte, []int) {
-	return file_guest_api_v1_guest_proto_rawDescGZIP(), []int{40}
+	return file_guest_api_v1_guest_proto_rawDescGZIP(), []int{41}
 }
 
 func (x *WaitRequest) GetId() string {
@@ -2801,7 +2950,7 @@ type WaitResponse struct {
 
 func (x *WaitResponse) Reset() {
 	*x = WaitResponse{}
-	mi := &file_guest_api_v1_guest_proto_msgTypes[41]
+	mi := &file_guest_api_v1_guest_proto_msgTypes[42]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2813,7 +2962,7 @@ func (x *WaitResponse) String() string {
 func (*WaitResponse) ProtoMessage() {}
 
 func (x *WaitResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_guest_api_v1_guest_proto_msgTypes[41]
+	mi := &file_guest_api_v1_guest_proto_msgTypes[42]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2826,7 +2975,7 @@ func (x *WaitResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WaitResponse.ProtoReflect.Descriptor instead.
 func (*WaitResponse) Descriptor() ([]byte, []int) {
-	return file_guest_api_v1_guest_proto_rawDescGZIP(), []int{41}
+	return file_guest_api_v1_guest_proto_rawDescGZIP(), []int{42}
 }
 
 func (x *WaitResponse) GetExitStatus() uint32 {
@@ -2867,7 +3016,7 @@ const file_guest_api_v1_guest_proto_rawDesc = "" +
 	"\fvcpus_online\x18\x05 \x01(\rR\vvcpusOnline\x12,\n" +
 	"\x12memory_total_bytes\x18\x06 \x01(\x04R\x10memoryTotalBytes\x12\x1b\n" +
 	"\tboot_usec\x18\a \x01(\x04R\bbootUsec\x12(\n" +
-	"\x10agent_start_usec\x18\b \x01(\x04R\x0eagentStartUsec\"\xd4\x04\n" +
+	"\x10agent_start_usec\x18\b \x01(\x04R\x0eagentStartUsec\"\x82\x05\n" +
 	"\x10ConfigureRequest\x12\x15\n" +
 	"\x06pod_id\x18\x01 \x01(\tR\x05podId\x12\x1a\n" +
 	"\bhostname\x18\x02 \x01(\tR\bhostname\x12\x14\n" +
@@ -2888,7 +3037,8 @@ const file_guest_api_v1_guest_proto_rawDesc = "" +
 	"\n" +
 	"machine_id\x18\r \x01(\tR\tmachineId\x12 \n" +
 	"\fbuilt_in_mac\x18\x0e \x01(\tR\n" +
-	"builtInMac\x1a:\n" +
+	"builtInMac\x12,\n" +
+	"\x05rules\x18\x0f \x03(\v2\x16.cloudhv.guest.v1.RuleR\x05rules\x1a:\n" +
 	"\fSysctlsEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
 	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"A\n" +
@@ -2902,18 +3052,23 @@ const file_guest_api_v1_guest_proto_rawDesc = "" +
 	"\astepped\x18\x02 \x01(\bR\astepped\".\n" +
 	"\x04Step\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x12\n" +
-	"\x04usec\x18\x02 \x01(\x04R\x04usec\"\x9b\x01\n" +
+	"\x04usec\x18\x02 \x01(\x04R\x04usec\"\x93\x02\n" +
 	"\tInterface\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x10\n" +
 	"\x03mac\x18\x02 \x01(\tR\x03mac\x12\x10\n" +
 	"\x03mtu\x18\x03 \x01(\rR\x03mtu\x12\x1c\n" +
 	"\taddresses\x18\x04 \x03(\tR\taddresses\x128\n" +
-	"\tneighbors\x18\x05 \x03(\v2\x1a.cloudhv.guest.v1.NeighborR\tneighbors\"b\n" +
+	"\tneighbors\x18\x05 \x03(\v2\x1a.cloudhv.guest.v1.NeighborR\tneighbors\x12<\n" +
+	"\x05peers\x18\x06 \x03(\v2&.cloudhv.guest.v1.Interface.PeersEntryR\x05peers\x1a8\n" +
+	"\n" +
+	"PeersEntry\x12\x10\n" +
+	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
+	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"b\n" +
 	"\bNeighbor\x12\x18\n" +
 	"\aaddress\x18\x01 \x01(\tR\aaddress\x12\x10\n" +
 	"\x03mac\x18\x02 \x01(\tR\x03mac\x12\x14\n" +
 	"\x05state\x18\x03 \x01(\rR\x05state\x12\x14\n" +
-	"\x05flags\x18\x04 \x01(\rR\x05flags\"\x95\x02\n" +
+	"\x05flags\x18\x04 \x01(\rR\x05flags\"\xab\x02\n" +
 	"\x05Route\x12 \n" +
 	"\vdestination\x18\x01 \x01(\tR\vdestination\x12\x18\n" +
 	"\agateway\x18\x02 \x01(\tR\agateway\x12\x16\n" +
@@ -2926,7 +3081,20 @@ const file_guest_api_v1_guest_proto_rawDesc = "" +
 	"\x03mtu\x18\t \x01(\rR\x03mtu\x12\x1a\n" +
 	"\bprotocol\x18\n" +
 	" \x01(\rR\bprotocol\x12\x12\n" +
-	"\x04type\x18\v \x01(\rR\x04type\"p\n" +
+	"\x04type\x18\v \x01(\rR\x04type\x12\x14\n" +
+	"\x05table\x18\f \x01(\rR\x05table\"\xf8\x01\n" +
+	"\x04Rule\x12\x16\n" +
+	"\x06family\x18\x01 \x01(\rR\x06family\x12\x1a\n" +
+	"\bpriority\x18\x02 \x01(\rR\bpriority\x12\x14\n" +
+	"\x05table\x18\x03 \x01(\rR\x05table\x12\x16\n" +
+	"\x06source\x18\x04 \x01(\tR\x06source\x12 \n" +
+	"\vdestination\x18\x05 \x01(\tR\vdestination\x12\x14\n" +
+	"\x05input\x18\x06 \x01(\tR\x05input\x12\x16\n" +
+	"\x06output\x18\a \x01(\tR\x06output\x12\x12\n" +
+	"\x04mark\x18\b \x01(\rR\x04mark\x12\x12\n" +
+	"\x04mask\x18\t \x01(\rR\x04mask\x12\x16\n" +
+	"\x06invert\x18\n" +
+	" \x01(\bR\x06invert\"p\n" +
 	"\rResizeRequest\x12\x14\n" +
 	"\x05vcpus\x18\x01 \x01(\rR\x05vcpus\x12!\n" +
 	"\fmemory_bytes\x18\x02 \x01(\x04R\vmemoryBytes\x12&\n" +
@@ -3116,7 +3284,7 @@ func file_guest_api_v1_guest_proto_rawDescGZIP() []byte {
 }
 
 var file_guest_api_v1_guest_proto_enumTypes = make([]protoimpl.EnumInfo, 2)
-var file_guest_api_v1_guest_proto_msgTypes = make([]protoimpl.MessageInfo, 44)
+var file_guest_api_v1_guest_proto_msgTypes = make([]protoimpl.MessageInfo, 46)
 var file_guest_api_v1_guest_proto_goTypes = []any{
 	(PidNamespace)(0),             // 0: cloudhv.guest.v1.PidNamespace
 	(Status)(0),                   // 1: cloudhv.guest.v1.Status
@@ -3130,113 +3298,117 @@ var file_guest_api_v1_guest_proto_goTypes = []any{
 	(*Interface)(nil),             // 9: cloudhv.guest.v1.Interface
 	(*Neighbor)(nil),              // 10: cloudhv.guest.v1.Neighbor
 	(*Route)(nil),                 // 11: cloudhv.guest.v1.Route
-	(*ResizeRequest)(nil),         // 12: cloudhv.guest.v1.ResizeRequest
-	(*ResizeResponse)(nil),        // 13: cloudhv.guest.v1.ResizeResponse
-	(*PowerOffRequest)(nil),       // 14: cloudhv.guest.v1.PowerOffRequest
-	(*RootFS)(nil),                // 15: cloudhv.guest.v1.RootFS
-	(*Stdio)(nil),                 // 16: cloudhv.guest.v1.Stdio
-	(*CreateRequest)(nil),         // 17: cloudhv.guest.v1.CreateRequest
-	(*MountVolumesRequest)(nil),   // 18: cloudhv.guest.v1.MountVolumesRequest
-	(*WarmUpRequest)(nil),         // 19: cloudhv.guest.v1.WarmUpRequest
-	(*CreateResponse)(nil),        // 20: cloudhv.guest.v1.CreateResponse
-	(*StartRequest)(nil),          // 21: cloudhv.guest.v1.StartRequest
-	(*StartResponse)(nil),         // 22: cloudhv.guest.v1.StartResponse
-	(*ExecRequest)(nil),           // 23: cloudhv.guest.v1.ExecRequest
-	(*DeleteRequest)(nil),         // 24: cloudhv.guest.v1.DeleteRequest
-	(*DeleteResponse)(nil),        // 25: cloudhv.guest.v1.DeleteResponse
-	(*KillRequest)(nil),           // 26: cloudhv.guest.v1.KillRequest
-	(*ResizePtyRequest)(nil),      // 27: cloudhv.guest.v1.ResizePtyRequest
-	(*PauseRequest)(nil),          // 28: cloudhv.guest.v1.PauseRequest
-	(*ResumeRequest)(nil),         // 29: cloudhv.guest.v1.ResumeRequest
-	(*UpdateRequest)(nil),         // 30: cloudhv.guest.v1.UpdateRequest
-	(*StatsRequest)(nil),          // 31: cloudhv.guest.v1.StatsRequest
-	(*StatsResponse)(nil),         // 32: cloudhv.guest.v1.StatsResponse
-	(*CPUStats)(nil),              // 33: cloudhv.guest.v1.CPUStats
-	(*MemoryStats)(nil),           // 34: cloudhv.guest.v1.MemoryStats
-	(*PidsStats)(nil),             // 35: cloudhv.guest.v1.PidsStats
-	(*IOStats)(nil),               // 36: cloudhv.guest.v1.IOStats
-	(*PidsRequest)(nil),           // 37: cloudhv.guest.v1.PidsRequest
-	(*PidsResponse)(nil),          // 38: cloudhv.guest.v1.PidsResponse
-	(*Process)(nil),               // 39: cloudhv.guest.v1.Process
-	(*StateRequest)(nil),          // 40: cloudhv.guest.v1.StateRequest
-	(*StateResponse)(nil),         // 41: cloudhv.guest.v1.StateResponse
-	(*WaitRequest)(nil),           // 42: cloudhv.guest.v1.WaitRequest
-	(*WaitResponse)(nil),          // 43: cloudhv.guest.v1.WaitResponse
-	nil,                           // 44: cloudhv.guest.v1.ConfigureRequest.SysctlsEntry
-	nil,                           // 45: cloudhv.guest.v1.MemoryStats.StatEntry
-	(*timestamppb.Timestamp)(nil), // 46: google.protobuf.Timestamp
-	(*emptypb.Empty)(nil),         // 47: google.protobuf.Empty
+	(*Rule)(nil),                  // 12: cloudhv.guest.v1.Rule
+	(*ResizeRequest)(nil),         // 13: cloudhv.guest.v1.ResizeRequest
+	(*ResizeResponse)(nil),        // 14: cloudhv.guest.v1.ResizeResponse
+	(*PowerOffRequest)(nil),       // 15: cloudhv.guest.v1.PowerOffRequest
+	(*RootFS)(nil),                // 16: cloudhv.guest.v1.RootFS
+	(*Stdio)(nil),                 // 17: cloudhv.guest.v1.Stdio
+	(*CreateRequest)(nil),         // 18: cloudhv.guest.v1.CreateRequest
+	(*MountVolumesRequest)(nil),   // 19: cloudhv.guest.v1.MountVolumesRequest
+	(*WarmUpRequest)(nil),         // 20: cloudhv.guest.v1.WarmUpRequest
+	(*CreateResponse)(nil),        // 21: cloudhv.guest.v1.CreateResponse
+	(*StartRequest)(nil),          // 22: cloudhv.guest.v1.StartRequest
+	(*StartResponse)(nil),         // 23: cloudhv.guest.v1.StartResponse
+	(*ExecRequest)(nil),           // 24: cloudhv.guest.v1.ExecRequest
+	(*DeleteRequest)(nil),         // 25: cloudhv.guest.v1.DeleteRequest
+	(*DeleteResponse)(nil),        // 26: cloudhv.guest.v1.DeleteResponse
+	(*KillRequest)(nil),           // 27: cloudhv.guest.v1.KillRequest
+	(*ResizePtyRequest)(nil),      // 28: cloudhv.guest.v1.ResizePtyRequest
+	(*PauseRequest)(nil),          // 29: cloudhv.guest.v1.PauseRequest
+	(*ResumeRequest)(nil),         // 30: cloudhv.guest.v1.ResumeRequest
+	(*UpdateRequest)(nil),         // 31: cloudhv.guest.v1.UpdateRequest
+	(*StatsRequest)(nil),          // 32: cloudhv.guest.v1.StatsRequest
+	(*StatsResponse)(nil),         // 33: cloudhv.guest.v1.StatsResponse
+	(*CPUStats)(nil),              // 34: cloudhv.guest.v1.CPUStats
+	(*MemoryStats)(nil),           // 35: cloudhv.guest.v1.MemoryStats
+	(*PidsStats)(nil),             // 36: cloudhv.guest.v1.PidsStats
+	(*IOStats)(nil),               // 37: cloudhv.guest.v1.IOStats
+	(*PidsRequest)(nil),           // 38: cloudhv.guest.v1.PidsRequest
+	(*PidsResponse)(nil),          // 39: cloudhv.guest.v1.PidsResponse
+	(*Process)(nil),               // 40: cloudhv.guest.v1.Process
+	(*StateRequest)(nil),          // 41: cloudhv.guest.v1.StateRequest
+	(*StateResponse)(nil),         // 42: cloudhv.guest.v1.StateResponse
+	(*WaitRequest)(nil),           // 43: cloudhv.guest.v1.WaitRequest
+	(*WaitResponse)(nil),          // 44: cloudhv.guest.v1.WaitResponse
+	nil,                           // 45: cloudhv.guest.v1.ConfigureRequest.SysctlsEntry
+	nil,                           // 46: cloudhv.guest.v1.Interface.PeersEntry
+	nil,                           // 47: cloudhv.guest.v1.MemoryStats.StatEntry
+	(*timestamppb.Timestamp)(nil), // 48: google.protobuf.Timestamp
+	(*emptypb.Empty)(nil),         // 49: google.protobuf.Empty
 }
 var file_guest_api_v1_guest_proto_depIdxs = []int32{
-	46, // 0: cloudhv.guest.v1.ConfigureRequest.clock:type_name -> google.protobuf.Timestamp
+	48, // 0: cloudhv.guest.v1.ConfigureRequest.clock:type_name -> google.protobuf.Timestamp
 	9,  // 1: cloudhv.guest.v1.ConfigureRequest.interfaces:type_name -> cloudhv.guest.v1.Interface
 	11, // 2: cloudhv.guest.v1.ConfigureRequest.routes:type_name -> cloudhv.guest.v1.Route
-	44, // 3: cloudhv.guest.v1.ConfigureRequest.sysctls:type_name -> cloudhv.guest.v1.ConfigureRequest.SysctlsEntry
-	8,  // 4: cloudhv.guest.v1.ConfigureResponse.steps:type_name -> cloudhv.guest.v1.Step
-	46, // 5: cloudhv.guest.v1.SyncClockResponse.clock:type_name -> google.protobuf.Timestamp
-	10, // 6: cloudhv.guest.v1.Interface.neighbors:type_name -> cloudhv.guest.v1.Neighbor
-	15, // 7: cloudhv.guest.v1.CreateRequest.rootfs:type_name -> cloudhv.guest.v1.RootFS
-	16, // 8: cloudhv.guest.v1.CreateRequest.stdio:type_name -> cloudhv.guest.v1.Stdio
-	0,  // 9: cloudhv.guest.v1.CreateRequest.pid_namespace:type_name -> cloudhv.guest.v1.PidNamespace
-	8,  // 10: cloudhv.guest.v1.CreateResponse.steps:type_name -> cloudhv.guest.v1.Step
-	16, // 11: cloudhv.guest.v1.ExecRequest.stdio:type_name -> cloudhv.guest.v1.Stdio
-	46, // 12: cloudhv.guest.v1.DeleteResponse.exited_at:type_name -> google.protobuf.Timestamp
-	33, // 13: cloudhv.guest.v1.StatsResponse.cpu:type_name -> cloudhv.guest.v1.CPUStats
-	34, // 14: cloudhv.guest.v1.StatsResponse.memory:type_name -> cloudhv.guest.v1.MemoryStats
-	35, // 15: cloudhv.guest.v1.StatsResponse.pids:type_name -> cloudhv.guest.v1.PidsStats
-	36, // 16: cloudhv.guest.v1.StatsResponse.io:type_name -> cloudhv.guest.v1.IOStats
-	45, // 17: cloudhv.guest.v1.MemoryStats.stat:type_name -> cloudhv.guest.v1.MemoryStats.StatEntry
-	39, // 18: cloudhv.guest.v1.PidsResponse.processes:type_name -> cloudhv.guest.v1.Process
-	1,  // 19: cloudhv.guest.v1.StateResponse.status:type_name -> cloudhv.guest.v1.Status
-	46, // 20: cloudhv.guest.v1.StateResponse.exited_at:type_name -> google.protobuf.Timestamp
-	46, // 21: cloudhv.guest.v1.WaitResponse.exited_at:type_name -> google.protobuf.Timestamp
-	2,  // 22: cloudhv.guest.v1.Machine.Info:input_type -> cloudhv.guest.v1.InfoRequest
-	4,  // 23: cloudhv.guest.v1.Machine.Configure:input_type -> cloudhv.guest.v1.ConfigureRequest
-	4,  // 24: cloudhv.guest.v1.Machine.Rehearse:input_type -> cloudhv.guest.v1.ConfigureRequest
-	6,  // 25: cloudhv.guest.v1.Machine.SyncClock:input_type -> cloudhv.guest.v1.SyncClockRequest
-	12, // 26: cloudhv.guest.v1.Machine.Resize:input_type -> cloudhv.guest.v1.ResizeRequest
-	14, // 27: cloudhv.guest.v1.Machine.PowerOff:input_type -> cloudhv.guest.v1.PowerOffRequest
-	17, // 28: cloudhv.guest.v1.Task.Create:input_type -> cloudhv.guest.v1.CreateRequest
-	21, // 29: cloudhv.guest.v1.Task.Start:input_type -> cloudhv.guest.v1.StartRequest
-	23, // 30: cloudhv.guest.v1.Task.Exec:input_type -> cloudhv.guest.v1.ExecRequest
-	24, // 31: cloudhv.guest.v1.Task.Delete:input_type -> cloudhv.guest.v1.DeleteRequest
-	26, // 32: cloudhv.guest.v1.Task.Kill:input_type -> cloudhv.guest.v1.KillRequest
-	27, // 33: cloudhv.guest.v1.Task.ResizePty:input_type -> cloudhv.guest.v1.ResizePtyRequest
-	28, // 34: cloudhv.guest.v1.Task.Pause:input_type -> cloudhv.guest.v1.PauseRequest
-	29, // 35: cloudhv.guest.v1.Task.Resume:input_type -> cloudhv.guest.v1.ResumeRequest
-	30, // 36: cloudhv.guest.v1.Task.Update:input_type -> cloudhv.guest.v1.UpdateRequest
-	31, // 37: cloudhv.guest.v1.Task.Stats:input_type -> cloudhv.guest.v1.StatsRequest
-	37, // 38: cloudhv.guest.v1.Task.Pids:input_type -> cloudhv.guest.v1.PidsRequest
-	40, // 39: cloudhv.guest.v1.Task.State:input_type -> cloudhv.guest.v1.StateRequest
-	42, // 40: cloudhv.guest.v1.Task.Wait:input_type -> cloudhv.guest.v1.WaitRequest
-	18, // 41: cloudhv.guest.v1.Task.MountVolumes:input_type -> cloudhv.guest.v1.MountVolumesRequest
-	19, // 42: cloudhv.guest.v1.Task.WarmUp:input_type -> cloudhv.guest.v1.WarmUpRequest
-	3,  // 43: cloudhv.guest.v1.Machine.Info:output_type -> cloudhv.guest.v1.InfoResponse
-	5,  // 44: cloudhv.guest.v1.Machine.Configure:output_type -> cloudhv.guest.v1.ConfigureResponse
-	5,  // 45: cloudhv.guest.v1.Machine.Rehearse:output_type -> cloudhv.guest.v1.ConfigureResponse
-	7,  // 46: cloudhv.guest.v1.Machine.SyncClock:output_type -> cloudhv.guest.v1.SyncClockResponse
-	13, // 47: cloudhv.guest.v1.Machine.Resize:output_type -> cloudhv.guest.v1.ResizeResponse
-	47, // 48: cloudhv.guest.v1.Machine.PowerOff:output_type -> google.protobuf.Empty
-	20, // 49: cloudhv.guest.v1.Task.Create:output_type -> cloudhv.guest.v1.CreateResponse
-	22, // 50: cloudhv.guest.v1.Task.Start:output_type -> cloudhv.guest.v1.StartResponse
-	47, // 51: cloudhv.guest.v1.Task.Exec:output_type -> google.protobuf.Empty
-	25, // 52: cloudhv.guest.v1.Task.Delete:output_type -> cloudhv.guest.v1.DeleteResponse
-	47, // 53: cloudhv.guest.v1.Task.Kill:output_type -> google.protobuf.Empty
-	47, // 54: cloudhv.guest.v1.Task.ResizePty:output_type -> google.protobuf.Empty
-	47, // 55: cloudhv.guest.v1.Task.Pause:output_type -> google.protobuf.Empty
-	47, // 56: cloudhv.guest.v1.Task.Resume:output_type -> google.protobuf.Empty
-	47, // 57: cloudhv.guest.v1.Task.Update:output_type -> google.protobuf.Empty
-	32, // 58: cloudhv.guest.v1.Task.Stats:output_type -> cloudhv.guest.v1.StatsResponse
-	38, // 59: cloudhv.guest.v1.Task.Pids:output_type -> cloudhv.guest.v1.PidsResponse
-	41, // 60: cloudhv.guest.v1.Task.State:output_type -> cloudhv.guest.v1.StateResponse
-	43, // 61: cloudhv.guest.v1.Task.Wait:output_type -> cloudhv.guest.v1.WaitResponse
-	47, // 62: cloudhv.guest.v1.Task.MountVolumes:output_type -> google.protobuf.Empty
-	47, // 63: cloudhv.guest.v1.Task.WarmUp:output_type -> google.protobuf.Empty
-	43, // [43:64] is the sub-list for method output_type
-	22, // [22:43] is the sub-list for method input_type
-	22, // [22:22] is the sub-list for extension type_name
-	22, // [22:22] is the sub-list for extension extendee
-	0,  // [0:22] is the sub-list for field type_name
+	45, // 3: cloudhv.guest.v1.ConfigureRequest.sysctls:type_name -> cloudhv.guest.v1.ConfigureRequest.SysctlsEntry
+	12, // 4: cloudhv.guest.v1.ConfigureRequest.rules:type_name -> cloudhv.guest.v1.Rule
+	8,  // 5: cloudhv.guest.v1.ConfigureResponse.steps:type_name -> cloudhv.guest.v1.Step
+	48, // 6: cloudhv.guest.v1.SyncClockResponse.clock:type_name -> google.protobuf.Timestamp
+	10, // 7: cloudhv.guest.v1.Interface.neighbors:type_name -> cloudhv.guest.v1.Neighbor
+	46, // 8: cloudhv.guest.v1.Interface.peers:type_name -> cloudhv.guest.v1.Interface.PeersEntry
+	16, // 9: cloudhv.guest.v1.CreateRequest.rootfs:type_name -> cloudhv.guest.v1.RootFS
+	17, // 10: cloudhv.guest.v1.CreateRequest.stdio:type_name -> cloudhv.guest.v1.Stdio
+	0,  // 11: cloudhv.guest.v1.CreateRequest.pid_namespace:type_name -> cloudhv.guest.v1.PidNamespace
+	8,  // 12: cloudhv.guest.v1.CreateResponse.steps:type_name -> cloudhv.guest.v1.Step
+	17, // 13: cloudhv.guest.v1.ExecRequest.stdio:type_name -> cloudhv.guest.v1.Stdio
+	48, // 14: cloudhv.guest.v1.DeleteResponse.exited_at:type_name -> google.protobuf.Timestamp
+	34, // 15: cloudhv.guest.v1.StatsResponse.cpu:type_name -> cloudhv.guest.v1.CPUStats
+	35, // 16: cloudhv.guest.v1.StatsResponse.memory:type_name -> cloudhv.guest.v1.MemoryStats
+	36, // 17: cloudhv.guest.v1.StatsResponse.pids:type_name -> cloudhv.guest.v1.PidsStats
+	37, // 18: cloudhv.guest.v1.StatsResponse.io:type_name -> cloudhv.guest.v1.IOStats
+	47, // 19: cloudhv.guest.v1.MemoryStats.stat:type_name -> cloudhv.guest.v1.MemoryStats.StatEntry
+	40, // 20: cloudhv.guest.v1.PidsResponse.processes:type_name -> cloudhv.guest.v1.Process
+	1,  // 21: cloudhv.guest.v1.StateResponse.status:type_name -> cloudhv.guest.v1.Status
+	48, // 22: cloudhv.guest.v1.StateResponse.exited_at:type_name -> google.protobuf.Timestamp
+	48, // 23: cloudhv.guest.v1.WaitResponse.exited_at:type_name -> google.protobuf.Timestamp
+	2,  // 24: cloudhv.guest.v1.Machine.Info:input_type -> cloudhv.guest.v1.InfoRequest
+	4,  // 25: cloudhv.guest.v1.Machine.Configure:input_type -> cloudhv.guest.v1.ConfigureRequest
+	4,  // 26: cloudhv.guest.v1.Machine.Rehearse:input_type -> cloudhv.guest.v1.ConfigureRequest
+	6,  // 27: cloudhv.guest.v1.Machine.SyncClock:input_type -> cloudhv.guest.v1.SyncClockRequest
+	13, // 28: cloudhv.guest.v1.Machine.Resize:input_type -> cloudhv.guest.v1.ResizeRequest
+	15, // 29: cloudhv.guest.v1.Machine.PowerOff:input_type -> cloudhv.guest.v1.PowerOffRequest
+	18, // 30: cloudhv.guest.v1.Task.Create:input_type -> cloudhv.guest.v1.CreateRequest
+	22, // 31: cloudhv.guest.v1.Task.Start:input_type -> cloudhv.guest.v1.StartRequest
+	24, // 32: cloudhv.guest.v1.Task.Exec:input_type -> cloudhv.guest.v1.ExecRequest
+	25, // 33: cloudhv.guest.v1.Task.Delete:input_type -> cloudhv.guest.v1.DeleteRequest
+	27, // 34: cloudhv.guest.v1.Task.Kill:input_type -> cloudhv.guest.v1.KillRequest
+	28, // 35: cloudhv.guest.v1.Task.ResizePty:input_type -> cloudhv.guest.v1.ResizePtyRequest
+	29, // 36: cloudhv.guest.v1.Task.Pause:input_type -> cloudhv.guest.v1.PauseRequest
+	30, // 37: cloudhv.guest.v1.Task.Resume:input_type -> cloudhv.guest.v1.ResumeRequest
+	31, // 38: cloudhv.guest.v1.Task.Update:input_type -> cloudhv.guest.v1.UpdateRequest
+	32, // 39: cloudhv.guest.v1.Task.Stats:input_type -> cloudhv.guest.v1.StatsRequest
+	38, // 40: cloudhv.guest.v1.Task.Pids:input_type -> cloudhv.guest.v1.PidsRequest
+	41, // 41: cloudhv.guest.v1.Task.State:input_type -> cloudhv.guest.v1.StateRequest
+	43, // 42: cloudhv.guest.v1.Task.Wait:input_type -> cloudhv.guest.v1.WaitRequest
+	19, // 43: cloudhv.guest.v1.Task.MountVolumes:input_type -> cloudhv.guest.v1.MountVolumesRequest
+	20, // 44: cloudhv.guest.v1.Task.WarmUp:input_type -> cloudhv.guest.v1.WarmUpRequest
+	3,  // 45: cloudhv.guest.v1.Machine.Info:output_type -> cloudhv.guest.v1.InfoResponse
+	5,  // 46: cloudhv.guest.v1.Machine.Configure:output_type -> cloudhv.guest.v1.ConfigureResponse
+	5,  // 47: cloudhv.guest.v1.Machine.Rehearse:output_type -> cloudhv.guest.v1.ConfigureResponse
+	7,  // 48: cloudhv.guest.v1.Machine.SyncClock:output_type -> cloudhv.guest.v1.SyncClockResponse
+	14, // 49: cloudhv.guest.v1.Machine.Resize:output_type -> cloudhv.guest.v1.ResizeResponse
+	49, // 50: cloudhv.guest.v1.Machine.PowerOff:output_type -> google.protobuf.Empty
+	21, // 51: cloudhv.guest.v1.Task.Create:output_type -> cloudhv.guest.v1.CreateResponse
+	23, // 52: cloudhv.guest.v1.Task.Start:output_type -> cloudhv.guest.v1.StartResponse
+	49, // 53: cloudhv.guest.v1.Task.Exec:output_type -> google.protobuf.Empty
+	26, // 54: cloudhv.guest.v1.Task.Delete:output_type -> cloudhv.guest.v1.DeleteResponse
+	49, // 55: cloudhv.guest.v1.Task.Kill:output_type -> google.protobuf.Empty
+	49, // 56: cloudhv.guest.v1.Task.ResizePty:output_type -> google.protobuf.Empty
+	49, // 57: cloudhv.guest.v1.Task.Pause:output_type -> google.protobuf.Empty
+	49, // 58: cloudhv.guest.v1.Task.Resume:output_type -> google.protobuf.Empty
+	49, // 59: cloudhv.guest.v1.Task.Update:output_type -> google.protobuf.Empty
+	33, // 60: cloudhv.guest.v1.Task.Stats:output_type -> cloudhv.guest.v1.StatsResponse
+	39, // 61: cloudhv.guest.v1.Task.Pids:output_type -> cloudhv.guest.v1.PidsResponse
+	42, // 62: cloudhv.guest.v1.Task.State:output_type -> cloudhv.guest.v1.StateResponse
+	44, // 63: cloudhv.guest.v1.Task.Wait:output_type -> cloudhv.guest.v1.WaitResponse
+	49, // 64: cloudhv.guest.v1.Task.MountVolumes:output_type -> google.protobuf.Empty
+	49, // 65: cloudhv.guest.v1.Task.WarmUp:output_type -> google.protobuf.Empty
+	45, // [45:66] is the sub-list for method output_type
+	24, // [24:45] is the sub-list for method input_type
+	24, // [24:24] is the sub-list for extension type_name
+	24, // [24:24] is the sub-list for extension extendee
+	0,  // [0:24] is the sub-list for field type_name
 }
 
 func init() { file_guest_api_v1_guest_proto_init() }
@@ -3250,7 +3422,7 @@ func file_guest_api_v1_guest_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_guest_api_v1_guest_proto_rawDesc), len(file_guest_api_v1_guest_proto_rawDesc)),
 			NumEnums:      2,
-			NumMessages:   44,
+			NumMessages:   46,
 			NumExtensions: 0,
 			NumServices:   2,
 		},
