@@ -16,6 +16,7 @@ import (
 	"runtime"
 	"slices"
 	"strconv"
+	"strings"
 	"sync"
 	"testing"
 	"time"
@@ -300,7 +301,7 @@ func (p *pod) netNS(t *testing.T) string {
 	t.Helper()
 	st, err := p.n.Runtime().PodSandboxStatus(testContext(t), &runtimeapi.PodSandboxStatusRequest{PodSandboxId: p.id, Verbose: true})
 	require.NoError(t, err)
-	if p.handler == testnode.CloudHV {
+	if strings.HasPrefix(p.handler, testnode.CloudHV) {
 		var rec struct{ NetNS string }
 		b, err := os.ReadFile(filepath.Join(p.n.StateDir(), p.id, "record.json"))
 		require.NoError(t, err)

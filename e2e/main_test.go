@@ -56,6 +56,9 @@ var suite struct {
 }
 
 func TestMain(m *testing.M) {
+	if command := os.Getenv("CNI_COMMAND"); command != "" {
+		os.Exit(runPlugin(command, os.Stdin, os.Stdout))
+	}
 	flag.Parse()
 	if f := flag.Lookup("test.list"); f != nil && f.Value.String() != "" {
 		os.Exit(m.Run())

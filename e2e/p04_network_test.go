@@ -74,7 +74,7 @@ func hostTransfer(t *testing.T, what, addr string, size int64) {
 
 func logTransfer(t *testing.T, what string, size int64, start time.Time) {
 	t.Helper()
-	t.Logf("%s: %d MiB each way in %s", what, size>>20, time.Since(start).Round(time.Millisecond))
+	t.Logf("%s: %d KiB each way in %s", what, size>>10, time.Since(start).Round(time.Millisecond))
 }
 
 // hostServer serves on one of the host's addresses until the test ends.

@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"syscall"
 
@@ -81,7 +82,7 @@ func (n *Node) namespaces() (map[uint64]string, error) {
 	return spaces, nil
 }
 
-// countLinks counts the bridge's ports, TAPs of ours that have lost their way, and
+// countLinks counts the bridges' ports, TAPs of ours that have lost their way, and
 // veths that are on no bridge and lead to one of the node's namespaces.
 func (n *Node) countLinks(items map[string]int, spaces map[uint64]string) error {
 	links, err := netlink.LinkList()
@@ -99,16 +100,16 @@ func (n *Node) countLinks(items map[string]int, spaces map[uint64]string) error 
 		}
 		f.Close()
 	}
-	bridge := -1
+	bridges := map[int]bool{}
 	for _, l := range links {
-		if l.Attrs().Name == n.Bridge() {
-			bridge = l.Attrs().Index
+		if slices.Contains(n.bridges(), l.Attrs().Name) {
+			bridges[l.Attrs().Index] = true
 		}
 	}
 	for _, l := range links {
 		a := l.Attrs()
 		switch {
-		case a.MasterIndex == bridge, l.Type() == "tuntap" && strings.HasPrefix(a.Name, strayTAP):
+		case bridges[a.MasterIndex], l.Type() == "tuntap" && strings.HasPrefix(a.Name, strayTAP):
 			items["link "+l.Type()]++
 		case l.Type() == "veth" && a.MasterIndex == 0 && ids[a.NetNsID]:
 			items["link veth without a bridge"]++

@@ -63,7 +63,7 @@ func (n *Node) Close(ctx context.Context) error {
 func (n *Node) sweep(ctx context.Context) error {
 	ctx, cancel := limited(ctx)
 	defer cancel()
-	errs := []error{Eventually(ctx, n.killProcesses), n.unmountAll(), n.closeFirewall(), n.removePortmap(), n.removeBridge(), Eventually(ctx, n.removeCgroups)}
+	errs := []error{Eventually(ctx, n.killProcesses), n.unmountAll(), n.closeFirewall(), n.RemoveChains(), n.removeBridges(), Eventually(ctx, n.removeCgroups)}
 	caches, err := n.cniResults()
 	errs = append(errs, err)
 	for _, f := range caches {

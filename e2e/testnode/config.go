@@ -76,16 +76,13 @@ func (n *Node) pluginConfig() table {
 			"netns_mounts_under_state_dir": true,
 			"cdi_spec_dirs":                []string{n.CDIDir()},
 			"cni": table{
-				"bin_dirs":              []string{n.opts.CNIBinDir},
+				"bin_dirs":              []string{n.opts.CNIBinDir, n.CNIBinDir()},
 				"conf_dir":              n.Dir("cni", "conf"),
 				"use_internal_loopback": true,
 			},
 			"containerd": table{
 				"default_runtime_name": RunC,
-				"runtimes": table{
-					RunC:    n.runcConfig(),
-					CloudHV: cloudhvRuntime(),
-				},
+				"runtimes":             n.runtimes(),
 			},
 		},
 		"io.containerd.grpc.v1.cri":                      table{"stream_server_address": "127.0.0.1", "stream_server_port": "0"},
@@ -111,6 +108,19 @@ func (n *Node) imageConfig() table {
 		c["registry"] = table{"config_path": n.Dir("hosts")}
 	}
 	return c
+}
+
+// runtimes is the runtime table: both handlers, and both once more for each network.
+func (n *Node) runtimes() table {
+	all := table{RunC: n.runcConfig(), CloudHV: cloudhvRuntime()}
+	for _, net := range n.opts.Networks {
+		for _, h := range []string{RunC, CloudHV} {
+			c := maps.Clone(all[h].(table))
+			c["cni_conf_dir"], c["cni_max_conf_num"] = n.confDir(net), len(net.Chains)
+			all[net.Handler(h)] = c
+		}
+	}
+	return all
 }
 
 // runcConfig is runc's entry in the runtime table.

@@ -17,8 +17,8 @@ import (
 // With br_netfilter, which Docker loads, a host's firewall sees also what a bridge
 // carries from one of its ports to another, and Docker's lets nothing pass that it
 // does not know. Rules of the node's own, which bear its bridge's name, let pass
-// what comes from that bridge and goes to it. They concern nothing else, and are
-// made only where something is filtered at all.
+// what comes from one of its bridges and goes to one. They concern nothing else, and
+// are made only where something is filtered at all.
 
 // ipFamily is a protocol, and how its firewall is asked.
 type ipFamily struct {
@@ -38,16 +38,22 @@ var ipFamilies = []ipFamily{
 func (n *Node) openFirewall() error {
 	var errs []error
 	for _, f := range ipFamilies {
-		if !f.bridged() || !f.filters() {
+		if !f.filters() {
 			continue
 		}
-		errs = append(errs, command(f.program, append([]string{"-w", "-I", "FORWARD"}, n.iptablesRule()...)...))
+		for _, w := range n.ways() {
+			if w.from != w.to || f.bridged() {
+				errs = append(errs, command(f.program, append([]string{"-w", "-I", "FORWARD"}, n.iptablesRule(w)...)...))
+			}
+		}
 	}
 	chains, err := forwardChains()
 	errs = append(errs, err)
 	for _, c := range chains {
-		if bridged(c.Family) {
-			errs = append(errs, command("nft", fmt.Sprintf("insert rule %s iifname %[2]q oifname %[2]q accept comment %[2]q", c, n.Bridge())))
+		for _, w := range n.ways() {
+			if w.from != w.to || bridged(c.Family) {
+				errs = append(errs, command("nft", fmt.Sprintf("insert rule %s iifname %q oifname %q accept comment %q", c, w.from, w.to, n.Bridge())))
+			}
 		}
 	}
 	return errors.Join(errs...)
@@ -57,11 +63,13 @@ func (n *Node) openFirewall() error {
 func (n *Node) closeFirewall() error {
 	var errs []error
 	for _, f := range ipFamilies {
-		rule := n.iptablesRule()
-		for command(f.program, append([]string{"-w", "-C", "FORWARD"}, rule...)...) == nil {
-			if err := command(f.program, append([]string{"-w", "-D", "FORWARD"}, rule...)...); err != nil {
-				errs = append(errs, err)
-				break
+		for _, w := range ways(n.bridges()) {
+			rule := n.iptablesRule(w)
+			for command(f.program, append([]string{"-w", "-C", "FORWARD"}, rule...)...) == nil {
+				if err := command(f.program, append([]string{"-w", "-D", "FORWARD"}, rule...)...); err != nil {
+					errs = append(errs, err)
+					break
+				}
 			}
 		}
 	}
@@ -73,9 +81,31 @@ func (n *Node) closeFirewall() error {
 	return errors.Join(errs...)
 }
 
-// iptablesRule is the node's rule, for iptables and ip6tables.
-func (n *Node) iptablesRule() []string {
-	return []string{"-i", n.Bridge(), "-o", n.Bridge(), "-m", "comment", "--comment", n.Bridge(), "-j", "ACCEPT"}
+// way is one from a bridge to the same or another.
+type way struct{ from, to string }
+
+// ways are those between the node's bridges.
+func (n *Node) ways() []way {
+	there := []string{n.Bridge()}
+	for _, l := range n.lans {
+		there = append(there, l.Bridge)
+	}
+	return ways(there)
+}
+
+func ways(bridges []string) []way {
+	var all []way
+	for _, from := range bridges {
+		for _, to := range bridges {
+			all = append(all, way{from, to})
+		}
+	}
+	return all
+}
+
+// iptablesRule is the node's rule for a way, for iptables and ip6tables.
+func (n *Node) iptablesRule(w way) []string {
+	return []string{"-i", w.from, "-o", w.to, "-m", "comment", "--comment", n.Bridge(), "-j", "ACCEPT"}
 }
 
 // bridged tells whether the family's firewall sees what bridges carry.

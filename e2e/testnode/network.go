@@ -29,10 +29,12 @@ type subnets struct {
 
 // HostIPs are the host's addresses on the pods' network, IPv4 first; IPv6 is
 // there only where the host has it.
-func (n *Node) HostIPs() []netip.Addr {
-	ips := []netip.Addr{n.subnet.v4.Addr().Next()}
-	if n.subnet.v6.IsValid() {
-		ips = append(ips, n.subnet.v6.Addr().Next())
+func (n *Node) HostIPs() []netip.Addr { return n.subnet.hostIPs() }
+
+func (s subnets) hostIPs() []netip.Addr {
+	ips := []netip.Addr{s.v4.Addr().Next()}
+	if s.v6.IsValid() {
+		ips = append(ips, s.v6.Addr().Next())
 	}
 	return ips
 }
@@ -45,18 +47,32 @@ func (n *Node) setUpNetwork() (retErr error) {
 	if n.subnet, err = freeSubnets(n.opts.Name); err != nil {
 		return err
 	}
-	attrs := netlink.NewLinkAttrs()
-	attrs.Name, attrs.MTU = n.Bridge(), PodMTU
-	br := &netlink.Bridge{LinkAttrs: attrs}
-	if err := netlink.LinkAdd(br); err != nil {
-		return fmt.Errorf("making bridge %s: %w", n.Bridge(), err)
-	}
 	defer func() {
 		if retErr != nil {
-			retErr = errors.Join(retErr, n.closeFirewall(), n.removeBridge())
+			retErr = errors.Join(retErr, n.closeFirewall(), n.removeBridges())
 		}
 	}()
-	for _, ip := range n.HostIPs() {
+	if err := addBridge(n.Bridge(), PodMTU, n.HostIPs()); err != nil {
+		return err
+	}
+	if err := n.setUpLANs(); err != nil {
+		return err
+	}
+	if err := n.openFirewall(); err != nil {
+		return fmt.Errorf("letting bridge %s through the firewall: %w", n.Bridge(), err)
+	}
+	return errors.Join(n.ownChains(), n.writeCNI())
+}
+
+// addBridge makes a bridge on which the host has the addresses given.
+func addBridge(name string, mtu int, ips []netip.Addr) error {
+	attrs := netlink.NewLinkAttrs()
+	attrs.Name, attrs.MTU = name, mtu
+	br := &netlink.Bridge{LinkAttrs: attrs}
+	if err := netlink.LinkAdd(br); err != nil {
+		return fmt.Errorf("making bridge %s: %w", name, err)
+	}
+	for _, ip := range ips {
 		bits := 24
 		addr := &netlink.Addr{}
 		if ip.Is6() {
@@ -64,16 +80,13 @@ func (n *Node) setUpNetwork() (retErr error) {
 		}
 		addr.IPNet = &net.IPNet{IP: ip.AsSlice(), Mask: net.CIDRMask(bits, ip.BitLen())}
 		if err := netlink.AddrAdd(br, addr); err != nil {
-			return fmt.Errorf("giving %s to bridge %s: %w", ip, n.Bridge(), err)
+			return fmt.Errorf("giving %s to bridge %s: %w", ip, name, err)
 		}
 	}
 	if err := netlink.LinkSetUp(br); err != nil {
-		return fmt.Errorf("bringing up bridge %s: %w", n.Bridge(), err)
+		return fmt.Errorf("bringing up bridge %s: %w", name, err)
 	}
-	if err := n.openFirewall(); err != nil {
-		return fmt.Errorf("letting bridge %s through the firewall: %w", n.Bridge(), err)
-	}
-	return errors.Join(n.ownPortmap(), n.writeCNI())
+	return nil
 }
 
 // ifaFNoDAD is IFA_F_NODAD: the address is usable at once.
@@ -108,9 +121,17 @@ func (n *Node) writeCNI() error {
 	return os.WriteFile(n.Dir("cni", "conf", "10-"+n.Bridge()+".conflist"), b, 0o644)
 }
 
-// removeBridge removes the bridge and the links that are still on it.
-func (n *Node) removeBridge() error {
-	br, err := netlink.LinkByName(n.Bridge())
+// removeBridges removes the bridges and the links that are still on them.
+func (n *Node) removeBridges() error {
+	var errs []error
+	for _, name := range n.bridges() {
+		errs = append(errs, removeBridge(name))
+	}
+	return errors.Join(errs...)
+}
+
+func removeBridge(name string) error {
+	br, err := netlink.LinkByName(name)
 	if notFound := (netlink.LinkNotFoundError{}); errors.As(err, &notFound) {
 		return nil
 	} else if err != nil {

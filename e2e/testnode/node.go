@@ -74,6 +74,8 @@ type Options struct {
 	// chains of its own in the host's firewall, which Close removes unless they
 	// were there before.
 	HostPorts bool
+	// Networks are further networks, with handlers of their own: see Network.
+	Networks []Network
 	// NRI lets plugins connect to NRISocket, which may change containers.
 	NRI bool
 	// Env is added to containerd's environment.
@@ -85,7 +87,9 @@ type Node struct {
 	opts   Options
 	dir    string
 	subnet subnets
-	lock   *os.File
+	// lans are further bridges, there where Options.Networks are.
+	lans []LAN
+	lock *os.File
 	// ownCNI says that the host had no directories of CNI's before.
 	ownCNI bool
 
@@ -128,7 +132,7 @@ func New(opts Options) (_ *Node, retErr error) {
 			retErr = errors.Join(retErr, n.sweep(ctx), os.RemoveAll(n.dir))
 		}
 	}()
-	for _, d := range []string{"root", "state", "run", "cache", "s", "opt", "cdi", "tmp", "logs", "cni/conf", "cni/ipam", "nri"} {
+	for _, d := range []string{"root", "state", "run", "cache", "s", "opt", "cdi", "tmp", "logs", "cni/conf", "cni/ipam", "cni/bin", "nri"} {
 		if err := os.MkdirAll(filepath.Join(n.dir, d), 0o711); err != nil {
 			return nil, err
 		}

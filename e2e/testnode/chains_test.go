@@ -9,7 +9,7 @@ import (
 	"github.com/stretchr/testify/require"
 )
 
-func TestPortmapRemovals(t *testing.T) {
+func TestChainRemovals(t *testing.T) {
 	t.Parallel()
 	require.Equal(t, [][]string{
 		{"-D", "PREROUTING", "-m", "addrtype", "--dst-type", "LOCAL", "-j", "CNI-HOSTPORT-DNAT"},
@@ -18,7 +18,7 @@ func TestPortmapRemovals(t *testing.T) {
 		{"-F", "CNI-HOSTPORT-MASQ"},
 		{"-X", "CNI-HOSTPORT-DNAT"},
 		{"-X", "CNI-HOSTPORT-MASQ"},
-	}, portmapRemovals([]string{
+	}, chainRemovals([]string{
 		"-P PREROUTING ACCEPT",
 		"-N CNI-HOSTPORT-DNAT",
 		"-N CNI-HOSTPORT-MASQ",
@@ -27,6 +27,19 @@ func TestPortmapRemovals(t *testing.T) {
 		"-A PREROUTING -m addrtype --dst-type LOCAL -j DOCKER",
 		`-A POSTROUTING -m comment --comment "CNI portfwd requiring masquerade" -j CNI-HOSTPORT-MASQ`,
 		"-A CNI-HOSTPORT-MASQ -m mark --mark 0x2000/0x2000 -j MASQUERADE",
-	}))
-	require.Empty(t, portmapRemovals([]string{"-P PREROUTING ACCEPT", "-N DOCKER"}))
+	}, "CNI-HOSTPORT-"))
+	require.Equal(t, [][]string{
+		{"-D", "FORWARD", "-m", "comment", "--comment", "CNI firewall plugin rules", "-j", "CNI-FORWARD"},
+		{"-F", "CNI-ADMIN"},
+		{"-F", "CNI-FORWARD"},
+		{"-X", "CNI-ADMIN"},
+		{"-X", "CNI-FORWARD"},
+	}, chainRemovals([]string{
+		"-P FORWARD DROP",
+		"-N CNI-ADMIN",
+		"-N CNI-FORWARD",
+		`-A FORWARD -m comment --comment "CNI firewall plugin rules" -j CNI-FORWARD`,
+		`-A CNI-FORWARD -m comment --comment "CNI firewall plugin admin overrides" -j CNI-ADMIN`,
+	}, "CNI-"))
+	require.Empty(t, chainRemovals([]string{"-P PREROUTING ACCEPT", "-N DOCKER"}, "CNI-HOSTPORT-"))
 }
