@@ -194,6 +194,9 @@ func (c *Controller) readNetwork(ctx context.Context, p *pod) (*network.Network,
 	if err != nil {
 		return &network.Network{}, fmt.Errorf("pod network: %w", err)
 	}
+	if len(n.Firewalls) > 0 {
+		log.G(ctx).WithField("tables", n.Firewalls).Warn("firewall rules that CNI made in the pod's network namespace do nothing to its VM")
+	}
 	return n, nil
 }
 

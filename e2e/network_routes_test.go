@@ -68,6 +68,7 @@ func networkRoutes(l lab) {
 	// The kernel's own limit for the route's packets, which is not shown by busybox.
 	require.Equal(l, "1300 passes\n1301 is too large\n", c.probeBy(ips[0], 1300, 1301), "the route's MTU")
 	hostTransfer(l.T, "host to pod", serverAt(c.ips()[0]), aFew)
+	require.Equal(l, l.h == testnode.CloudHV, strings.Contains(l.n.LogTail(1<<20), "firewall rules that CNI made in the pod's network namespace"))
 	// What comes later is not carried over.
 	c.inNamespace("ip addr add 192.168.78.1/32 dev eth0")
 	require.Equal(l, l.h == testnode.RunC, strings.Contains(c.sh("ip -4 addr show eth0"), "192.168.78.1"))
@@ -101,6 +102,7 @@ ip addr add 192.168.77.1 peer 192.168.77.2/32 dev eth0
 ip route add default via GW table 77
 ip rule add from 192.168.77.1 priority 32000 table 77
 ip route add blackhole 198.18.0.0/15
+iptables -w -A FORWARD -j ACCEPT
 ip neigh add 203.0.113.9 lladdr 02:01:01:01:01:01 dev eth0 nud permanent
 `
 	text := strings.ReplaceAll(v4, "GW", gateways[0].String())

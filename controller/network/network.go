@@ -10,7 +10,7 @@
 // (an ingress qdisc with a u32 filter that matches everything and redirects, in both
 // directions): from the pod's first interface to the pair, and from the pair to the
 // TAP. Each further interface gets a TAP beside it, which is plugged in. The
-// guest's interface takes over name, MAC, MTU, addresses, routes and permanent
+// guest's interface takes over name, MAC, MTU, addresses, routes with their rules and permanent
 // neighbours. CNI's interface keeps its addresses, so that the namespace
 // still shows them, and CNI's own check and removal work; but as a redirected
 // frame never reaches the namespace's own stack, nothing there answers ARP,
@@ -50,6 +50,9 @@ type Network struct {
 	Interfaces []*guestv1.Interface
 	Routes     []*guestv1.Route
 	Rules      []*guestv1.Rule
+	// Firewalls are tables of rules in the namespace, for people: they do nothing to the
+	// VM's frames.
+	Firewalls []string
 	// NICs are to be plugged into the VM, once it is joined to the network. The first
 	// interface has none: its device is there from the start.
 	NICs []vmm.NIC
@@ -88,7 +91,7 @@ func Read(_ context.Context, path string) (*Network, error) {
 			return nil, fmt.Errorf("read interface %s: %w", link.Attrs().Name, err)
 		}
 	}
-	if err := errors.Join(n.readRoutes(h, n.links), n.readRules(h)); err != nil {
+	if err := errors.Join(n.readRoutes(h, n.links), n.readRules(h), n.readFirewall(ns)); err != nil {
 		return nil, err
 	}
 	sortRoutes(n.Routes)
