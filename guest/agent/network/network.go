@@ -62,6 +62,30 @@ func Configure(ctx context.Context, builtIn string, ifs []*guestv1.Interface, ro
 	return addRoutes(h, plan.routes, index)
 }
 
+// Move waits for the devices and moves them to another network namespace, where a
+// Configure with the same arguments finds them.
+func Move(ctx context.Context, builtIn string, ifs []*guestv1.Interface, namespace int) error {
+	plan, err := parse(builtIn, ifs, nil)
+	if err != nil {
+		return err
+	}
+	h, err := netlink.NewHandle(unix.NETLINK_ROUTE)
+	if err != nil {
+		return fmt.Errorf("open netlink: %w", err)
+	}
+	defer h.Close()
+	for _, l := range plan.links {
+		dev, err := waitDevice(ctx, h, l.device)
+		if err == nil {
+			err = h.LinkSetNsFd(dev, namespace)
+		}
+		if err != nil {
+			return fmt.Errorf("interface %s: move to the pod's namespace: %w", l.name, err)
+		}
+	}
+	return nil
+}
+
 // Forget undoes a Configure of a VM that has only its built-in device.
 func Forget(builtIn string, ifs []*guestv1.Interface) error {
 	plan, err := parse(builtIn, ifs, nil)

@@ -296,7 +296,7 @@ type ConfigureRequest struct {
 	Entropy    []byte       `protobuf:"bytes,6,opt,name=entropy,proto3" json:"entropy,omitempty"`
 	Interfaces []*Interface `protobuf:"bytes,7,rep,name=interfaces,proto3" json:"interfaces,omitempty"`
 	Routes     []*Route     `protobuf:"bytes,8,rep,name=routes,proto3" json:"routes,omitempty"`
-	// sysctls are the pod's, by dotted name, applied in the VM.
+	// sysctls are the pod's, by dotted name, applied in the namespaces of its containers.
 	Sysctls map[string]string `protobuf:"bytes,9,rep,name=sysctls,proto3" json:"sysctls,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`
 	// vcpus is how many processors are to be on line (at least 1).
 	Vcpus uint32 `protobuf:"varint,10,opt,name=vcpus,proto3" json:"vcpus,omitempty"`
@@ -310,7 +310,11 @@ type ConfigureRequest struct {
 	// built_in_mac finds the network device that the VM has had from its start, in
 	// colon form. It becomes the first interface, and is given that one's mac; a
 	// pod without interfaces does not see it. Empty means that there is none.
-	BuiltInMac    string `protobuf:"bytes,14,opt,name=built_in_mac,json=builtInMac,proto3" json:"built_in_mac,omitempty"`
+	BuiltInMac string `protobuf:"bytes,14,opt,name=built_in_mac,json=builtInMac,proto3" json:"built_in_mac,omitempty"`
+	// user_namespace has the pod's containers run in a user namespace of the pod's, which
+	// owns a network, an IPC and a UTS namespace that they share. Unset leaves them in
+	// those of the VM.
+	UserNamespace *UserNamespace `protobuf:"bytes,15,opt,name=user_namespace,json=userNamespace,proto3" json:"user_namespace,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -443,6 +447,121 @@ func (x *ConfigureRequest) GetBuiltInMac() string {
 	return ""
 }
 
+func (x *ConfigureRequest) GetUserNamespace() *UserNamespace {
+	if x != nil {
+		return x.UserNamespace
+	}
+	return nil
+}
+
+// UserNamespace says what the IDs in a user namespace are in the VM.
+type UserNamespace struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Uids          *IDMapping             `protobuf:"bytes,1,opt,name=uids,proto3" json:"uids,omitempty"`
+	Gids          *IDMapping             `protobuf:"bytes,2,opt,name=gids,proto3" json:"gids,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *UserNamespace) Reset() {
+	*x = UserNamespace{}
+	mi := &file_guest_api_v1_guest_proto_msgTypes[3]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *UserNamespace) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*UserNamespace) ProtoMessage() {}
+
+func (x *UserNamespace) ProtoReflect() protoreflect.Message {
+	mi := &file_guest_api_v1_guest_proto_msgTypes[3]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use UserNamespace.ProtoReflect.Descriptor instead.
+func (*UserNamespace) Descriptor() ([]byte, []int) {
+	return file_guest_api_v1_guest_proto_rawDescGZIP(), []int{3}
+}
+
+func (x *UserNamespace) GetUids() *IDMapping {
+	if x != nil {
+		return x.Uids
+	}
+	return nil
+}
+
+func (x *UserNamespace) GetGids() *IDMapping {
+	if x != nil {
+		return x.Gids
+	}
+	return nil
+}
+
+// IDMapping maps the IDs from 0 on.
+type IDMapping struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// first is what 0 is in the VM.
+	First uint32 `protobuf:"varint,1,opt,name=first,proto3" json:"first,omitempty"`
+	// size is how many IDs there are (at least 1).
+	Size          uint32 `protobuf:"varint,2,opt,name=size,proto3" json:"size,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *IDMapping) Reset() {
+	*x = IDMapping{}
+	mi := &file_guest_api_v1_guest_proto_msgTypes[4]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *IDMapping) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*IDMapping) ProtoMessage() {}
+
+func (x *IDMapping) ProtoReflect() protoreflect.Message {
+	mi := &file_guest_api_v1_guest_proto_msgTypes[4]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use IDMapping.ProtoReflect.Descriptor instead.
+func (*IDMapping) Descriptor() ([]byte, []int) {
+	return file_guest_api_v1_guest_proto_rawDescGZIP(), []int{4}
+}
+
+func (x *IDMapping) GetFirst() uint32 {
+	if x != nil {
+		return x.First
+	}
+	return 0
+}
+
+func (x *IDMapping) GetSize() uint32 {
+	if x != nil {
+		return x.Size
+	}
+	return 0
+}
+
 type ConfigureResponse struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// steps tells how long each part took, in microseconds, in order.
@@ -453,7 +572,7 @@ type ConfigureResponse struct {
 
 func (x *ConfigureResponse) Reset() {
 	*x = ConfigureResponse{}
-	mi := &file_guest_api_v1_guest_proto_msgTypes[3]
+	mi := &file_guest_api_v1_guest_proto_msgTypes[5]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -465,7 +584,7 @@ func (x *ConfigureResponse) String() string {
 func (*ConfigureResponse) ProtoMessage() {}
 
 func (x *ConfigureResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_guest_api_v1_guest_proto_msgTypes[3]
+	mi := &file_guest_api_v1_guest_proto_msgTypes[5]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -478,7 +597,7 @@ func (x *ConfigureResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ConfigureResponse.ProtoReflect.Descriptor instead.
 func (*ConfigureResponse) Descriptor() ([]byte, []int) {
-	return file_guest_api_v1_guest_proto_rawDescGZIP(), []int{3}
+	return file_guest_api_v1_guest_proto_rawDescGZIP(), []int{5}
 }
 
 func (x *ConfigureResponse) GetSteps() []*Step {
@@ -500,7 +619,7 @@ type SyncClockRequest struct {
 
 func (x *SyncClockRequest) Reset() {
 	*x = SyncClockRequest{}
-	mi := &file_guest_api_v1_guest_proto_msgTypes[4]
+	mi := &file_guest_api_v1_guest_proto_msgTypes[6]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -512,7 +631,7 @@ func (x *SyncClockRequest) String() string {
 func (*SyncClockRequest) ProtoMessage() {}
 
 func (x *SyncClockRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_guest_api_v1_guest_proto_msgTypes[4]
+	mi := &file_guest_api_v1_guest_proto_msgTypes[6]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -525,7 +644,7 @@ func (x *SyncClockRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SyncClockRequest.ProtoReflect.Descriptor instead.
 func (*SyncClockRequest) Descriptor() ([]byte, []int) {
-	return file_guest_api_v1_guest_proto_rawDescGZIP(), []int{4}
+	return file_guest_api_v1_guest_proto_rawDescGZIP(), []int{6}
 }
 
 func (x *SyncClockRequest) GetOffsetNsec() int64 {
@@ -547,7 +666,7 @@ type SyncClockResponse struct {
 
 func (x *SyncClockResponse) Reset() {
 	*x = SyncClockResponse{}
-	mi := &file_guest_api_v1_guest_proto_msgTypes[5]
+	mi := &file_guest_api_v1_guest_proto_msgTypes[7]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -559,7 +678,7 @@ func (x *SyncClockResponse) String() string {
 func (*SyncClockResponse) ProtoMessage() {}
 
 func (x *SyncClockResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_guest_api_v1_guest_proto_msgTypes[5]
+	mi := &file_guest_api_v1_guest_proto_msgTypes[7]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -572,7 +691,7 @@ func (x *SyncClockResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SyncClockResponse.ProtoReflect.Descriptor instead.
 func (*SyncClockResponse) Descriptor() ([]byte, []int) {
-	return file_guest_api_v1_guest_proto_rawDescGZIP(), []int{5}
+	return file_guest_api_v1_guest_proto_rawDescGZIP(), []int{7}
 }
 
 func (x *SyncClockResponse) GetClock() *timestamppb.Timestamp {
@@ -599,7 +718,7 @@ type Step struct {
 
 func (x *Step) Reset() {
 	*x = Step{}
-	mi := &file_guest_api_v1_guest_proto_msgTypes[6]
+	mi := &file_guest_api_v1_guest_proto_msgTypes[8]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -611,7 +730,7 @@ func (x *Step) String() string {
 func (*Step) ProtoMessage() {}
 
 func (x *Step) ProtoReflect() protoreflect.Message {
-	mi := &file_guest_api_v1_guest_proto_msgTypes[6]
+	mi := &file_guest_api_v1_guest_proto_msgTypes[8]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -624,7 +743,7 @@ func (x *Step) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Step.ProtoReflect.Descriptor instead.
 func (*Step) Descriptor() ([]byte, []int) {
-	return file_guest_api_v1_guest_proto_rawDescGZIP(), []int{6}
+	return file_guest_api_v1_guest_proto_rawDescGZIP(), []int{8}
 }
 
 func (x *Step) GetName() string {
@@ -657,7 +776,7 @@ type Interface struct {
 
 func (x *Interface) Reset() {
 	*x = Interface{}
-	mi := &file_guest_api_v1_guest_proto_msgTypes[7]
+	mi := &file_guest_api_v1_guest_proto_msgTypes[9]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -669,7 +788,7 @@ func (x *Interface) String() string {
 func (*Interface) ProtoMessage() {}
 
 func (x *Interface) ProtoReflect() protoreflect.Message {
-	mi := &file_guest_api_v1_guest_proto_msgTypes[7]
+	mi := &file_guest_api_v1_guest_proto_msgTypes[9]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -682,7 +801,7 @@ func (x *Interface) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Interface.ProtoReflect.Descriptor instead.
 func (*Interface) Descriptor() ([]byte, []int) {
-	return file_guest_api_v1_guest_proto_rawDescGZIP(), []int{7}
+	return file_guest_api_v1_guest_proto_rawDescGZIP(), []int{9}
 }
 
 func (x *Interface) GetName() string {
@@ -733,7 +852,7 @@ type Neighbor struct {
 
 func (x *Neighbor) Reset() {
 	*x = Neighbor{}
-	mi := &file_guest_api_v1_guest_proto_msgTypes[8]
+	mi := &file_guest_api_v1_guest_proto_msgTypes[10]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -745,7 +864,7 @@ func (x *Neighbor) String() string {
 func (*Neighbor) ProtoMessage() {}
 
 func (x *Neighbor) ProtoReflect() protoreflect.Message {
-	mi := &file_guest_api_v1_guest_proto_msgTypes[8]
+	mi := &file_guest_api_v1_guest_proto_msgTypes[10]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -758,7 +877,7 @@ func (x *Neighbor) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Neighbor.ProtoReflect.Descriptor instead.
 func (*Neighbor) Descriptor() ([]byte, []int) {
-	return file_guest_api_v1_guest_proto_rawDescGZIP(), []int{8}
+	return file_guest_api_v1_guest_proto_rawDescGZIP(), []int{10}
 }
 
 func (x *Neighbor) GetAddress() string {
@@ -811,7 +930,7 @@ type Route struct {
 
 func (x *Route) Reset() {
 	*x = Route{}
-	mi := &file_guest_api_v1_guest_proto_msgTypes[9]
+	mi := &file_guest_api_v1_guest_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -823,7 +942,7 @@ func (x *Route) String() string {
 func (*Route) ProtoMessage() {}
 
 func (x *Route) ProtoReflect() protoreflect.Message {
-	mi := &file_guest_api_v1_guest_proto_msgTypes[9]
+	mi := &file_guest_api_v1_guest_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -836,7 +955,7 @@ func (x *Route) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Route.ProtoReflect.Descriptor instead.
 func (*Route) Descriptor() ([]byte, []int) {
-	return file_guest_api_v1_guest_proto_rawDescGZIP(), []int{9}
+	return file_guest_api_v1_guest_proto_rawDescGZIP(), []int{11}
 }
 
 func (x *Route) GetDestination() string {
@@ -930,7 +1049,7 @@ type ResizeRequest struct {
 
 func (x *ResizeRequest) Reset() {
 	*x = ResizeRequest{}
-	mi := &file_guest_api_v1_guest_proto_msgTypes[10]
+	mi := &file_guest_api_v1_guest_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -942,7 +1061,7 @@ func (x *ResizeRequest) String() string {
 func (*ResizeRequest) ProtoMessage() {}
 
 func (x *ResizeRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_guest_api_v1_guest_proto_msgTypes[10]
+	mi := &file_guest_api_v1_guest_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -955,7 +1074,7 @@ func (x *ResizeRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ResizeRequest.ProtoReflect.Descriptor instead.
 func (*ResizeRequest) Descriptor() ([]byte, []int) {
-	return file_guest_api_v1_guest_proto_rawDescGZIP(), []int{10}
+	return file_guest_api_v1_guest_proto_rawDescGZIP(), []int{12}
 }
 
 func (x *ResizeRequest) GetVcpus() uint32 {
@@ -989,7 +1108,7 @@ type ResizeResponse struct {
 
 func (x *ResizeResponse) Reset() {
 	*x = ResizeResponse{}
-	mi := &file_guest_api_v1_guest_proto_msgTypes[11]
+	mi := &file_guest_api_v1_guest_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1001,7 +1120,7 @@ func (x *ResizeResponse) String() string {
 func (*ResizeResponse) ProtoMessage() {}
 
 func (x *ResizeResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_guest_api_v1_guest_proto_msgTypes[11]
+	mi := &file_guest_api_v1_guest_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1014,7 +1133,7 @@ func (x *ResizeResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ResizeResponse.ProtoReflect.Descriptor instead.
 func (*ResizeResponse) Descriptor() ([]byte, []int) {
-	return file_guest_api_v1_guest_proto_rawDescGZIP(), []int{11}
+	return file_guest_api_v1_guest_proto_rawDescGZIP(), []int{13}
 }
 
 func (x *ResizeResponse) GetVcpusOnline() uint32 {
@@ -1039,7 +1158,7 @@ type PowerOffRequest struct {
 
 func (x *PowerOffRequest) Reset() {
 	*x = PowerOffRequest{}
-	mi := &file_guest_api_v1_guest_proto_msgTypes[12]
+	mi := &file_guest_api_v1_guest_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1051,7 +1170,7 @@ func (x *PowerOffRequest) String() string {
 func (*PowerOffRequest) ProtoMessage() {}
 
 func (x *PowerOffRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_guest_api_v1_guest_proto_msgTypes[12]
+	mi := &file_guest_api_v1_guest_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1064,7 +1183,7 @@ func (x *PowerOffRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PowerOffRequest.ProtoReflect.Descriptor instead.
 func (*PowerOffRequest) Descriptor() ([]byte, []int) {
-	return file_guest_api_v1_guest_proto_rawDescGZIP(), []int{12}
+	return file_guest_api_v1_guest_proto_rawDescGZIP(), []int{14}
 }
 
 // RootFS says what a container's root file system is made of.
@@ -1079,7 +1198,7 @@ type RootFS struct {
 
 func (x *RootFS) Reset() {
 	*x = RootFS{}
-	mi := &file_guest_api_v1_guest_proto_msgTypes[13]
+	mi := &file_guest_api_v1_guest_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1091,7 +1210,7 @@ func (x *RootFS) String() string {
 func (*RootFS) ProtoMessage() {}
 
 func (x *RootFS) ProtoReflect() protoreflect.Message {
-	mi := &file_guest_api_v1_guest_proto_msgTypes[13]
+	mi := &file_guest_api_v1_guest_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1104,7 +1223,7 @@ func (x *RootFS) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RootFS.ProtoReflect.Descriptor instead.
 func (*RootFS) Descriptor() ([]byte, []int) {
-	return file_guest_api_v1_guest_proto_rawDescGZIP(), []int{13}
+	return file_guest_api_v1_guest_proto_rawDescGZIP(), []int{15}
 }
 
 func (x *RootFS) GetImageSerial() string {
@@ -1129,7 +1248,7 @@ type Stdio struct {
 
 func (x *Stdio) Reset() {
 	*x = Stdio{}
-	mi := &file_guest_api_v1_guest_proto_msgTypes[14]
+	mi := &file_guest_api_v1_guest_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1141,7 +1260,7 @@ func (x *Stdio) String() string {
 func (*Stdio) ProtoMessage() {}
 
 func (x *Stdio) ProtoReflect() protoreflect.Message {
-	mi := &file_guest_api_v1_guest_proto_msgTypes[14]
+	mi := &file_guest_api_v1_guest_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1154,7 +1273,7 @@ func (x *Stdio) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Stdio.ProtoReflect.Descriptor instead.
 func (*Stdio) Descriptor() ([]byte, []int) {
-	return file_guest_api_v1_guest_proto_rawDescGZIP(), []int{14}
+	return file_guest_api_v1_guest_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *Stdio) GetStdin() string {
@@ -1190,7 +1309,8 @@ type CreateRequest struct {
 	Id    string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
 	// spec is an OCI runtime spec in JSON, already a guest's: see the shim's
 	// spec translation. Root.Path, the cgroup path and pod namespaces are the
-	// agent's to set.
+	// agent's to set. Its ID mappings have to be those of the pod's user namespace, if it
+	// has one.
 	Spec         []byte       `protobuf:"bytes,2,opt,name=spec,proto3" json:"spec,omitempty"`
 	Rootfs       *RootFS      `protobuf:"bytes,3,opt,name=rootfs,proto3" json:"rootfs,omitempty"`
 	Stdio        *Stdio       `protobuf:"bytes,4,opt,name=stdio,proto3" json:"stdio,omitempty"`
@@ -1205,7 +1325,7 @@ type CreateRequest struct {
 
 func (x *CreateRequest) Reset() {
 	*x = CreateRequest{}
-	mi := &file_guest_api_v1_guest_proto_msgTypes[15]
+	mi := &file_guest_api_v1_guest_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1217,7 +1337,7 @@ func (x *CreateRequest) String() string {
 func (*CreateRequest) ProtoMessage() {}
 
 func (x *CreateRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_guest_api_v1_guest_proto_msgTypes[15]
+	mi := &file_guest_api_v1_guest_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1230,7 +1350,7 @@ func (x *CreateRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CreateRequest.ProtoReflect.Descriptor instead.
 func (*CreateRequest) Descriptor() ([]byte, []int) {
-	return file_guest_api_v1_guest_proto_rawDescGZIP(), []int{15}
+	return file_guest_api_v1_guest_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *CreateRequest) GetId() string {
@@ -1294,7 +1414,7 @@ type MountVolumesRequest struct {
 
 func (x *MountVolumesRequest) Reset() {
 	*x = MountVolumesRequest{}
-	mi := &file_guest_api_v1_guest_proto_msgTypes[16]
+	mi := &file_guest_api_v1_guest_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1306,7 +1426,7 @@ func (x *MountVolumesRequest) String() string {
 func (*MountVolumesRequest) ProtoMessage() {}
 
 func (x *MountVolumesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_guest_api_v1_guest_proto_msgTypes[16]
+	mi := &file_guest_api_v1_guest_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1319,7 +1439,7 @@ func (x *MountVolumesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use MountVolumesRequest.ProtoReflect.Descriptor instead.
 func (*MountVolumesRequest) Descriptor() ([]byte, []int) {
-	return file_guest_api_v1_guest_proto_rawDescGZIP(), []int{16}
+	return file_guest_api_v1_guest_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *MountVolumesRequest) GetStream() string {
@@ -1349,7 +1469,7 @@ type WarmUpRequest struct {
 
 func (x *WarmUpRequest) Reset() {
 	*x = WarmUpRequest{}
-	mi := &file_guest_api_v1_guest_proto_msgTypes[17]
+	mi := &file_guest_api_v1_guest_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1361,7 +1481,7 @@ func (x *WarmUpRequest) String() string {
 func (*WarmUpRequest) ProtoMessage() {}
 
 func (x *WarmUpRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_guest_api_v1_guest_proto_msgTypes[17]
+	mi := &file_guest_api_v1_guest_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1374,7 +1494,7 @@ func (x *WarmUpRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WarmUpRequest.ProtoReflect.Descriptor instead.
 func (*WarmUpRequest) Descriptor() ([]byte, []int) {
-	return file_guest_api_v1_guest_proto_rawDescGZIP(), []int{17}
+	return file_guest_api_v1_guest_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *WarmUpRequest) GetSpec() []byte {
@@ -1402,7 +1522,7 @@ type CreateResponse struct {
 
 func (x *CreateResponse) Reset() {
 	*x = CreateResponse{}
-	mi := &file_guest_api_v1_guest_proto_msgTypes[18]
+	mi := &file_guest_api_v1_guest_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1414,7 +1534,7 @@ func (x *CreateResponse) String() string {
 func (*CreateResponse) ProtoMessage() {}
 
 func (x *CreateResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_guest_api_v1_guest_proto_msgTypes[18]
+	mi := &file_guest_api_v1_guest_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1427,7 +1547,7 @@ func (x *CreateResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CreateResponse.ProtoReflect.Descriptor instead.
 func (*CreateResponse) Descriptor() ([]byte, []int) {
-	return file_guest_api_v1_guest_proto_rawDescGZIP(), []int{18}
+	return file_guest_api_v1_guest_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *CreateResponse) GetPid() uint32 {
@@ -1454,7 +1574,7 @@ type StartRequest struct {
 
 func (x *StartRequest) Reset() {
 	*x = StartRequest{}
-	mi := &file_guest_api_v1_guest_proto_msgTypes[19]
+	mi := &file_guest_api_v1_guest_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1466,7 +1586,7 @@ func (x *StartRequest) String() string {
 func (*StartRequest) ProtoMessage() {}
 
 func (x *StartRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_guest_api_v1_guest_proto_msgTypes[19]
+	mi := &file_guest_api_v1_guest_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1479,7 +1599,7 @@ func (x *StartRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StartRequest.ProtoReflect.Descriptor instead.
 func (*StartRequest) Descriptor() ([]byte, []int) {
-	return file_guest_api_v1_guest_proto_rawDescGZIP(), []int{19}
+	return file_guest_api_v1_guest_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *StartRequest) GetId() string {
@@ -1505,7 +1625,7 @@ type StartResponse struct {
 
 func (x *StartResponse) Reset() {
 	*x = StartResponse{}
-	mi := &file_guest_api_v1_guest_proto_msgTypes[20]
+	mi := &file_guest_api_v1_guest_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1517,7 +1637,7 @@ func (x *StartResponse) String() string {
 func (*StartResponse) ProtoMessage() {}
 
 func (x *StartResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_guest_api_v1_guest_proto_msgTypes[20]
+	mi := &file_guest_api_v1_guest_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1530,7 +1650,7 @@ func (x *StartResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StartResponse.ProtoReflect.Descriptor instead.
 func (*StartResponse) Descriptor() ([]byte, []int) {
-	return file_guest_api_v1_guest_proto_rawDescGZIP(), []int{20}
+	return file_guest_api_v1_guest_proto_rawDescGZIP(), []int{22}
 }
 
 func (x *StartResponse) GetPid() uint32 {
@@ -1553,7 +1673,7 @@ type ExecRequest struct {
 
 func (x *ExecRequest) Reset() {
 	*x = ExecRequest{}
-	mi := &file_guest_api_v1_guest_proto_msgTypes[21]
+	mi := &file_guest_api_v1_guest_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1565,7 +1685,7 @@ func (x *ExecRequest) String() string {
 func (*ExecRequest) ProtoMessage() {}
 
 func (x *ExecRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_guest_api_v1_guest_proto_msgTypes[21]
+	mi := &file_guest_api_v1_guest_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1578,7 +1698,7 @@ func (x *ExecRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExecRequest.ProtoReflect.Descriptor instead.
 func (*ExecRequest) Descriptor() ([]byte, []int) {
-	return file_guest_api_v1_guest_proto_rawDescGZIP(), []int{21}
+	return file_guest_api_v1_guest_proto_rawDescGZIP(), []int{23}
 }
 
 func (x *ExecRequest) GetId() string {
@@ -1619,7 +1739,7 @@ type DeleteRequest struct {
 
 func (x *DeleteRequest) Reset() {
 	*x = DeleteRequest{}
-	mi := &file_guest_api_v1_guest_proto_msgTypes[22]
+	mi := &file_guest_api_v1_guest_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1631,7 +1751,7 @@ func (x *DeleteRequest) String() string {
 func (*DeleteRequest) ProtoMessage() {}
 
 func (x *DeleteRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_guest_api_v1_guest_proto_msgTypes[22]
+	mi := &file_guest_api_v1_guest_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1644,7 +1764,7 @@ func (x *DeleteRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DeleteRequest.ProtoReflect.Descriptor instead.
 func (*DeleteRequest) Descriptor() ([]byte, []int) {
-	return file_guest_api_v1_guest_proto_rawDescGZIP(), []int{22}
+	return file_guest_api_v1_guest_proto_rawDescGZIP(), []int{24}
 }
 
 func (x *DeleteRequest) GetId() string {
@@ -1672,7 +1792,7 @@ type DeleteResponse struct {
 
 func (x *DeleteResponse) Reset() {
 	*x = DeleteResponse{}
-	mi := &file_guest_api_v1_guest_proto_msgTypes[23]
+	mi := &file_guest_api_v1_guest_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1684,7 +1804,7 @@ func (x *DeleteResponse) String() string {
 func (*DeleteResponse) ProtoMessage() {}
 
 func (x *DeleteResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_guest_api_v1_guest_proto_msgTypes[23]
+	mi := &file_guest_api_v1_guest_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1697,7 +1817,7 @@ func (x *DeleteResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DeleteResponse.ProtoReflect.Descriptor instead.
 func (*DeleteResponse) Descriptor() ([]byte, []int) {
-	return file_guest_api_v1_guest_proto_rawDescGZIP(), []int{23}
+	return file_guest_api_v1_guest_proto_rawDescGZIP(), []int{25}
 }
 
 func (x *DeleteResponse) GetPid() uint32 {
@@ -1734,7 +1854,7 @@ type KillRequest struct {
 
 func (x *KillRequest) Reset() {
 	*x = KillRequest{}
-	mi := &file_guest_api_v1_guest_proto_msgTypes[24]
+	mi := &file_guest_api_v1_guest_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1746,7 +1866,7 @@ func (x *KillRequest) String() string {
 func (*KillRequest) ProtoMessage() {}
 
 func (x *KillRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_guest_api_v1_guest_proto_msgTypes[24]
+	mi := &file_guest_api_v1_guest_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1759,7 +1879,7 @@ func (x *KillRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use KillRequest.ProtoReflect.Descriptor instead.
 func (*KillRequest) Descriptor() ([]byte, []int) {
-	return file_guest_api_v1_guest_proto_rawDescGZIP(), []int{24}
+	return file_guest_api_v1_guest_proto_rawDescGZIP(), []int{26}
 }
 
 func (x *KillRequest) GetId() string {
@@ -1802,7 +1922,7 @@ type ResizePtyRequest struct {
 
 func (x *ResizePtyRequest) Reset() {
 	*x = ResizePtyRequest{}
-	mi := &file_guest_api_v1_guest_proto_msgTypes[25]
+	mi := &file_guest_api_v1_guest_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1814,7 +1934,7 @@ func (x *ResizePtyRequest) String() string {
 func (*ResizePtyRequest) ProtoMessage() {}
 
 func (x *ResizePtyRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_guest_api_v1_guest_proto_msgTypes[25]
+	mi := &file_guest_api_v1_guest_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1827,7 +1947,7 @@ func (x *ResizePtyRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ResizePtyRequest.ProtoReflect.Descriptor instead.
 func (*ResizePtyRequest) Descriptor() ([]byte, []int) {
-	return file_guest_api_v1_guest_proto_rawDescGZIP(), []int{25}
+	return file_guest_api_v1_guest_proto_rawDescGZIP(), []int{27}
 }
 
 func (x *ResizePtyRequest) GetId() string {
@@ -1867,7 +1987,7 @@ type PauseRequest struct {
 
 func (x *PauseRequest) Reset() {
 	*x = PauseRequest{}
-	mi := &file_guest_api_v1_guest_proto_msgTypes[26]
+	mi := &file_guest_api_v1_guest_proto_msgTypes[28]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1879,7 +1999,7 @@ func (x *PauseRequest) String() string {
 func (*PauseRequest) ProtoMessage() {}
 
 func (x *PauseRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_guest_api_v1_guest_proto_msgTypes[26]
+	mi := &file_guest_api_v1_guest_proto_msgTypes[28]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1892,7 +2012,7 @@ func (x *PauseRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PauseRequest.ProtoReflect.Descriptor instead.
 func (*PauseRequest) Descriptor() ([]byte, []int) {
-	return file_guest_api_v1_guest_proto_rawDescGZIP(), []int{26}
+	return file_guest_api_v1_guest_proto_rawDescGZIP(), []int{28}
 }
 
 func (x *PauseRequest) GetId() string {
@@ -1911,7 +2031,7 @@ type ResumeRequest struct {
 
 func (x *ResumeRequest) Reset() {
 	*x = ResumeRequest{}
-	mi := &file_guest_api_v1_guest_proto_msgTypes[27]
+	mi := &file_guest_api_v1_guest_proto_msgTypes[29]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1923,7 +2043,7 @@ func (x *ResumeRequest) String() string {
 func (*ResumeRequest) ProtoMessage() {}
 
 func (x *ResumeRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_guest_api_v1_guest_proto_msgTypes[27]
+	mi := &file_guest_api_v1_guest_proto_msgTypes[29]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1936,7 +2056,7 @@ func (x *ResumeRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ResumeRequest.ProtoReflect.Descriptor instead.
 func (*ResumeRequest) Descriptor() ([]byte, []int) {
-	return file_guest_api_v1_guest_proto_rawDescGZIP(), []int{27}
+	return file_guest_api_v1_guest_proto_rawDescGZIP(), []int{29}
 }
 
 func (x *ResumeRequest) GetId() string {
@@ -1957,7 +2077,7 @@ type UpdateRequest struct {
 
 func (x *UpdateRequest) Reset() {
 	*x = UpdateRequest{}
-	mi := &file_guest_api_v1_guest_proto_msgTypes[28]
+	mi := &file_guest_api_v1_guest_proto_msgTypes[30]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1969,7 +2089,7 @@ func (x *UpdateRequest) String() string {
 func (*UpdateRequest) ProtoMessage() {}
 
 func (x *UpdateRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_guest_api_v1_guest_proto_msgTypes[28]
+	mi := &file_guest_api_v1_guest_proto_msgTypes[30]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1982,7 +2102,7 @@ func (x *UpdateRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UpdateRequest.ProtoReflect.Descriptor instead.
 func (*UpdateRequest) Descriptor() ([]byte, []int) {
-	return file_guest_api_v1_guest_proto_rawDescGZIP(), []int{28}
+	return file_guest_api_v1_guest_proto_rawDescGZIP(), []int{30}
 }
 
 func (x *UpdateRequest) GetId() string {
@@ -2008,7 +2128,7 @@ type StatsRequest struct {
 
 func (x *StatsRequest) Reset() {
 	*x = StatsRequest{}
-	mi := &file_guest_api_v1_guest_proto_msgTypes[29]
+	mi := &file_guest_api_v1_guest_proto_msgTypes[31]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2020,7 +2140,7 @@ func (x *StatsRequest) String() string {
 func (*StatsRequest) ProtoMessage() {}
 
 func (x *StatsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_guest_api_v1_guest_proto_msgTypes[29]
+	mi := &file_guest_api_v1_guest_proto_msgTypes[31]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2033,7 +2153,7 @@ func (x *StatsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StatsRequest.ProtoReflect.Descriptor instead.
 func (*StatsRequest) Descriptor() ([]byte, []int) {
-	return file_guest_api_v1_guest_proto_rawDescGZIP(), []int{29}
+	return file_guest_api_v1_guest_proto_rawDescGZIP(), []int{31}
 }
 
 func (x *StatsRequest) GetId() string {
@@ -2059,7 +2179,7 @@ type StatsResponse struct {
 
 func (x *StatsResponse) Reset() {
 	*x = StatsResponse{}
-	mi := &file_guest_api_v1_guest_proto_msgTypes[30]
+	mi := &file_guest_api_v1_guest_proto_msgTypes[32]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2071,7 +2191,7 @@ func (x *StatsResponse) String() string {
 func (*StatsResponse) ProtoMessage() {}
 
 func (x *StatsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_guest_api_v1_guest_proto_msgTypes[30]
+	mi := &file_guest_api_v1_guest_proto_msgTypes[32]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2084,7 +2204,7 @@ func (x *StatsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StatsResponse.ProtoReflect.Descriptor instead.
 func (*StatsResponse) Descriptor() ([]byte, []int) {
-	return file_guest_api_v1_guest_proto_rawDescGZIP(), []int{30}
+	return file_guest_api_v1_guest_proto_rawDescGZIP(), []int{32}
 }
 
 func (x *StatsResponse) GetCpu() *CPUStats {
@@ -2143,7 +2263,7 @@ type CPUStats struct {
 
 func (x *CPUStats) Reset() {
 	*x = CPUStats{}
-	mi := &file_guest_api_v1_guest_proto_msgTypes[31]
+	mi := &file_guest_api_v1_guest_proto_msgTypes[33]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2155,7 +2275,7 @@ func (x *CPUStats) String() string {
 func (*CPUStats) ProtoMessage() {}
 
 func (x *CPUStats) ProtoReflect() protoreflect.Message {
-	mi := &file_guest_api_v1_guest_proto_msgTypes[31]
+	mi := &file_guest_api_v1_guest_proto_msgTypes[33]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2168,7 +2288,7 @@ func (x *CPUStats) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CPUStats.ProtoReflect.Descriptor instead.
 func (*CPUStats) Descriptor() ([]byte, []int) {
-	return file_guest_api_v1_guest_proto_rawDescGZIP(), []int{31}
+	return file_guest_api_v1_guest_proto_rawDescGZIP(), []int{33}
 }
 
 func (x *CPUStats) GetUsageUsec() uint64 {
@@ -2234,7 +2354,7 @@ type MemoryStats struct {
 
 func (x *MemoryStats) Reset() {
 	*x = MemoryStats{}
-	mi := &file_guest_api_v1_guest_proto_msgTypes[32]
+	mi := &file_guest_api_v1_guest_proto_msgTypes[34]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2246,7 +2366,7 @@ func (x *MemoryStats) String() string {
 func (*MemoryStats) ProtoMessage() {}
 
 func (x *MemoryStats) ProtoReflect() protoreflect.Message {
-	mi := &file_guest_api_v1_guest_proto_msgTypes[32]
+	mi := &file_guest_api_v1_guest_proto_msgTypes[34]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2259,7 +2379,7 @@ func (x *MemoryStats) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use MemoryStats.ProtoReflect.Descriptor instead.
 func (*MemoryStats) Descriptor() ([]byte, []int) {
-	return file_guest_api_v1_guest_proto_rawDescGZIP(), []int{32}
+	return file_guest_api_v1_guest_proto_rawDescGZIP(), []int{34}
 }
 
 func (x *MemoryStats) GetUsage() uint64 {
@@ -2349,7 +2469,7 @@ type PidsStats struct {
 
 func (x *PidsStats) Reset() {
 	*x = PidsStats{}
-	mi := &file_guest_api_v1_guest_proto_msgTypes[33]
+	mi := &file_guest_api_v1_guest_proto_msgTypes[35]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2361,7 +2481,7 @@ func (x *PidsStats) String() string {
 func (*PidsStats) ProtoMessage() {}
 
 func (x *PidsStats) ProtoReflect() protoreflect.Message {
-	mi := &file_guest_api_v1_guest_proto_msgTypes[33]
+	mi := &file_guest_api_v1_guest_proto_msgTypes[35]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2374,7 +2494,7 @@ func (x *PidsStats) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PidsStats.ProtoReflect.Descriptor instead.
 func (*PidsStats) Descriptor() ([]byte, []int) {
-	return file_guest_api_v1_guest_proto_rawDescGZIP(), []int{33}
+	return file_guest_api_v1_guest_proto_rawDescGZIP(), []int{35}
 }
 
 func (x *PidsStats) GetCurrent() uint64 {
@@ -2405,7 +2525,7 @@ type IOStats struct {
 
 func (x *IOStats) Reset() {
 	*x = IOStats{}
-	mi := &file_guest_api_v1_guest_proto_msgTypes[34]
+	mi := &file_guest_api_v1_guest_proto_msgTypes[36]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2417,7 +2537,7 @@ func (x *IOStats) String() string {
 func (*IOStats) ProtoMessage() {}
 
 func (x *IOStats) ProtoReflect() protoreflect.Message {
-	mi := &file_guest_api_v1_guest_proto_msgTypes[34]
+	mi := &file_guest_api_v1_guest_proto_msgTypes[36]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2430,7 +2550,7 @@ func (x *IOStats) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use IOStats.ProtoReflect.Descriptor instead.
 func (*IOStats) Descriptor() ([]byte, []int) {
-	return file_guest_api_v1_guest_proto_rawDescGZIP(), []int{34}
+	return file_guest_api_v1_guest_proto_rawDescGZIP(), []int{36}
 }
 
 func (x *IOStats) GetMajor() uint64 {
@@ -2484,7 +2604,7 @@ type PidsRequest struct {
 
 func (x *PidsRequest) Reset() {
 	*x = PidsRequest{}
-	mi := &file_guest_api_v1_guest_proto_msgTypes[35]
+	mi := &file_guest_api_v1_guest_proto_msgTypes[37]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2496,7 +2616,7 @@ func (x *PidsRequest) String() string {
 func (*PidsRequest) ProtoMessage() {}
 
 func (x *PidsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_guest_api_v1_guest_proto_msgTypes[35]
+	mi := &file_guest_api_v1_guest_proto_msgTypes[37]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2509,7 +2629,7 @@ func (x *PidsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PidsRequest.ProtoReflect.Descriptor instead.
 func (*PidsRequest) Descriptor() ([]byte, []int) {
-	return file_guest_api_v1_guest_proto_rawDescGZIP(), []int{35}
+	return file_guest_api_v1_guest_proto_rawDescGZIP(), []int{37}
 }
 
 func (x *PidsRequest) GetId() string {
@@ -2529,7 +2649,7 @@ type PidsResponse struct {
 
 func (x *PidsResponse) Reset() {
 	*x = PidsResponse{}
-	mi := &file_guest_api_v1_guest_proto_msgTypes[36]
+	mi := &file_guest_api_v1_guest_proto_msgTypes[38]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2541,7 +2661,7 @@ func (x *PidsResponse) String() string {
 func (*PidsResponse) ProtoMessage() {}
 
 func (x *PidsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_guest_api_v1_guest_proto_msgTypes[36]
+	mi := &file_guest_api_v1_guest_proto_msgTypes[38]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2554,7 +2674,7 @@ func (x *PidsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PidsResponse.ProtoReflect.Descriptor instead.
 func (*PidsResponse) Descriptor() ([]byte, []int) {
-	return file_guest_api_v1_guest_proto_rawDescGZIP(), []int{36}
+	return file_guest_api_v1_guest_proto_rawDescGZIP(), []int{38}
 }
 
 func (x *PidsResponse) GetProcesses() []*Process {
@@ -2575,7 +2695,7 @@ type Process struct {
 
 func (x *Process) Reset() {
 	*x = Process{}
-	mi := &file_guest_api_v1_guest_proto_msgTypes[37]
+	mi := &file_guest_api_v1_guest_proto_msgTypes[39]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2587,7 +2707,7 @@ func (x *Process) String() string {
 func (*Process) ProtoMessage() {}
 
 func (x *Process) ProtoReflect() protoreflect.Message {
-	mi := &file_guest_api_v1_guest_proto_msgTypes[37]
+	mi := &file_guest_api_v1_guest_proto_msgTypes[39]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2600,7 +2720,7 @@ func (x *Process) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Process.ProtoReflect.Descriptor instead.
 func (*Process) Descriptor() ([]byte, []int) {
-	return file_guest_api_v1_guest_proto_rawDescGZIP(), []int{37}
+	return file_guest_api_v1_guest_proto_rawDescGZIP(), []int{39}
 }
 
 func (x *Process) GetPid() uint32 {
@@ -2627,7 +2747,7 @@ type StateRequest struct {
 
 func (x *StateRequest) Reset() {
 	*x = StateRequest{}
-	mi := &file_guest_api_v1_guest_proto_msgTypes[38]
+	mi := &file_guest_api_v1_guest_proto_msgTypes[40]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2639,7 +2759,7 @@ func (x *StateRequest) String() string {
 func (*StateRequest) ProtoMessage() {}
 
 func (x *StateRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_guest_api_v1_guest_proto_msgTypes[38]
+	mi := &file_guest_api_v1_guest_proto_msgTypes[40]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2652,7 +2772,7 @@ func (x *StateRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StateRequest.ProtoReflect.Descriptor instead.
 func (*StateRequest) Descriptor() ([]byte, []int) {
-	return file_guest_api_v1_guest_proto_rawDescGZIP(), []int{38}
+	return file_guest_api_v1_guest_proto_rawDescGZIP(), []int{40}
 }
 
 func (x *StateRequest) GetId() string {
@@ -2681,7 +2801,7 @@ type StateResponse struct {
 
 func (x *StateResponse) Reset() {
 	*x = StateResponse{}
-	mi := &file_guest_api_v1_guest_proto_msgTypes[39]
+	mi := &file_guest_api_v1_guest_proto_msgTypes[41]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2693,7 +2813,7 @@ func (x *StateResponse) String() string {
 func (*StateResponse) ProtoMessage() {}
 
 func (x *StateResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_guest_api_v1_guest_proto_msgTypes[39]
+	mi := &file_guest_api_v1_guest_proto_msgTypes[41]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2706,7 +2826,7 @@ func (x *StateResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StateResponse.ProtoReflect.Descriptor instead.
 func (*StateResponse) Descriptor() ([]byte, []int) {
-	return file_guest_api_v1_guest_proto_rawDescGZIP(), []int{39}
+	return file_guest_api_v1_guest_proto_rawDescGZIP(), []int{41}
 }
 
 func (x *StateResponse) GetPid() uint32 {
@@ -2747,7 +2867,7 @@ type WaitRequest struct {
 
 func (x *WaitRequest) Reset() {
 	*x = WaitRequest{}
-	mi := &file_guest_api_v1_guest_proto_msgTypes[40]
+	mi := &file_guest_api_v1_guest_proto_msgTypes[42]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2759,7 +2879,7 @@ func (x *WaitRequest) String() string {
 func (*WaitRequest) ProtoMessage() {}
 
 func (x *WaitRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_guest_api_v1_guest_proto_msgTypes[40]
+	mi := &file_guest_api_v1_guest_proto_msgTypes[42]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2772,7 +2892,7 @@ func (x *WaitRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WaitRequest.ProtoReflect.Descriptor instead.
 func (*WaitRequest) Descriptor() ([]byte, []int) {
-	return file_guest_api_v1_guest_proto_rawDescGZIP(), []int{40}
+	return file_guest_api_v1_guest_proto_rawDescGZIP(), []int{42}
 }
 
 func (x *WaitRequest) GetId() string {
@@ -2801,7 +2921,7 @@ type WaitResponse struct {
 
 func (x *WaitResponse) Reset() {
 	*x = WaitResponse{}
-	mi := &file_guest_api_v1_guest_proto_msgTypes[41]
+	mi := &file_guest_api_v1_guest_proto_msgTypes[43]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2813,7 +2933,7 @@ func (x *WaitResponse) String() string {
 func (*WaitResponse) ProtoMessage() {}
 
 func (x *WaitResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_guest_api_v1_guest_proto_msgTypes[41]
+	mi := &file_guest_api_v1_guest_proto_msgTypes[43]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2826,7 +2946,7 @@ func (x *WaitResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WaitResponse.ProtoReflect.Descriptor instead.
 func (*WaitResponse) Descriptor() ([]byte, []int) {
-	return file_guest_api_v1_guest_proto_rawDescGZIP(), []int{41}
+	return file_guest_api_v1_guest_proto_rawDescGZIP(), []int{43}
 }
 
 func (x *WaitResponse) GetExitStatus() uint32 {
@@ -2867,7 +2987,7 @@ const file_guest_api_v1_guest_proto_rawDesc = "" +
 	"\fvcpus_online\x18\x05 \x01(\rR\vvcpusOnline\x12,\n" +
 	"\x12memory_total_bytes\x18\x06 \x01(\x04R\x10memoryTotalBytes\x12\x1b\n" +
 	"\tboot_usec\x18\a \x01(\x04R\bbootUsec\x12(\n" +
-	"\x10agent_start_usec\x18\b \x01(\x04R\x0eagentStartUsec\"\xd4\x04\n" +
+	"\x10agent_start_usec\x18\b \x01(\x04R\x0eagentStartUsec\"\x9c\x05\n" +
 	"\x10ConfigureRequest\x12\x15\n" +
 	"\x06pod_id\x18\x01 \x01(\tR\x05podId\x12\x1a\n" +
 	"\bhostname\x18\x02 \x01(\tR\bhostname\x12\x14\n" +
@@ -2888,10 +3008,17 @@ const file_guest_api_v1_guest_proto_rawDesc = "" +
 	"\n" +
 	"machine_id\x18\r \x01(\tR\tmachineId\x12 \n" +
 	"\fbuilt_in_mac\x18\x0e \x01(\tR\n" +
-	"builtInMac\x1a:\n" +
+	"builtInMac\x12F\n" +
+	"\x0euser_namespace\x18\x0f \x01(\v2\x1f.cloudhv.guest.v1.UserNamespaceR\ruserNamespace\x1a:\n" +
 	"\fSysctlsEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
-	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"A\n" +
+	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"q\n" +
+	"\rUserNamespace\x12/\n" +
+	"\x04uids\x18\x01 \x01(\v2\x1b.cloudhv.guest.v1.IDMappingR\x04uids\x12/\n" +
+	"\x04gids\x18\x02 \x01(\v2\x1b.cloudhv.guest.v1.IDMappingR\x04gids\"5\n" +
+	"\tIDMapping\x12\x14\n" +
+	"\x05first\x18\x01 \x01(\rR\x05first\x12\x12\n" +
+	"\x04size\x18\x02 \x01(\rR\x04size\"A\n" +
 	"\x11ConfigureResponse\x12,\n" +
 	"\x05steps\x18\x01 \x03(\v2\x16.cloudhv.guest.v1.StepR\x05steps\"3\n" +
 	"\x10SyncClockRequest\x12\x1f\n" +
@@ -3116,127 +3243,132 @@ func file_guest_api_v1_guest_proto_rawDescGZIP() []byte {
 }
 
 var file_guest_api_v1_guest_proto_enumTypes = make([]protoimpl.EnumInfo, 2)
-var file_guest_api_v1_guest_proto_msgTypes = make([]protoimpl.MessageInfo, 44)
+var file_guest_api_v1_guest_proto_msgTypes = make([]protoimpl.MessageInfo, 46)
 var file_guest_api_v1_guest_proto_goTypes = []any{
 	(PidNamespace)(0),             // 0: cloudhv.guest.v1.PidNamespace
 	(Status)(0),                   // 1: cloudhv.guest.v1.Status
 	(*InfoRequest)(nil),           // 2: cloudhv.guest.v1.InfoRequest
 	(*InfoResponse)(nil),          // 3: cloudhv.guest.v1.InfoResponse
 	(*ConfigureRequest)(nil),      // 4: cloudhv.guest.v1.ConfigureRequest
-	(*ConfigureResponse)(nil),     // 5: cloudhv.guest.v1.ConfigureResponse
-	(*SyncClockRequest)(nil),      // 6: cloudhv.guest.v1.SyncClockRequest
-	(*SyncClockResponse)(nil),     // 7: cloudhv.guest.v1.SyncClockResponse
-	(*Step)(nil),                  // 8: cloudhv.guest.v1.Step
-	(*Interface)(nil),             // 9: cloudhv.guest.v1.Interface
-	(*Neighbor)(nil),              // 10: cloudhv.guest.v1.Neighbor
-	(*Route)(nil),                 // 11: cloudhv.guest.v1.Route
-	(*ResizeRequest)(nil),         // 12: cloudhv.guest.v1.ResizeRequest
-	(*ResizeResponse)(nil),        // 13: cloudhv.guest.v1.ResizeResponse
-	(*PowerOffRequest)(nil),       // 14: cloudhv.guest.v1.PowerOffRequest
-	(*RootFS)(nil),                // 15: cloudhv.guest.v1.RootFS
-	(*Stdio)(nil),                 // 16: cloudhv.guest.v1.Stdio
-	(*CreateRequest)(nil),         // 17: cloudhv.guest.v1.CreateRequest
-	(*MountVolumesRequest)(nil),   // 18: cloudhv.guest.v1.MountVolumesRequest
-	(*WarmUpRequest)(nil),         // 19: cloudhv.guest.v1.WarmUpRequest
-	(*CreateResponse)(nil),        // 20: cloudhv.guest.v1.CreateResponse
-	(*StartRequest)(nil),          // 21: cloudhv.guest.v1.StartRequest
-	(*StartResponse)(nil),         // 22: cloudhv.guest.v1.StartResponse
-	(*ExecRequest)(nil),           // 23: cloudhv.guest.v1.ExecRequest
-	(*DeleteRequest)(nil),         // 24: cloudhv.guest.v1.DeleteRequest
-	(*DeleteResponse)(nil),        // 25: cloudhv.guest.v1.DeleteResponse
-	(*KillRequest)(nil),           // 26: cloudhv.guest.v1.KillRequest
-	(*ResizePtyRequest)(nil),      // 27: cloudhv.guest.v1.ResizePtyRequest
-	(*PauseRequest)(nil),          // 28: cloudhv.guest.v1.PauseRequest
-	(*ResumeRequest)(nil),         // 29: cloudhv.guest.v1.ResumeRequest
-	(*UpdateRequest)(nil),         // 30: cloudhv.guest.v1.UpdateRequest
-	(*StatsRequest)(nil),          // 31: cloudhv.guest.v1.StatsRequest
-	(*StatsResponse)(nil),         // 32: cloudhv.guest.v1.StatsResponse
-	(*CPUStats)(nil),              // 33: cloudhv.guest.v1.CPUStats
-	(*MemoryStats)(nil),           // 34: cloudhv.guest.v1.MemoryStats
-	(*PidsStats)(nil),             // 35: cloudhv.guest.v1.PidsStats
-	(*IOStats)(nil),               // 36: cloudhv.guest.v1.IOStats
-	(*PidsRequest)(nil),           // 37: cloudhv.guest.v1.PidsRequest
-	(*PidsResponse)(nil),          // 38: cloudhv.guest.v1.PidsResponse
-	(*Process)(nil),               // 39: cloudhv.guest.v1.Process
-	(*StateRequest)(nil),          // 40: cloudhv.guest.v1.StateRequest
-	(*StateResponse)(nil),         // 41: cloudhv.guest.v1.StateResponse
-	(*WaitRequest)(nil),           // 42: cloudhv.guest.v1.WaitRequest
-	(*WaitResponse)(nil),          // 43: cloudhv.guest.v1.WaitResponse
-	nil,                           // 44: cloudhv.guest.v1.ConfigureRequest.SysctlsEntry
-	nil,                           // 45: cloudhv.guest.v1.MemoryStats.StatEntry
-	(*timestamppb.Timestamp)(nil), // 46: google.protobuf.Timestamp
-	(*emptypb.Empty)(nil),         // 47: google.protobuf.Empty
+	(*UserNamespace)(nil),         // 5: cloudhv.guest.v1.UserNamespace
+	(*IDMapping)(nil),             // 6: cloudhv.guest.v1.IDMapping
+	(*ConfigureResponse)(nil),     // 7: cloudhv.guest.v1.ConfigureResponse
+	(*SyncClockRequest)(nil),      // 8: cloudhv.guest.v1.SyncClockRequest
+	(*SyncClockResponse)(nil),     // 9: cloudhv.guest.v1.SyncClockResponse
+	(*Step)(nil),                  // 10: cloudhv.guest.v1.Step
+	(*Interface)(nil),             // 11: cloudhv.guest.v1.Interface
+	(*Neighbor)(nil),              // 12: cloudhv.guest.v1.Neighbor
+	(*Route)(nil),                 // 13: cloudhv.guest.v1.Route
+	(*ResizeRequest)(nil),         // 14: cloudhv.guest.v1.ResizeRequest
+	(*ResizeResponse)(nil),        // 15: cloudhv.guest.v1.ResizeResponse
+	(*PowerOffRequest)(nil),       // 16: cloudhv.guest.v1.PowerOffRequest
+	(*RootFS)(nil),                // 17: cloudhv.guest.v1.RootFS
+	(*Stdio)(nil),                 // 18: cloudhv.guest.v1.Stdio
+	(*CreateRequest)(nil),         // 19: cloudhv.guest.v1.CreateRequest
+	(*MountVolumesRequest)(nil),   // 20: cloudhv.guest.v1.MountVolumesRequest
+	(*WarmUpRequest)(nil),         // 21: cloudhv.guest.v1.WarmUpRequest
+	(*CreateResponse)(nil),        // 22: cloudhv.guest.v1.CreateResponse
+	(*StartRequest)(nil),          // 23: cloudhv.guest.v1.StartRequest
+	(*StartResponse)(nil),         // 24: cloudhv.guest.v1.StartResponse
+	(*ExecRequest)(nil),           // 25: cloudhv.guest.v1.ExecRequest
+	(*DeleteRequest)(nil),         // 26: cloudhv.guest.v1.DeleteRequest
+	(*DeleteResponse)(nil),        // 27: cloudhv.guest.v1.DeleteResponse
+	(*KillRequest)(nil),           // 28: cloudhv.guest.v1.KillRequest
+	(*ResizePtyRequest)(nil),      // 29: cloudhv.guest.v1.ResizePtyRequest
+	(*PauseRequest)(nil),          // 30: cloudhv.guest.v1.PauseRequest
+	(*ResumeRequest)(nil),         // 31: cloudhv.guest.v1.ResumeRequest
+	(*UpdateRequest)(nil),         // 32: cloudhv.guest.v1.UpdateRequest
+	(*StatsRequest)(nil),          // 33: cloudhv.guest.v1.StatsRequest
+	(*StatsResponse)(nil),         // 34: cloudhv.guest.v1.StatsResponse
+	(*CPUStats)(nil),              // 35: cloudhv.guest.v1.CPUStats
+	(*MemoryStats)(nil),           // 36: cloudhv.guest.v1.MemoryStats
+	(*PidsStats)(nil),             // 37: cloudhv.guest.v1.PidsStats
+	(*IOStats)(nil),               // 38: cloudhv.guest.v1.IOStats
+	(*PidsRequest)(nil),           // 39: cloudhv.guest.v1.PidsRequest
+	(*PidsResponse)(nil),          // 40: cloudhv.guest.v1.PidsResponse
+	(*Process)(nil),               // 41: cloudhv.guest.v1.Process
+	(*StateRequest)(nil),          // 42: cloudhv.guest.v1.StateRequest
+	(*StateResponse)(nil),         // 43: cloudhv.guest.v1.StateResponse
+	(*WaitRequest)(nil),           // 44: cloudhv.guest.v1.WaitRequest
+	(*WaitResponse)(nil),          // 45: cloudhv.guest.v1.WaitResponse
+	nil,                           // 46: cloudhv.guest.v1.ConfigureRequest.SysctlsEntry
+	nil,                           // 47: cloudhv.guest.v1.MemoryStats.StatEntry
+	(*timestamppb.Timestamp)(nil), // 48: google.protobuf.Timestamp
+	(*emptypb.Empty)(nil),         // 49: google.protobuf.Empty
 }
 var file_guest_api_v1_guest_proto_depIdxs = []int32{
-	46, // 0: cloudhv.guest.v1.ConfigureRequest.clock:type_name -> google.protobuf.Timestamp
-	9,  // 1: cloudhv.guest.v1.ConfigureRequest.interfaces:type_name -> cloudhv.guest.v1.Interface
-	11, // 2: cloudhv.guest.v1.ConfigureRequest.routes:type_name -> cloudhv.guest.v1.Route
-	44, // 3: cloudhv.guest.v1.ConfigureRequest.sysctls:type_name -> cloudhv.guest.v1.ConfigureRequest.SysctlsEntry
-	8,  // 4: cloudhv.guest.v1.ConfigureResponse.steps:type_name -> cloudhv.guest.v1.Step
-	46, // 5: cloudhv.guest.v1.SyncClockResponse.clock:type_name -> google.protobuf.Timestamp
-	10, // 6: cloudhv.guest.v1.Interface.neighbors:type_name -> cloudhv.guest.v1.Neighbor
-	15, // 7: cloudhv.guest.v1.CreateRequest.rootfs:type_name -> cloudhv.guest.v1.RootFS
-	16, // 8: cloudhv.guest.v1.CreateRequest.stdio:type_name -> cloudhv.guest.v1.Stdio
-	0,  // 9: cloudhv.guest.v1.CreateRequest.pid_namespace:type_name -> cloudhv.guest.v1.PidNamespace
-	8,  // 10: cloudhv.guest.v1.CreateResponse.steps:type_name -> cloudhv.guest.v1.Step
-	16, // 11: cloudhv.guest.v1.ExecRequest.stdio:type_name -> cloudhv.guest.v1.Stdio
-	46, // 12: cloudhv.guest.v1.DeleteResponse.exited_at:type_name -> google.protobuf.Timestamp
-	33, // 13: cloudhv.guest.v1.StatsResponse.cpu:type_name -> cloudhv.guest.v1.CPUStats
-	34, // 14: cloudhv.guest.v1.StatsResponse.memory:type_name -> cloudhv.guest.v1.MemoryStats
-	35, // 15: cloudhv.guest.v1.StatsResponse.pids:type_name -> cloudhv.guest.v1.PidsStats
-	36, // 16: cloudhv.guest.v1.StatsResponse.io:type_name -> cloudhv.guest.v1.IOStats
-	45, // 17: cloudhv.guest.v1.MemoryStats.stat:type_name -> cloudhv.guest.v1.MemoryStats.StatEntry
-	39, // 18: cloudhv.guest.v1.PidsResponse.processes:type_name -> cloudhv.guest.v1.Process
-	1,  // 19: cloudhv.guest.v1.StateResponse.status:type_name -> cloudhv.guest.v1.Status
-	46, // 20: cloudhv.guest.v1.StateResponse.exited_at:type_name -> google.protobuf.Timestamp
-	46, // 21: cloudhv.guest.v1.WaitResponse.exited_at:type_name -> google.protobuf.Timestamp
-	2,  // 22: cloudhv.guest.v1.Machine.Info:input_type -> cloudhv.guest.v1.InfoRequest
-	4,  // 23: cloudhv.guest.v1.Machine.Configure:input_type -> cloudhv.guest.v1.ConfigureRequest
-	4,  // 24: cloudhv.guest.v1.Machine.Rehearse:input_type -> cloudhv.guest.v1.ConfigureRequest
-	6,  // 25: cloudhv.guest.v1.Machine.SyncClock:input_type -> cloudhv.guest.v1.SyncClockRequest
-	12, // 26: cloudhv.guest.v1.Machine.Resize:input_type -> cloudhv.guest.v1.ResizeRequest
-	14, // 27: cloudhv.guest.v1.Machine.PowerOff:input_type -> cloudhv.guest.v1.PowerOffRequest
-	17, // 28: cloudhv.guest.v1.Task.Create:input_type -> cloudhv.guest.v1.CreateRequest
-	21, // 29: cloudhv.guest.v1.Task.Start:input_type -> cloudhv.guest.v1.StartRequest
-	23, // 30: cloudhv.guest.v1.Task.Exec:input_type -> cloudhv.guest.v1.ExecRequest
-	24, // 31: cloudhv.guest.v1.Task.Delete:input_type -> cloudhv.guest.v1.DeleteRequest
-	26, // 32: cloudhv.guest.v1.Task.Kill:input_type -> cloudhv.guest.v1.KillRequest
-	27, // 33: cloudhv.guest.v1.Task.ResizePty:input_type -> cloudhv.guest.v1.ResizePtyRequest
-	28, // 34: cloudhv.guest.v1.Task.Pause:input_type -> cloudhv.guest.v1.PauseRequest
-	29, // 35: cloudhv.guest.v1.Task.Resume:input_type -> cloudhv.guest.v1.ResumeRequest
-	30, // 36: cloudhv.guest.v1.Task.Update:input_type -> cloudhv.guest.v1.UpdateRequest
-	31, // 37: cloudhv.guest.v1.Task.Stats:input_type -> cloudhv.guest.v1.StatsRequest
-	37, // 38: cloudhv.guest.v1.Task.Pids:input_type -> cloudhv.guest.v1.PidsRequest
-	40, // 39: cloudhv.guest.v1.Task.State:input_type -> cloudhv.guest.v1.StateRequest
-	42, // 40: cloudhv.guest.v1.Task.Wait:input_type -> cloudhv.guest.v1.WaitRequest
-	18, // 41: cloudhv.guest.v1.Task.MountVolumes:input_type -> cloudhv.guest.v1.MountVolumesRequest
-	19, // 42: cloudhv.guest.v1.Task.WarmUp:input_type -> cloudhv.guest.v1.WarmUpRequest
-	3,  // 43: cloudhv.guest.v1.Machine.Info:output_type -> cloudhv.guest.v1.InfoResponse
-	5,  // 44: cloudhv.guest.v1.Machine.Configure:output_type -> cloudhv.guest.v1.ConfigureResponse
-	5,  // 45: cloudhv.guest.v1.Machine.Rehearse:output_type -> cloudhv.guest.v1.ConfigureResponse
-	7,  // 46: cloudhv.guest.v1.Machine.SyncClock:output_type -> cloudhv.guest.v1.SyncClockResponse
-	13, // 47: cloudhv.guest.v1.Machine.Resize:output_type -> cloudhv.guest.v1.ResizeResponse
-	47, // 48: cloudhv.guest.v1.Machine.PowerOff:output_type -> google.protobuf.Empty
-	20, // 49: cloudhv.guest.v1.Task.Create:output_type -> cloudhv.guest.v1.CreateResponse
-	22, // 50: cloudhv.guest.v1.Task.Start:output_type -> cloudhv.guest.v1.StartResponse
-	47, // 51: cloudhv.guest.v1.Task.Exec:output_type -> google.protobuf.Empty
-	25, // 52: cloudhv.guest.v1.Task.Delete:output_type -> cloudhv.guest.v1.DeleteResponse
-	47, // 53: cloudhv.guest.v1.Task.Kill:output_type -> google.protobuf.Empty
-	47, // 54: cloudhv.guest.v1.Task.ResizePty:output_type -> google.protobuf.Empty
-	47, // 55: cloudhv.guest.v1.Task.Pause:output_type -> google.protobuf.Empty
-	47, // 56: cloudhv.guest.v1.Task.Resume:output_type -> google.protobuf.Empty
-	47, // 57: cloudhv.guest.v1.Task.Update:output_type -> google.protobuf.Empty
-	32, // 58: cloudhv.guest.v1.Task.Stats:output_type -> cloudhv.guest.v1.StatsResponse
-	38, // 59: cloudhv.guest.v1.Task.Pids:output_type -> cloudhv.guest.v1.PidsResponse
-	41, // 60: cloudhv.guest.v1.Task.State:output_type -> cloudhv.guest.v1.StateResponse
-	43, // 61: cloudhv.guest.v1.Task.Wait:output_type -> cloudhv.guest.v1.WaitResponse
-	47, // 62: cloudhv.guest.v1.Task.MountVolumes:output_type -> google.protobuf.Empty
-	47, // 63: cloudhv.guest.v1.Task.WarmUp:output_type -> google.protobuf.Empty
-	43, // [43:64] is the sub-list for method output_type
-	22, // [22:43] is the sub-list for method input_type
-	22, // [22:22] is the sub-list for extension type_name
-	22, // [22:22] is the sub-list for extension extendee
-	0,  // [0:22] is the sub-list for field type_name
+	48, // 0: cloudhv.guest.v1.ConfigureRequest.clock:type_name -> google.protobuf.Timestamp
+	11, // 1: cloudhv.guest.v1.ConfigureRequest.interfaces:type_name -> cloudhv.guest.v1.Interface
+	13, // 2: cloudhv.guest.v1.ConfigureRequest.routes:type_name -> cloudhv.guest.v1.Route
+	46, // 3: cloudhv.guest.v1.ConfigureRequest.sysctls:type_name -> cloudhv.guest.v1.ConfigureRequest.SysctlsEntry
+	5,  // 4: cloudhv.guest.v1.ConfigureRequest.user_namespace:type_name -> cloudhv.guest.v1.UserNamespace
+	6,  // 5: cloudhv.guest.v1.UserNamespace.uids:type_name -> cloudhv.guest.v1.IDMapping
+	6,  // 6: cloudhv.guest.v1.UserNamespace.gids:type_name -> cloudhv.guest.v1.IDMapping
+	10, // 7: cloudhv.guest.v1.ConfigureResponse.steps:type_name -> cloudhv.guest.v1.Step
+	48, // 8: cloudhv.guest.v1.SyncClockResponse.clock:type_name -> google.protobuf.Timestamp
+	12, // 9: cloudhv.guest.v1.Interface.neighbors:type_name -> cloudhv.guest.v1.Neighbor
+	17, // 10: cloudhv.guest.v1.CreateRequest.rootfs:type_name -> cloudhv.guest.v1.RootFS
+	18, // 11: cloudhv.guest.v1.CreateRequest.stdio:type_name -> cloudhv.guest.v1.Stdio
+	0,  // 12: cloudhv.guest.v1.CreateRequest.pid_namespace:type_name -> cloudhv.guest.v1.PidNamespace
+	10, // 13: cloudhv.guest.v1.CreateResponse.steps:type_name -> cloudhv.guest.v1.Step
+	18, // 14: cloudhv.guest.v1.ExecRequest.stdio:type_name -> cloudhv.guest.v1.Stdio
+	48, // 15: cloudhv.guest.v1.DeleteResponse.exited_at:type_name -> google.protobuf.Timestamp
+	35, // 16: cloudhv.guest.v1.StatsResponse.cpu:type_name -> cloudhv.guest.v1.CPUStats
+	36, // 17: cloudhv.guest.v1.StatsResponse.memory:type_name -> cloudhv.guest.v1.MemoryStats
+	37, // 18: cloudhv.guest.v1.StatsResponse.pids:type_name -> cloudhv.guest.v1.PidsStats
+	38, // 19: cloudhv.guest.v1.StatsResponse.io:type_name -> cloudhv.guest.v1.IOStats
+	47, // 20: cloudhv.guest.v1.MemoryStats.stat:type_name -> cloudhv.guest.v1.MemoryStats.StatEntry
+	41, // 21: cloudhv.guest.v1.PidsResponse.processes:type_name -> cloudhv.guest.v1.Process
+	1,  // 22: cloudhv.guest.v1.StateResponse.status:type_name -> cloudhv.guest.v1.Status
+	48, // 23: cloudhv.guest.v1.StateResponse.exited_at:type_name -> google.protobuf.Timestamp
+	48, // 24: cloudhv.guest.v1.WaitResponse.exited_at:type_name -> google.protobuf.Timestamp
+	2,  // 25: cloudhv.guest.v1.Machine.Info:input_type -> cloudhv.guest.v1.InfoRequest
+	4,  // 26: cloudhv.guest.v1.Machine.Configure:input_type -> cloudhv.guest.v1.ConfigureRequest
+	4,  // 27: cloudhv.guest.v1.Machine.Rehearse:input_type -> cloudhv.guest.v1.ConfigureRequest
+	8,  // 28: cloudhv.guest.v1.Machine.SyncClock:input_type -> cloudhv.guest.v1.SyncClockRequest
+	14, // 29: cloudhv.guest.v1.Machine.Resize:input_type -> cloudhv.guest.v1.ResizeRequest
+	16, // 30: cloudhv.guest.v1.Machine.PowerOff:input_type -> cloudhv.guest.v1.PowerOffRequest
+	19, // 31: cloudhv.guest.v1.Task.Create:input_type -> cloudhv.guest.v1.CreateRequest
+	23, // 32: cloudhv.guest.v1.Task.Start:input_type -> cloudhv.guest.v1.StartRequest
+	25, // 33: cloudhv.guest.v1.Task.Exec:input_type -> cloudhv.guest.v1.ExecRequest
+	26, // 34: cloudhv.guest.v1.Task.Delete:input_type -> cloudhv.guest.v1.DeleteRequest
+	28, // 35: cloudhv.guest.v1.Task.Kill:input_type -> cloudhv.guest.v1.KillRequest
+	29, // 36: cloudhv.guest.v1.Task.ResizePty:input_type -> cloudhv.guest.v1.ResizePtyRequest
+	30, // 37: cloudhv.guest.v1.Task.Pause:input_type -> cloudhv.guest.v1.PauseRequest
+	31, // 38: cloudhv.guest.v1.Task.Resume:input_type -> cloudhv.guest.v1.ResumeRequest
+	32, // 39: cloudhv.guest.v1.Task.Update:input_type -> cloudhv.guest.v1.UpdateRequest
+	33, // 40: cloudhv.guest.v1.Task.Stats:input_type -> cloudhv.guest.v1.StatsRequest
+	39, // 41: cloudhv.guest.v1.Task.Pids:input_type -> cloudhv.guest.v1.PidsRequest
+	42, // 42: cloudhv.guest.v1.Task.State:input_type -> cloudhv.guest.v1.StateRequest
+	44, // 43: cloudhv.guest.v1.Task.Wait:input_type -> cloudhv.guest.v1.WaitRequest
+	20, // 44: cloudhv.guest.v1.Task.MountVolumes:input_type -> cloudhv.guest.v1.MountVolumesRequest
+	21, // 45: cloudhv.guest.v1.Task.WarmUp:input_type -> cloudhv.guest.v1.WarmUpRequest
+	3,  // 46: cloudhv.guest.v1.Machine.Info:output_type -> cloudhv.guest.v1.InfoResponse
+	7,  // 47: cloudhv.guest.v1.Machine.Configure:output_type -> cloudhv.guest.v1.ConfigureResponse
+	7,  // 48: cloudhv.guest.v1.Machine.Rehearse:output_type -> cloudhv.guest.v1.ConfigureResponse
+	9,  // 49: cloudhv.guest.v1.Machine.SyncClock:output_type -> cloudhv.guest.v1.SyncClockResponse
+	15, // 50: cloudhv.guest.v1.Machine.Resize:output_type -> cloudhv.guest.v1.ResizeResponse
+	49, // 51: cloudhv.guest.v1.Machine.PowerOff:output_type -> google.protobuf.Empty
+	22, // 52: cloudhv.guest.v1.Task.Create:output_type -> cloudhv.guest.v1.CreateResponse
+	24, // 53: cloudhv.guest.v1.Task.Start:output_type -> cloudhv.guest.v1.StartResponse
+	49, // 54: cloudhv.guest.v1.Task.Exec:output_type -> google.protobuf.Empty
+	27, // 55: cloudhv.guest.v1.Task.Delete:output_type -> cloudhv.guest.v1.DeleteResponse
+	49, // 56: cloudhv.guest.v1.Task.Kill:output_type -> google.protobuf.Empty
+	49, // 57: cloudhv.guest.v1.Task.ResizePty:output_type -> google.protobuf.Empty
+	49, // 58: cloudhv.guest.v1.Task.Pause:output_type -> google.protobuf.Empty
+	49, // 59: cloudhv.guest.v1.Task.Resume:output_type -> google.protobuf.Empty
+	49, // 60: cloudhv.guest.v1.Task.Update:output_type -> google.protobuf.Empty
+	34, // 61: cloudhv.guest.v1.Task.Stats:output_type -> cloudhv.guest.v1.StatsResponse
+	40, // 62: cloudhv.guest.v1.Task.Pids:output_type -> cloudhv.guest.v1.PidsResponse
+	43, // 63: cloudhv.guest.v1.Task.State:output_type -> cloudhv.guest.v1.StateResponse
+	45, // 64: cloudhv.guest.v1.Task.Wait:output_type -> cloudhv.guest.v1.WaitResponse
+	49, // 65: cloudhv.guest.v1.Task.MountVolumes:output_type -> google.protobuf.Empty
+	49, // 66: cloudhv.guest.v1.Task.WarmUp:output_type -> google.protobuf.Empty
+	46, // [46:67] is the sub-list for method output_type
+	25, // [25:46] is the sub-list for method input_type
+	25, // [25:25] is the sub-list for extension type_name
+	25, // [25:25] is the sub-list for extension extendee
+	0,  // [0:25] is the sub-list for field type_name
 }
 
 func init() { file_guest_api_v1_guest_proto_init() }
@@ -3250,7 +3382,7 @@ func file_guest_api_v1_guest_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_guest_api_v1_guest_proto_rawDesc), len(file_guest_api_v1_guest_proto_rawDesc)),
 			NumEnums:      2,
-			NumMessages:   44,
+			NumMessages:   46,
 			NumExtensions: 0,
 			NumServices:   2,
 		},
