@@ -19,6 +19,8 @@ import (
 	"github.com/containerd/log"
 	"github.com/containerd/typeurl/v2"
 	runtime "k8s.io/cri-api/pkg/apis/runtime/v1"
+
+	guestv1 "github.com/cloudhv/containerd-cloudhv/guest/api/v1"
 )
 
 // sandboxID is what may name a directory whose sockets' paths fit the kernel.
@@ -31,6 +33,8 @@ type startConfig struct {
 	resolvConf   []byte
 	sysctls      map[string]string
 	kernelParams []string
+	// userns is the pod's user namespace, nil if it has none.
+	userns *guestv1.UserNamespace
 	// ownBoot is true if no VM of the pool will do.
 	ownBoot bool
 }

@@ -66,6 +66,15 @@ func TestPodFiles(t *testing.T) {
 	require.NoError(t, err)
 	require.Equal(t, string(resolv), string(s.resolvConf))
 
+	c = New(Options{Settings: &config.Settings{UnprivilegedICMP: true}})
+	for _, pc := range []*runtime.PodSandboxConfig{{}, usernsPod(&runtime.UserNamespace{
+		Mode: runtime.NamespaceMode_POD, Uids: []*runtime.IDMapping{{HostId: 65536, Length: 1}}, Gids: []*runtime.IDMapping{{HostId: 65536, Length: 1}},
+	})} {
+		s, err = c.podFiles(pc)
+		require.NoError(t, err)
+		require.Equal(t, s.userns == nil, s.sysctls["net.ipv4.ping_group_range"] != "", "as many groups has no user namespace")
+	}
+
 	missing, err := readHostFile(filepath.Join(t.TempDir(), "none"))
 	require.NoError(t, err)
 	require.Empty(t, missing)

@@ -56,10 +56,6 @@ func checkPod(pc *runtime.PodSandboxConfig) error {
 	if o.GetIpc() == runtime.NamespaceMode_NODE {
 		refuse("ipc = NODE", "a pod in a virtual machine cannot share the host's IPC (hostIPC)")
 	}
-	if u := o.GetUsernsOptions(); u != nil && u.GetMode() != runtime.NamespaceMode_NODE {
-		refuse("userns_options.mode = "+u.GetMode().String(),
-			"user namespaces are not supported (hostUsers: false); the virtual machine is the pod's boundary")
-	}
 	// The guest would refuse them too, when there is one.
 	for _, name := range slices.Sorted(maps.Keys(pc.GetLinux().GetSysctls())) {
 		if _, err := api.SysctlPath(name); err != nil {
@@ -69,10 +65,14 @@ func checkPod(pc *runtime.PodSandboxConfig) error {
 	return errors.Join(errs...)
 }
 
-// podFiles makes what CRI makes for its own pods: hostname, hosts, resolv.conf, sysctls.
+// podFiles makes what CRI makes for its own pods: user namespace, hostname, hosts,
+// resolv.conf, sysctls.
 func (c *Controller) podFiles(pc *runtime.PodSandboxConfig) (*startConfig, error) {
 	s := &startConfig{hostname: pc.GetHostname(), sysctls: maps.Clone(pc.GetLinux().GetSysctls())}
 	var err error
+	if s.userns, err = userNamespace(pc); err != nil {
+		return nil, err
+	}
 	if s.hostname == "" {
 		if s.hostname, err = os.Hostname(); err != nil {
 			return nil, fmt.Errorf("get hostname: %w: %w", err, errdefs.ErrInternal)
@@ -92,7 +92,8 @@ func (c *Controller) podFiles(pc *runtime.PodSandboxConfig) (*startConfig, error
 	if c.cfg.UnprivilegedPorts {
 		setDefault(s.sysctls, "net.ipv4.ip_unprivileged_port_start", "0")
 	}
-	if c.cfg.UnprivilegedICMP {
+	// Of the groups of a user namespace not so many are there. CRI leaves it out for them too.
+	if c.cfg.UnprivilegedICMP && s.userns == nil {
 		setDefault(s.sysctls, "net.ipv4.ping_group_range", "0 2147483647")
 	}
 	return s, nil
@@ -160,6 +161,8 @@ func configureRequest(rec *record, s *startConfig, n *network.Network) (*guestv1
 		Vcpus:       uint32(rec.Size.VCPUs),
 		MemoryBytes: uint64(rec.Size.MemoryBytes),
 		MachineId:   machineID(rec.ID),
+
+		UserNamespace: s.userns,
 	}, nil
 }
 

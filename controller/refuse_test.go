@@ -33,7 +33,7 @@ func TestCreateRefuses(t *testing.T) {
 		"host network":    {"a", options(&runtime.NamespaceOption{Network: runtime.NamespaceMode_NODE}), []string{"network = NODE", "hostNetwork"}},
 		"host pid":        {"a", options(&runtime.NamespaceOption{Pid: runtime.NamespaceMode_NODE}), []string{"pid = NODE", "hostPID"}},
 		"host ipc":        {"a", options(&runtime.NamespaceOption{Ipc: runtime.NamespaceMode_NODE}), []string{"ipc = NODE", "hostIPC"}},
-		"user namespace":  {"a", options(&runtime.NamespaceOption{UsernsOptions: &runtime.UserNamespace{Mode: runtime.NamespaceMode_POD}}), []string{"userns_options", "hostUsers"}},
+		"user namespace":  {"a", options(&runtime.NamespaceOption{UsernsOptions: &runtime.UserNamespace{Mode: runtime.NamespaceMode_POD}}), []string{"userns_options.uids: 0 mappings", "userns_options.gids"}},
 		"windows":         {"a", &runtime.PodSandboxConfig{Windows: &runtime.WindowsPodSandboxConfig{}}, []string{"windows"}},
 		"annotation":      {"a", &runtime.PodSandboxConfig{Annotations: map[string]string{"io.cloudhv.default_vcpus": "x"}}, []string{"io.cloudhv.default_vcpus", `"x"`}},
 		"sysctl":          {"a", &runtime.PodSandboxConfig{Linux: &runtime.LinuxPodSandboxConfig{Sysctls: map[string]string{"kernel.core_pattern": "|/x"}}}, []string{"linux.sysctls", "kernel.core_pattern"}},

@@ -226,27 +226,3 @@ func TestPathsThatEscape(t *testing.T) {
 		require.NotContains(t, c.sh("ls /"), "chv-escape")
 	})
 }
-
-// TestUserNamespacesRefused checks that the handler does not declare user namespaces,
-// for which kubelet looks, and that who asks all the same is told why there are none.
-func TestUserNamespacesRefused(t *testing.T) {
-	requireCloudHV(t)
-	n := node(t)
-	st, err := n.Runtime().Status(testContext(t), &runtimeapi.StatusRequest{})
-	require.NoError(t, err)
-	declared := map[string]bool{}
-	for _, h := range st.GetRuntimeHandlers() {
-		declared[h.GetName()] = h.GetFeatures().GetUserNamespaces()
-	}
-	require.Contains(t, declared, testnode.CloudHV)
-	require.False(t, declared[testnode.CloudHV])
-	before, err := settled(testContext(t), n)
-	require.NoError(t, err)
-	mapping := []*runtimeapi.IDMapping{{HostId: 1 << 20, ContainerId: 0, Length: 1 << 16}}
-	_, err = n.RunPod(testContext(t), podConfig(t, namespaceOptions(func(o *runtimeapi.NamespaceOption) {
-		o.UsernsOptions = &runtimeapi.UserNamespace{Mode: runtimeapi.NamespaceMode_POD, Uids: mapping, Gids: mapping}
-	})), testnode.CloudHV)
-	require.ErrorContains(t, err, "linux.security_context.namespace_options.userns_options.mode = POD")
-	require.ErrorContains(t, err, "user namespaces are not supported (hostUsers: false)")
-	require.NoError(t, n.AwaitCensus(testContext(t), before))
-}

@@ -10,6 +10,7 @@ import (
 
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
+	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	"github.com/cloudhv/containerd-cloudhv/e2e/testimage"
 	"github.com/cloudhv/containerd-cloudhv/e2e/testnode"
@@ -48,9 +49,12 @@ func podOn(t *testing.T, n *testnode.Node) *pod {
 }
 
 // podBy is podOn by any handler.
-func podBy(t *testing.T, n *testnode.Node, h string) *pod {
+func podBy(t *testing.T, n *testnode.Node, h string, change ...func(*runtimeapi.PodSandboxConfig)) *pod {
 	t.Helper()
 	p := &pod{t: t, n: n, handler: h, cfg: n.PodConfig("pool")}
+	for _, c := range change {
+		c(p.cfg)
+	}
 	id, err := n.RunPod(testContext(t), p.cfg, h)
 	require.NoError(t, err, n.LogTail(4000))
 	p.id = id

@@ -56,8 +56,8 @@ func printInfo(stdout io.Writer) error {
 }
 
 // guestFeatures are those of the guest's crun 1.8.1 and kernel, less what the
-// way into the guest does not carry: user namespaces, ID-mapped mounts, and listeners of
-// seccomp. Recursive read-only mounts are the host's doing (package volumes).
+// way into the guest does not carry: listeners of seccomp. Recursive read-only and
+// ID-mapped mounts are the host's doing (package volumes).
 func guestFeatures() *features.Features {
 	yes, no := true, false
 	return &features.Features{
@@ -65,7 +65,7 @@ func guestFeatures() *features.Features {
 		OCIVersionMax: "1.0.2",
 		MountOptions:  mountOptions,
 		Linux: &features.Linux{
-			Namespaces:   []string{"cgroup", "ipc", "mount", "network", "pid", "uts"},
+			Namespaces:   []string{"cgroup", "ipc", "mount", "network", "pid", "user", "uts"},
 			Capabilities: capabilities,
 			Cgroup:       &features.Cgroup{V1: &no, V2: &yes, Systemd: &no, SystemdUser: &no, Rdma: &no},
 			Seccomp: &features.Seccomp{
@@ -77,7 +77,7 @@ func guestFeatures() *features.Features {
 			Apparmor:        &features.Apparmor{Enabled: &no},
 			Selinux:         &features.Selinux{Enabled: &no},
 			IntelRdt:        &features.IntelRdt{Enabled: &no},
-			MountExtensions: &features.MountExtensions{IDMap: &features.IDMap{Enabled: &no}},
+			MountExtensions: &features.MountExtensions{IDMap: &features.IDMap{Enabled: &yes}},
 			NetDevices:      &features.NetDevices{Enabled: &no},
 		},
 	}

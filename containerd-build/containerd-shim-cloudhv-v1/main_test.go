@@ -60,8 +60,8 @@ func TestInfo(t *testing.T) {
 	f := feat.(*features.Features)
 	// What would make CRI and kubelet promise what the way into a VM does not carry.
 	assert.Contains(t, f.MountOptions, "rro")
-	assert.NotContains(t, f.Linux.Namespaces, "user")
-	assert.False(t, *f.Linux.MountExtensions.IDMap.Enabled)
+	assert.Contains(t, f.Linux.Namespaces, "user")
+	assert.True(t, *f.Linux.MountExtensions.IDMap.Enabled)
 	assert.NotContains(t, f.Linux.Seccomp.Actions, "SCMP_ACT_NOTIFY")
 	assert.Contains(t, strings.Split(info.Annotations["containerd.io/runtime-allow-mounts"], ","), "erofs")
 }

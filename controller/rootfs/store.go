@@ -173,14 +173,19 @@ func (s *Store) resolve(ctx context.Context, src Source) (chain, error) {
 	if err != nil {
 		return chain{}, fmt.Errorf("snapshotter %q: %w", src.Snapshotter, err)
 	}
-	info, err := sn.Stat(namespaces.WithNamespace(ctx, src.Namespace), src.Key)
+	nctx := namespaces.WithNamespace(ctx, src.Namespace)
+	info, err := sn.Stat(nctx, src.Key)
 	if err != nil {
 		return chain{}, fmt.Errorf("snapshot %q of %s: %w", src.Key, src.Snapshotter, err)
 	}
-	if info.Parent == "" {
+	top, err := imageOf(nctx, sn, info)
+	if err != nil {
+		return chain{}, err
+	}
+	if top == "" {
 		return chain{namespace: src.Namespace, snapshotter: src.Snapshotter, key: emptyKey}, nil
 	}
-	return s.committed(ctx, Source{Namespace: src.Namespace, Snapshotter: src.Snapshotter, Key: info.Parent})
+	return s.committed(ctx, Source{Namespace: src.Namespace, Snapshotter: src.Snapshotter, Key: top})
 }
 
 // chainKey identifies what a committed snapshot holds. A name that is a chain

@@ -23,7 +23,7 @@ var features = Section{
 		{"metrics (kubectl top)", Works, "containers by their cgroups in the VM; the pod by its cgroup on the host, which has the VMM and the shim", tests("TestContainerStats", "TestPodStats")},
 		{"shareProcessNamespace", Works, "process 1 is the agent's stand-in for the pause container", tests("TestSharedProcesses", "TestInsidePIDNamespaces")},
 		{"hostNetwork, hostPID, hostIPC", Refused, "the host's namespaces are not in the VM", tests("TestRefusedPods", "TestHostNetwork")},
-		{"hostUsers: false (user namespaces)", Missing, "the VM is a stronger boundary; the handler does not declare the feature, so kubelet refuses such a pod before we see it", tests("TestUserNamespacesRefused")},
+		{"hostUsers: false (user namespaces)", Works, "one of the pod's in the VM, with the IDs that kubelet gives it, which owns the pod's network, IPC and UTS namespaces; volumes are ID-mapped on the host, so that is what their file system must have, as by runc", tests("TestUserNamespace", "TestUserNamespaceShared", "TestUserNamespaceNetwork", "TestUserNamespaceVolumes", "TestUserNamespaceVolumeGroup", "TestUserNamespaceRestart")},
 		{"privileged", InVM, "all capabilities of the VM's kernel and none of the host's devices (`privileged_without_host_devices`)", tests("TestPrivileged", "TestInsidePrivileged")},
 		{"runAsUser, runAsGroup, supplementalGroups, supplementalGroupsPolicy", Works, "", tests("TestInsideContainer", "TestSecurityContext")},
 		{"capabilities, allowPrivilegeEscalation, readOnlyRootFilesystem", Works, "", tests("TestInsideContainer", "TestSecurityContext")},

@@ -24,6 +24,7 @@ import (
 	"github.com/cloudhv/containerd-cloudhv/guest/agent/disk"
 	"github.com/cloudhv/containerd-cloudhv/guest/agent/forward"
 	"github.com/cloudhv/containerd-cloudhv/guest/agent/machine"
+	"github.com/cloudhv/containerd-cloudhv/guest/agent/podns"
 	"github.com/cloudhv/containerd-cloudhv/guest/agent/reap"
 	"github.com/cloudhv/containerd-cloudhv/guest/agent/rootfs"
 	"github.com/cloudhv/containerd-cloudhv/guest/agent/rpc"
@@ -97,11 +98,12 @@ func run(ctx context.Context, start time.Duration) error {
 	vm := machine.New(machine.Config{
 		Version: version, AgentStart: start, Ready: ready,
 		PodDir: podDir, Memory: memory, System: machine.VM{},
+		Namespaces: func(u *guestv1.UserNamespace) (*podns.Namespaces, error) { return podns.New(self, reaper, u) },
 	})
 	streams := stdio.NewStreams()
 	tasks, err := task.New(task.Config{
 		Bundles: bundles, CgroupRoot: cgroup.Mountpoint, CgroupParent: boot.PodCgroup,
-		Ready: vm.Configured, Pod: machine.Pod{Dir: podDir},
+		Ready: vm.Configured, Pod: machine.Pod{Dir: podDir}, Namespaces: vm.Namespaces,
 		Runtime: crun.Runtime{Command: crunBinary, Root: crunRoot},
 		Reaper:  reaper, Streams: streams, RootFS: layerManager, Self: self,
 	})
@@ -124,9 +126,10 @@ func serve(ctx context.Context, p ports, vm *machine.Service, tasks *task.Servic
 	}
 	guestv1.RegisterMachineService(server, vm)
 	guestv1.RegisterTaskService(server, tasks)
+	inPod := func(f func() error) error { return vm.Namespaces().Do(f) }
 	failed := make(chan error, 3)
 	go func() { failed <- server.Serve(ctx, p.rpc) }()
 	go func() { failed <- streams.Serve(ctx, p.stream) }()
-	go func() { failed <- forward.NewServer().Serve(ctx, p.forward) }()
+	go func() { failed <- forward.NewServer(inPod).Serve(ctx, p.forward) }()
 	return errors.Join(errors.New("a listener ended"), <-failed)
 }

@@ -21,6 +21,7 @@ import (
 	"github.com/cloudhv/containerd-cloudhv/guest/agent/crun"
 	"github.com/cloudhv/containerd-cloudhv/guest/agent/disk"
 	"github.com/cloudhv/containerd-cloudhv/guest/agent/machine"
+	"github.com/cloudhv/containerd-cloudhv/guest/agent/podns"
 	"github.com/cloudhv/containerd-cloudhv/guest/agent/reap"
 	"github.com/cloudhv/containerd-cloudhv/guest/agent/rootfs"
 	"github.com/cloudhv/containerd-cloudhv/guest/agent/rpc"
@@ -118,6 +119,7 @@ func startTasks(t *testing.T, image *os.File) *vm {
 		Ready: func() error { return nil }, Pod: pod,
 		Runtime: crun.Runtime{Command: command, Root: crunRoot},
 		Reaper:  reaper, Streams: streams, RootFS: layers, Self: self,
+		Namespaces: func() *podns.Namespaces { return nil },
 	})
 	require.NoError(t, err)
 	server, err := rpc.NewServer()

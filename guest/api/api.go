@@ -7,7 +7,7 @@ package api
 
 // Version is the version of this API. Host and agent refuse each other when
 // theirs differ: both come from the same build.
-const Version = 4
+const Version = 5
 
 // VolumeRoot is where the agent mounts what the shim serves: each of the pod's volumes is
 // an entry of it.

@@ -52,7 +52,7 @@ type Pod struct {
 // Container is a translated container: the parts of an agent's CreateRequest.
 type Container struct {
 	// Spec is the guest's. It shares slices and maps with the host's, and the sources of
-	// bind mounts are the host's still.
+	// bind mounts and their ID mappings are the host's still.
 	Spec *specs.Spec
 	// PidNamespace says whose PID namespace the container joins, and TargetPid
 	// is the guest pid for PID_TARGET.

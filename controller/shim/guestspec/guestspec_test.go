@@ -251,8 +251,8 @@ func TestRefusals(t *testing.T) {
 	assert.ErrorIs(t, err, errdefs.ErrInvalidArgument)
 }
 
-// FuzzTranslate looks for specs that bring a host path of a namespace, or a
-// user namespace, into a VM, or that crash the translation.
+// FuzzTranslate looks for specs that bring a host path of a namespace, or odd ID mappings,
+// into a VM, or that crash the translation.
 func FuzzTranslate(f *testing.F) {
 	for _, spec := range []*specs.Spec{fullSpec(), generate(f), {}} {
 		data, err := json.Marshal(spec)
@@ -272,6 +272,8 @@ func FuzzTranslate(f *testing.F) {
 		for _, ns := range got.Spec.Linux.Namespaces {
 			assert.Empty(t, ns.Path)
 		}
+		assert.LessOrEqual(t, len(got.Spec.Linux.UIDMappings), 1)
+		assert.Len(t, got.Spec.Linux.GIDMappings, len(got.Spec.Linux.UIDMappings))
 		for _, m := range got.Spec.Mounts {
 			assert.Contains(t, append([]string{"bind"}, kernelMounts...), m.Type)
 		}

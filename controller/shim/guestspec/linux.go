@@ -26,6 +26,7 @@ func (t *translation) linux(in *specs.Linux, id string) *specs.Linux {
 		ReadonlyPaths:     in.ReadonlyPaths,
 		Personality:       t.personality(in.Personality),
 	}
+	out.UIDMappings, out.GIDMappings = t.userNamespace(in)
 	if in.Resources != nil {
 		out.Resources = t.resources(in.Resources)
 	}
@@ -34,9 +35,6 @@ func (t *translation) linux(in *specs.Linux, id string) *specs.Linux {
 
 // unsupported refuses what has no counterpart in the VM.
 func (t *translation) unsupported(in *specs.Linux) {
-	const noUserNS = "none, as pods in a VM have no user namespaces of their own yet"
-	t.refuseIf(len(in.UIDMappings) > 0, "linux.uidMappings", in.UIDMappings, noUserNS)
-	t.refuseIf(len(in.GIDMappings) > 0, "linux.gidMappings", in.GIDMappings, noUserNS)
 	for name := range in.Sysctl {
 		t.refuse("linux.sysctl", name, "the sysctl in the pod's security context, as containers share the pod's namespaces")
 	}

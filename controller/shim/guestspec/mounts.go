@@ -29,11 +29,11 @@ func (t *translation) mounts(in []specs.Mount) []specs.Mount {
 			t.refuse(field, m.Destination, "an absolute path")
 			continue
 		}
-		if t.idmapped(field, m) {
+		if t.refusesIDs(field, m) {
 			continue
 		}
 		switch {
-		case m.Type == "bind" || slices.Contains(m.Options, "bind") || slices.Contains(m.Options, "rbind"):
+		case isBind(m):
 			if b, ok := t.bind(field, m); ok {
 				out = append(out, b)
 			}
@@ -55,16 +55,36 @@ func (t *translation) mounts(in []specs.Mount) []specs.Mount {
 	return out
 }
 
-func (t *translation) idmapped(field string, m specs.Mount) bool {
-	const want = "none, as ID-mapped mounts are not carried into a VM yet"
+// refusesIDs checks the ID mappings of a mount, which package volumes does for those of
+// the host's files.
+func (t *translation) refusesIDs(field string, m specs.Mount) bool {
 	n := len(t.refused)
-	t.refuseIf(len(m.UIDMappings) > 0, field+" uidMappings", m.UIDMappings, want)
-	t.refuseIf(len(m.GIDMappings) > 0, field+" gidMappings", m.GIDMappings, want)
+	for _, ids := range []struct {
+		field string
+		ids   []specs.LinuxIDMapping
+	}{{field + " uidMappings", m.UIDMappings}, {field + " gidMappings", m.GIDMappings}} {
+		switch {
+		case len(m.UIDMappings)+len(m.GIDMappings) == 0:
+		case !isBind(m):
+			t.refuseIf(len(ids.ids) > 0, ids.field, ids.ids, "none, as the files of this mount are the VM's own")
+		case len(ids.ids) == 0:
+			t.refuse(ids.field, ids.ids, "mappings of both, users and groups, or of none")
+		case len(ids.ids) > maxIDMappings:
+			t.refuse(ids.field, fmt.Sprintf("%d mappings", len(ids.ids)), fmt.Sprintf("at most %d", maxIDMappings))
+		}
+	}
 	for _, o := range m.Options {
 		name, _, _ := strings.Cut(o, "=")
-		t.refuseIf(name == "idmap" || name == "ridmap", field+" option", o, want)
+		t.refuseIf(name == "idmap" || name == "ridmap", field+" option", o, "uidMappings and gidMappings instead")
 	}
 	return len(t.refused) > n
+}
+
+// maxIDMappings is how many the kernel takes for a user namespace.
+const maxIDMappings = 340
+
+func isBind(m specs.Mount) bool {
+	return m.Type == "bind" || slices.Contains(m.Options, "bind") || slices.Contains(m.Options, "rbind")
 }
 
 // bindOptions are those of a bind mount that have a meaning in a VM.
@@ -88,7 +108,10 @@ func (t *translation) bind(field string, m specs.Mount) (specs.Mount, bool) {
 			t.refuse(field+" option", o, "some of "+strings.Join(bindOptions, ", "))
 		}
 	}
-	return specs.Mount{Destination: m.Destination, Type: "bind", Source: m.Source, Options: m.Options}, len(t.refused) == n
+	return specs.Mount{
+		Destination: m.Destination, Type: "bind", Source: m.Source, Options: m.Options,
+		UIDMappings: m.UIDMappings, GIDMappings: m.GIDMappings,
+	}, len(t.refused) == n
 }
 
 // defaultShm recognizes the /dev/shm that containerd puts into every spec.

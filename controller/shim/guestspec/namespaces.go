@@ -5,6 +5,7 @@ package guestspec
 
 import (
 	"fmt"
+	"slices"
 	"strconv"
 	"strings"
 
@@ -51,17 +52,44 @@ func (t *translation) namespace(ns specs.LinuxNamespace) {
 	case specs.MountNamespace, specs.CgroupNamespace:
 		t.refuseString(field, ns.Path, "a new namespace")
 	case specs.NetworkNamespace, specs.IPCNamespace, specs.UTSNamespace:
-		want := fmt.Sprintf("/proc/%d/ns/%s", t.pod.SandboxPid, podNamespaces[ns.Type])
+		want := t.podPath(podNamespaces[ns.Type])
 		t.refuseIf(ns.Path != want, field, ns.Path, "the pod's, "+want)
 	case specs.PIDNamespace:
 		t.pidNamespace(field, ns.Path)
 	case specs.UserNamespace:
-		t.refuse(field, ns.Path, "none, as pods in a VM have no user namespaces of their own yet")
+		t.refuseIf(ns.Path != t.podPath("user"), field, ns.Path, "the pod's, "+t.podPath("user"))
 	case specs.TimeNamespace:
 		t.refuse(field, ns.Path, "none, as containers share the VM's clocks")
 	default:
 		t.refuse(field, ns.Path, "a namespace that is known here")
 	}
+}
+
+// podPath is what CRI calls a namespace of the pod.
+func (t *translation) podPath(name string) string {
+	return fmt.Sprintf("/proc/%d/ns/%s", t.pod.SandboxPid, name)
+}
+
+// userNamespace returns the mappings of a container in a user namespace, which is the
+// pod's: the agent has made it, and refuses other mappings than its own.
+func (t *translation) userNamespace(in *specs.Linux) (uids, gids []specs.LinuxIDMapping) {
+	within := slices.ContainsFunc(in.Namespaces, func(ns specs.LinuxNamespace) bool { return ns.Type == specs.UserNamespace })
+	n := len(t.refused)
+	for _, m := range []struct {
+		field string
+		ids   []specs.LinuxIDMapping
+	}{{"linux.uidMappings", in.UIDMappings}, {"linux.gidMappings", in.GIDMappings}} {
+		switch {
+		case !within:
+			t.refuseIf(len(m.ids) > 0, m.field, m.ids, "none without the pod's user namespace")
+		case len(m.ids) != 1 || m.ids[0].ContainerID != 0 || m.ids[0].Size == 0:
+			t.refuse(m.field, m.ids, "one mapping, from 0 on")
+		}
+	}
+	if len(t.refused) > n {
+		return nil, nil
+	}
+	return slices.Clone(in.UIDMappings), slices.Clone(in.GIDMappings)
 }
 
 // pidNamespace understands CRI's three modes: CONTAINER has no path, POD the

@@ -29,7 +29,7 @@ func connect(t testing.TB, limits Limits, dir string) (*client, *Server) {
 	t.Helper()
 	s := NewServer(limits)
 	t.Cleanup(s.Close)
-	require.NoError(t, s.Add("v", openPath(t, dir)))
+	require.NoError(t, s.Add("v", openPath(t, dir), Maker{}))
 	return dial(t, s), s
 }
 

@@ -46,7 +46,7 @@ func (c *session) makeName(r *request, e *encoder, id uint32, name string, mode,
 		return err
 	}
 	defer done()
-	if err := create(dir.node.fd); err != nil {
+	if err := dir.node.export.maker.do(func() error { return create(dir.node.fd) }); err != nil {
 		return err
 	}
 	n, st, err := lookUp(dir.node, name)
@@ -86,7 +86,9 @@ func (c *session) link(r *request, _ *encoder) error {
 	if f.node.export != dir.node.export {
 		return unix.EXDEV
 	}
-	return unix.Linkat(unix.AT_FDCWD, f.node.procPath(), dir.node.fd, name, unix.AT_SYMLINK_FOLLOW)
+	return dir.node.export.maker.do(func() error {
+		return unix.Linkat(unix.AT_FDCWD, f.node.procPath(), dir.node.fd, name, unix.AT_SYMLINK_FOLLOW)
+	})
 }
 
 // renameat moves a name within its volume.
@@ -105,7 +107,9 @@ func (c *session) renameat(r *request, _ *encoder) error {
 	if old.node.export != dir.node.export {
 		return unix.EXDEV
 	}
-	return unix.Renameat(old.node.fd, from, dir.node.fd, to)
+	return dir.node.export.maker.do(func() error {
+		return unix.Renameat(old.node.fd, from, dir.node.fd, to)
+	})
 }
 
 // unlinkat removes a name.

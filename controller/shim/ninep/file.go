@@ -148,7 +148,11 @@ func (c *session) lcreate(r *request, e *encoder) error {
 
 // create opens a name of a directory that is in use, and makes it if it is not there.
 func create(dir *node, name string, flags, mode, uid, gid uint32) (int, error) {
-	fd, err := openBeneath(dir.fd, name, openFlags(flags)|unix.O_CREAT|unix.O_EXCL, mode&permissions)
+	fd := -1
+	err := dir.export.maker.do(func() (err error) {
+		fd, err = openBeneath(dir.fd, name, openFlags(flags)|unix.O_CREAT|unix.O_EXCL, mode&permissions)
+		return err
+	})
 	if err == unix.EEXIST && flags&openExcl == 0 { //nolint:errorlint // a system call's own
 		// It is somebody's, whose it stays.
 		n, _, err := lookUp(dir, name)

@@ -102,7 +102,7 @@ func FuzzServe(f *testing.F) {
 		dir, outside := volume(t)
 		before := fingerprint(t, filepath.Dir(dir), dir)
 		s := NewServer(Limits{Fids: 64, Requests: 4})
-		require.NoError(t, s.Add("v", openPath(t, dir)))
+		require.NoError(t, s.Add("v", openPath(t, dir), Maker{}))
 		var out bytes.Buffer
 		_ = s.Serve(pipe{bytes.NewReader(in), &out})
 		require.Zero(t, s.fids.Load(), "fids are left")

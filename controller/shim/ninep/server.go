@@ -73,7 +73,8 @@ func NewServer(limits Limits) *Server {
 
 // Export is a volume: an entry of the server's root.
 type Export struct {
-	root *node
+	root  *node
+	maker Maker
 
 	mu sync.Mutex
 	// gone is true after Remove; nodes are those that live.
@@ -81,10 +82,10 @@ type Export struct {
 	nodes map[*node]struct{}
 }
 
-// Add makes the file or directory that fd stands for an entry of the root. fd may be an
-// O_PATH one, and is the server's from here on, also after an error. ErrAlreadyExists
-// means that there is such an entry.
-func (s *Server) Add(name string, fd int) error {
+// Add makes the file or directory that fd stands for an entry of the root, in which maker
+// makes files. fd may be an O_PATH one, and is the server's from here on, also after an
+// error. ErrAlreadyExists means that there is such an entry.
+func (s *Server) Add(name string, fd int, maker Maker) error {
 	st, err := statFD(fd)
 	if err == nil && !checkName(name) {
 		err = fmt.Errorf("volume name is %q: want a file name: %w", name, errdefs.ErrInvalidArgument)
@@ -100,7 +101,7 @@ func (s *Server) Add(name string, fd int) error {
 	if err != nil {
 		return errors.Join(err, unix.Close(fd))
 	}
-	e := &Export{nodes: make(map[*node]struct{})}
+	e := &Export{maker: maker, nodes: make(map[*node]struct{})}
 	e.root = newNode(e, fd, st)
 	s.exports[name] = e
 	return nil

@@ -14,6 +14,8 @@ import (
 
 	"github.com/containerd/errdefs"
 	"golang.org/x/sys/unix"
+
+	"github.com/cloudhv/containerd-cloudhv/controller/shim/ninep"
 )
 
 // Options say how a volume is mounted.
@@ -25,6 +27,16 @@ type Options struct {
 	Recursive bool
 	// Slave has what the host mounts below the source later appear in the volume.
 	Slave bool
+	// ids are the mappings of an ID-mapped mount, nil for another.
+	ids *idMap
+}
+
+// maker is as whom files are made.
+func (o Options) maker() ninep.Maker {
+	if o.ids == nil {
+		return ninep.Maker{}
+	}
+	return o.ids.maker
 }
 
 // tree is a clone of a part of the host's mounts. It keeps the file systems in it in use,
@@ -74,6 +86,11 @@ func cloneTree(source string, o Options, propagation uint64) (_ int, retErr erro
 			_ = unix.Close(fd)
 		}
 	}()
+	if o.ids != nil {
+		if err := o.ids.apply(fd, source); err != nil {
+			return -1, err
+		}
+	}
 	// The server follows no link and opens no device; the kernel shall not either.
 	all := unix.MountAttr{Attr_set: unix.MOUNT_ATTR_NODEV | unix.MOUNT_ATTR_NOSYMFOLLOW, Propagation: propagation}
 	if o.RecursiveReadonly {

@@ -26,8 +26,10 @@ type Set struct {
 	// Server serves the volumes.
 	Server *ninep.Server
 
-	mu      sync.Mutex
-	last    uint64
+	mu   sync.Mutex
+	last uint64
+	// maps are the ID mappings that mounts have had.
+	maps    map[string]*idMap
 	volumes map[key]*volume
 	// used are the volumes of each container.
 	used map[string][]*volume
@@ -55,6 +57,7 @@ type volume struct {
 func NewSet() *Set {
 	return &Set{
 		Server:  ninep.NewServer(ninep.Limits{}),
+		maps:    make(map[string]*idMap),
 		volumes: make(map[key]*volume),
 		used:    make(map[string][]*volume),
 	}
@@ -84,13 +87,14 @@ func (s *Set) Add(container string, mounts []specs.Mount) (retErr error) {
 		if m.Type != "bind" {
 			continue
 		}
-		v, err := s.get(m.Source, optionsOf(m.Options))
+		v, err := s.volumeOf(m)
 		if err != nil {
 			refused = append(refused, fmt.Errorf("mount %q of %q: %w", m.Destination, m.Source, err))
 			continue
 		}
 		used = append(used, v)
 		m.Source, m.Options = api.VolumeRoot+"/"+v.name, v.guestOptions(m.Options)
+		m.UIDMappings, m.GIDMappings = nil, nil
 	}
 	if len(refused) > 0 {
 		return errors.Join(refused...)
@@ -118,6 +122,10 @@ func (s *Set) Close() {
 		s.put(used)
 	}
 	clear(s.used)
+	for _, m := range s.maps {
+		_ = m.userns.Close()
+	}
+	clear(s.maps)
 }
 
 func (s *Set) put(used []*volume) {
@@ -129,6 +137,16 @@ func (s *Set) put(used []*volume) {
 			delete(s.volumes, v.key)
 		}
 	}
+}
+
+// volumeOf finds or makes a mount's volume, for one user more.
+func (s *Set) volumeOf(m *specs.Mount) (*volume, error) {
+	o := optionsOf(m.Options)
+	var err error
+	if o.ids, err = s.idMapOf(m); err != nil {
+		return nil, err
+	}
+	return s.get(m.Source, o)
 }
 
 // get finds or makes a volume, for one user more.
@@ -171,7 +189,7 @@ func (s *Set) open(k key) (_ *volume, retErr error) {
 	}
 	s.last++
 	v.name, v.tree = strconv.FormatUint(s.last, 10), t
-	if err := s.Server.Add(v.name, t.fd); err != nil {
+	if err := s.Server.Add(v.name, t.fd, k.options.maker()); err != nil {
 		t.close()
 		return nil, err
 	}

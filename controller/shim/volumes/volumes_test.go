@@ -14,6 +14,7 @@ import (
 	"github.com/stretchr/testify/require"
 	"golang.org/x/sys/unix"
 
+	"github.com/cloudhv/containerd-cloudhv/controller/shim/ninep"
 	"github.com/cloudhv/containerd-cloudhv/guest/api"
 )
 
@@ -159,7 +160,7 @@ func TestRefused(t *testing.T) {
 	require.ErrorIs(t, err, errdefs.ErrInvalidArgument)
 	require.Empty(t, s.volumes)
 	require.False(t, s.Has("a"))
-	require.NoError(t, s.Server.Add("1", openPath(t, dir)), "no name is taken")
+	require.NoError(t, s.Server.Add("1", openPath(t, dir), ninep.Maker{}), "no name is taken")
 	s.Server.Close()
 }
 

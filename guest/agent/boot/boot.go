@@ -71,7 +71,7 @@ func Machine(ctx context.Context) error {
 		return err
 	}
 	// What follows is wanted, but a VM without it still runs pods.
-	err := errors.Join(limits(), loopbackUp(), unix.Sethostname([]byte("localhost")))
+	err := errors.Join(limits(), LoopbackUp(), unix.Sethostname([]byte("localhost")))
 	if err != nil {
 		log.G(ctx).WithError(err).Warn("boot is incomplete")
 	}
@@ -164,8 +164,8 @@ func limits() error {
 	return errors.Join(errs...)
 }
 
-// loopbackUp sets lo's flag; the kernel gives it its addresses by itself.
-func loopbackUp() error {
+// LoopbackUp sets lo's flag; the kernel gives it its addresses by itself.
+func LoopbackUp() error {
 	s, err := unix.Socket(unix.AF_INET, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC, 0)
 	if err != nil {
 		return fmt.Errorf("bring up lo: %w", err)

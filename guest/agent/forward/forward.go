@@ -39,13 +39,16 @@ var localhost = []netip.Addr{netip.AddrFrom4([4]byte{127, 0, 0, 1}), netip.IPv6L
 // Server serves api.PortForward.
 type Server struct {
 	slots chan struct{}
+	// inPod runs a function in the pod's network namespace.
+	inPod func(func() error) error
 	// request and dial are requestLimit and dialLimit; tests shorten them.
 	request, dial time.Duration
 }
 
-// NewServer returns a Server without connections.
-func NewServer() *Server {
-	return &Server{slots: make(chan struct{}, maxConns), request: requestLimit, dial: dialLimit}
+// NewServer returns a Server without connections. inPod runs a function, on one thread, in
+// the pod's network namespace.
+func NewServer(inPod func(func() error) error) *Server {
+	return &Server{slots: make(chan struct{}, maxConns), inPod: inPod, request: requestLimit, dial: dialLimit}
 }
 
 // Serve accepts connections until the listener is closed or ctx ends. Those that it
@@ -74,7 +77,11 @@ func (s *Server) serve(ctx context.Context, conn net.Conn) {
 		_ = conn.Close()
 		return
 	}
-	service, err := s.connect(ctx, port)
+	var service *net.TCPConn
+	err = s.inPod(func() (err error) {
+		service, err = s.connect(ctx, port)
+		return err
+	})
 	switch {
 	case errors.Is(err, unix.ECONNREFUSED):
 		refuse(conn, api.ForwardRefused)

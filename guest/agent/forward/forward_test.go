@@ -18,6 +18,9 @@ import (
 	"github.com/cloudhv/containerd-cloudhv/guest/api"
 )
 
+// here stands for the pod's network namespace.
+func here(f func() error) error { return f() }
+
 func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
 
 // serve runs a Server on a unix socket, which stands in for the transport, and returns
@@ -86,7 +89,7 @@ func TestServices(t *testing.T) {
 	for _, addr := range []string{"127.0.0.1:0", "[::1]:0", "0.0.0.0:0", "[::]:0"} {
 		t.Run(addr, func(t *testing.T) {
 			port := service(t, addr)
-			conn := serve(t, NewServer())()
+			conn := serve(t, NewServer(here))()
 			require.Equal(t, byte(api.ForwardAccepted), ask(t, conn, port))
 			_, err := conn.Write([]byte("a question"))
 			require.NoError(t, err)
@@ -103,7 +106,7 @@ func TestRefused(t *testing.T) {
 	require.NoError(t, err)
 	port := l.Addr().(*net.TCPAddr).Port
 	require.NoError(t, l.Close())
-	dial := serve(t, NewServer())
+	dial := serve(t, NewServer(here))
 	for _, port := range []int{port, 0} {
 		conn := dial()
 		require.Equal(t, byte(api.ForwardRefused), ask(t, conn, port))
@@ -114,7 +117,7 @@ func TestRefused(t *testing.T) {
 
 // A service whose queue is full gets so much time.
 func TestAServiceThatDoesNotAccept(t *testing.T) {
-	s := NewServer()
+	s := NewServer(here)
 	s.dial = time.Nanosecond
 	port := service(t, "127.0.0.1:0")
 	conn := serve(t, s)()
@@ -124,7 +127,7 @@ func TestAServiceThatDoesNotAccept(t *testing.T) {
 // More connections than there may be are refused, those that say nothing are ended,
 // and places become free.
 func TestLimits(t *testing.T) {
-	s := NewServer()
+	s := NewServer(here)
 	s.slots = make(chan struct{}, 2)
 	s.request = 300 * time.Millisecond
 	dial := serve(t, s)

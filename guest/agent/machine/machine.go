@@ -22,6 +22,7 @@ import (
 
 	"github.com/cloudhv/containerd-cloudhv/guest/agent/boot"
 	"github.com/cloudhv/containerd-cloudhv/guest/agent/network"
+	"github.com/cloudhv/containerd-cloudhv/guest/agent/podns"
 	"github.com/cloudhv/containerd-cloudhv/guest/api"
 	guestv1 "github.com/cloudhv/containerd-cloudhv/guest/api/v1"
 )
@@ -38,6 +39,8 @@ type Config struct {
 	// Memory tells the RAM, Sys changes the VM.
 	Memory *Memory
 	System System
+	// Namespaces makes those of a pod with a user namespace.
+	Namespaces func(*guestv1.UserNamespace) (*podns.Namespaces, error)
 }
 
 // System are the changes to the VM that a test cannot allow.
@@ -69,7 +72,8 @@ type Service struct {
 		sync.Mutex
 		configured bool
 		// failed is why the VM is unusable.
-		failed error
+		failed     error
+		namespaces *podns.Namespaces
 	}
 }
 
@@ -119,6 +123,28 @@ func (s *Service) Configured() error {
 	}
 }
 
+// Namespaces are those of the pod's containers.
+func (s *Service) Namespaces() *podns.Namespaces {
+	s.state.Lock()
+	defer s.state.Unlock()
+	return s.state.namespaces
+}
+
+// makeNamespaces makes the pod's, if it has other ones than the VM.
+func (s *Service) makeNamespaces(r *guestv1.ConfigureRequest) error {
+	if r.GetUserNamespace() == nil {
+		return nil
+	}
+	n, err := s.cfg.Namespaces(r.GetUserNamespace())
+	if err != nil {
+		return err
+	}
+	s.state.Lock()
+	defer s.state.Unlock()
+	s.state.namespaces = n
+	return nil
+}
+
 // Configure implements the Machine service.
 func (s *Service) Configure(ctx context.Context, r *guestv1.ConfigureRequest) (*guestv1.ConfigureResponse, error) {
 	s.mu.Lock()
@@ -161,7 +187,7 @@ func (s *Service) Rehearse(ctx context.Context, r *guestv1.ConfigureRequest) (_ 
 		retErr = errors.Join(retErr, pod.forget(), network.Forget(r))
 	}()
 	steps, err := take([]step{
-		{"names", func() error { return pod.write(r) }},
+		{"names", func() error { return pod.write(r, nil) }},
 		{"shm", func() error { return pod.mountShm(r.GetShmBytes()) }},
 		{"network", func() error { return network.Configure(ctx, r) }},
 		// The VM keeps the size that it has.
@@ -196,12 +222,35 @@ func (s *Service) configure(ctx context.Context, r *guestv1.ConfigureRequest) ([
 	return take([]step{
 		{"clock", func() error { return s.cfg.System.SetClock(r.GetClock().AsTime()) }},
 		{"entropy", func() error { return s.cfg.System.AddEntropy(r.GetEntropy()) }},
-		{"names", func() error { return pod.write(r) }},
+		{"namespaces", func() error { return s.makeNamespaces(r) }},
+		{"names", func() error { return pod.write(r, s.Namespaces()) }},
 		{"shm", func() error { return pod.mountShm(r.GetShmBytes()) }},
-		{"network", func() error { return network.Configure(ctx, r) }},
+		{"network", func() error { return s.network(ctx, r) }},
 		{"vcpus", func() error { return s.cpu.set(ctx, int(r.GetVcpus())) }},
 		{"memory", func() error { return s.memoryOfPod(ctx, r.GetMemoryBytes()) }},
-		{"sysctls", func() error { return setSysctls(sysctlDir, r.GetSysctls()) }},
+		{"sysctls", func() error { return setSysctls(sysctlDir, r.GetSysctls(), s.Namespaces()) }},
+	})
+}
+
+// network gives the pod its network: in a namespace of its own, if it has one, once the
+// devices have been moved there.
+func (s *Service) network(ctx context.Context, r *guestv1.ConfigureRequest) error {
+	n := s.Namespaces()
+	if n == nil {
+		return network.Configure(ctx, r)
+	}
+	if err := n.Do(boot.LoopbackUp); err != nil {
+		return err
+	}
+	if len(r.GetInterfaces()) == 0 {
+		// The device that goes then is the VM's.
+		return network.Configure(ctx, r)
+	}
+	if err := network.Move(ctx, r, n.NetworkFD()); err != nil {
+		return err
+	}
+	return n.Do(func() error {
+		return network.Configure(ctx, r)
 	})
 }
 
@@ -324,6 +373,9 @@ func validate(r *guestv1.ConfigureRequest) error {
 		if _, err := api.SysctlPath(name); err != nil {
 			errs = append(errs, err)
 		}
+	}
+	if r.GetUserNamespace() != nil {
+		errs = append(errs, podns.Validate(r.GetUserNamespace()))
 	}
 	return errors.Join(errs...)
 }

@@ -110,11 +110,11 @@ func TestSetSysctls(t *testing.T) {
 	require.NoError(t, os.MkdirAll(filepath.Join(dir, "net/ipv4"), 0o755))
 	file := filepath.Join(dir, "net/ipv4/x")
 	require.NoError(t, os.WriteFile(file, nil, 0o644))
-	require.NoError(t, setSysctls(dir, map[string]string{"net.ipv4.x": "1 2"}))
+	require.NoError(t, setSysctls(dir, map[string]string{"net.ipv4.x": "1 2"}, nil))
 	b, err := os.ReadFile(file)
 	require.NoError(t, err)
 	require.Equal(t, "1 2", string(b))
-	err = setSysctls(dir, map[string]string{"net.ipv4.unknown": "1"})
+	err = setSysctls(dir, map[string]string{"net.ipv4.unknown": "1"}, nil)
 	require.True(t, errdefs.IsInvalidArgument(err))
 	require.ErrorContains(t, err, "net.ipv4.unknown")
 }

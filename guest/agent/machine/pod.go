@@ -14,6 +14,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/cloudhv/containerd-cloudhv/guest/agent/podns"
 	guestv1 "github.com/cloudhv/containerd-cloudhv/guest/api/v1"
 )
 
@@ -38,13 +39,18 @@ func (p Pod) Shm() string { return filepath.Join(p.Dir, "shm") }
 // defaultShm is the size that CRI gives to a pod's /dev/shm.
 const defaultShm = 64 << 20
 
-// write sets the VM's names and writes the files, with the content that CRI
-// gives to pods of runc.
-func (p Pod) write(r *guestv1.ConfigureRequest) error {
+// write sets the VM's names, and those of the pod's own namespaces n, and writes the
+// files, with the content and the owner that CRI gives to pods of runc.
+func (p Pod) write(r *guestv1.ConfigureRequest, n *podns.Namespaces) error {
 	if err := os.MkdirAll(p.Dir, 0o755); err != nil {
 		return err
 	}
-	if err := unix.Sethostname([]byte(r.GetHostname())); err != nil {
+	setName := func() error { return unix.Sethostname([]byte(r.GetHostname())) }
+	err := setName()
+	if n != nil {
+		err = errors.Join(err, n.Do(setName))
+	}
+	if err != nil {
 		return fmt.Errorf("set hostname: %w", err)
 	}
 	hosts := r.GetHosts()
@@ -55,8 +61,22 @@ func (p Pod) write(r *guestv1.ConfigureRequest) error {
 		writeFile(p.Hostname(), []byte(r.GetHostname()+"\n")),
 		writeFile(p.Hosts(), hosts),
 		writeFile(p.ResolvConf(), r.GetResolvConf()),
+		p.giveTo(n),
 		p.machineID(r.GetMachineId()),
 	)
+}
+
+// giveTo gives the files to the root of the pod's user namespace, who may write them.
+func (p Pod) giveTo(n *podns.Namespaces) error {
+	if n == nil {
+		return nil
+	}
+	uid, gid := n.Root()
+	var errs []error
+	for _, path := range []string{p.Hostname(), p.Hosts(), p.ResolvConf()} {
+		errs = append(errs, os.Chown(path, uid, gid))
+	}
+	return errors.Join(errs...)
 }
 
 // Placeholder makes empty files in the places of a pod's, for a container that

@@ -66,6 +66,30 @@ func Configure(ctx context.Context, r *guestv1.ConfigureRequest) error {
 	return addRules(h, plan.rules)
 }
 
+// Move waits for the devices and moves them to another network namespace, where a
+// Configure of the same request finds them.
+func Move(ctx context.Context, r *guestv1.ConfigureRequest, namespace int) error {
+	plan, err := parse(r)
+	if err != nil {
+		return err
+	}
+	h, err := netlink.NewHandle(unix.NETLINK_ROUTE)
+	if err != nil {
+		return fmt.Errorf("open netlink: %w", err)
+	}
+	defer h.Close()
+	for _, l := range plan.links {
+		dev, err := waitDevice(ctx, h, l.device)
+		if err == nil {
+			err = h.LinkSetNsFd(dev, namespace)
+		}
+		if err != nil {
+			return fmt.Errorf("interface %s: move to the pod's namespace: %w", l.name, err)
+		}
+	}
+	return nil
+}
+
 // Forget undoes a Configure of a VM that has only its built-in device, and no rules.
 func Forget(r *guestv1.ConfigureRequest) error {
 	plan, err := parse(r)

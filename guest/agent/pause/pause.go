@@ -21,6 +21,9 @@ import (
 // name is argv[0] of the process, and what ps shows.
 const name = "pod-pause"
 
+// oomScore is that of CRI's pause containers.
+const oomScore = "-998"
+
 func init() {
 	if len(os.Args) == 1 && os.Args[0] == name && os.Getpid() == 1 {
 		run()
@@ -33,7 +36,7 @@ func run() {
 	// ignored because a container that sees this process may signal it.
 	signal.Ignore(syscall.SIGCHLD, syscall.SIGTERM, syscall.SIGINT, syscall.SIGHUP, syscall.SIGQUIT,
 		syscall.SIGPIPE, syscall.SIGUSR1, syscall.SIGUSR2, syscall.SIGALRM)
-	_ = os.WriteFile("/proc/self/oom_score_adj", []byte("-998"), 0)
+	_ = os.WriteFile("/proc/self/oom_score_adj", []byte(oomScore), 0)
 	for {
 		_ = syscall.Pause()
 	}
@@ -41,7 +44,10 @@ func run() {
 
 // Start starts a pause process in a new PID namespace and returns its pid, which
 // the caller watches. self is the path of this binary, /proc/self/exe as a rule.
-func Start(self string) (int, error) {
+//
+// With IDs it is the root of a new user namespace too, which owns the PID namespace, and
+// a new network, IPC and UTS namespace.
+func Start(self string, ids *IDs) (int, error) {
 	null, err := os.OpenFile(os.DevNull, os.O_RDWR, 0)
 	if err != nil {
 		return 0, fmt.Errorf("open %s for the pause process: %w", os.DevNull, err)
@@ -50,10 +56,31 @@ func Start(self string) (int, error) {
 	pid, err := syscall.ForkExec(self, []string{name}, &syscall.ProcAttr{
 		Dir:   "/",
 		Files: []uintptr{null.Fd(), null.Fd(), null.Fd()},
-		Sys:   &syscall.SysProcAttr{Cloneflags: syscall.CLONE_NEWPID, Setsid: true},
+		Sys:   attributes(ids),
 	})
 	if err != nil {
 		return 0, fmt.Errorf("start the pause process: %w", err)
 	}
+	if ids != nil {
+		// It has not the right to.
+		_ = os.WriteFile(fmt.Sprintf("/proc/%d/oom_score_adj", pid), []byte(oomScore), 0)
+	}
 	return pid, nil
+}
+
+// IDs are the first user and group ID of a user namespace, as they are outside, and how
+// many of each there are.
+type IDs struct{ UID, UIDs, GID, GIDs int }
+
+func attributes(ids *IDs) *syscall.SysProcAttr {
+	sys := &syscall.SysProcAttr{Cloneflags: syscall.CLONE_NEWPID, Setsid: true}
+	if ids == nil {
+		return sys
+	}
+	sys.Cloneflags |= syscall.CLONE_NEWUSER | syscall.CLONE_NEWNET | syscall.CLONE_NEWIPC | syscall.CLONE_NEWUTS
+	sys.UidMappings = []syscall.SysProcIDMap{{HostID: ids.UID, Size: ids.UIDs}}
+	sys.GidMappings = []syscall.SysProcIDMap{{HostID: ids.GID, Size: ids.GIDs}}
+	sys.GidMappingsEnableSetgroups = true
+	sys.Credential = &syscall.Credential{}
+	return sys
 }

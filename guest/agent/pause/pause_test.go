@@ -20,7 +20,7 @@ func TestStart(t *testing.T) {
 	if os.Getuid() != 0 {
 		t.Skip("needs root")
 	}
-	pid, err := Start("/proc/self/exe")
+	pid, err := Start("/proc/self/exe", nil)
 	require.NoError(t, err)
 	defer func() {
 		require.NoError(t, syscall.Kill(pid, syscall.SIGKILL))

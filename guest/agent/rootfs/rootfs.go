@@ -84,8 +84,12 @@ type Layer struct {
 // Mount mounts the root file system of container id at target, which exists, on
 // the image with that disk serial. After a failure nothing is left of it but the
 // image's own mount.
-func (m *Manager) Mount(ctx context.Context, id, serial, target string) (*Layer, error) {
-	lower, err := m.image(ctx, serial)
+//
+// With a user namespace its files belong to whom they belong in the image, as seen in the
+// namespace: the image's mount is ID-mapped, and what is written is stored with the IDs
+// of the VM. All calls have the same one, as the pod has one.
+func (m *Manager) Mount(ctx context.Context, id, serial, target string, userns *os.File) (*Layer, error) {
+	lower, err := m.image(ctx, serial, userns)
 	if err != nil {
 		return nil, err
 	}
@@ -94,8 +98,8 @@ func (m *Manager) Mount(ctx context.Context, id, serial, target string) (*Layer,
 
 // Image mounts the image with that disk serial, for a Mount that follows, unless it is
 // mounted.
-func (m *Manager) Image(ctx context.Context, serial string) error {
-	_, err := m.image(ctx, serial)
+func (m *Manager) Image(ctx context.Context, serial string, userns *os.File) error {
+	_, err := m.image(ctx, serial, userns)
 	return err
 }
 
@@ -184,7 +188,7 @@ func (l *Layer) Remove() error {
 
 // image mounts an image's disk, once, and returns where. The mount stays as
 // long as the VM: other containers will want it.
-func (m *Manager) image(ctx context.Context, serial string) (string, error) {
+func (m *Manager) image(ctx context.Context, serial string, userns *os.File) (string, error) {
 	if !disk.ValidSerial(serial) {
 		return "", fmt.Errorf("image serial %q: want 1 to %d of [a-z0-9-]: %w", serial, disk.MaxSerial, errdefs.ErrInvalidArgument)
 	}
@@ -211,14 +215,14 @@ func (m *Manager) image(ctx context.Context, serial string) (string, error) {
 	if img.mounted {
 		return target, nil
 	}
-	if err := m.mountImage(ctx, serial, target); err != nil {
+	if err := m.mountImage(ctx, serial, target, userns); err != nil {
 		return "", err
 	}
 	img.mounted = true
 	return target, nil
 }
 
-func (m *Manager) mountImage(ctx context.Context, serial, target string) error {
+func (m *Manager) mountImage(ctx context.Context, serial, target string, userns *os.File) error {
 	node, err := m.cfg.Disks.Wait(ctx, serial, diskLimit)
 	if err != nil {
 		return fmt.Errorf("image disk: %w", err)
@@ -231,6 +235,33 @@ func (m *Manager) mountImage(ctx context.Context, serial, target string) error {
 	}
 	if err := unix.Mount(node, target, "erofs", unix.MS_RDONLY, ""); err != nil {
 		return errors.Join(fmt.Errorf("mount image %s from %s: %w", serial, node, err), os.Remove(target))
+	}
+	if userns == nil {
+		return nil
+	}
+	if err := mapIDs(target, int(userns.Fd())); err != nil {
+		return errors.Join(fmt.Errorf("map the IDs of image %s: %w", serial, err), unix.Unmount(target, unix.MNT_DETACH), os.Remove(target))
+	}
+	return nil
+}
+
+// mapIDs makes an ID-mapped mount of the one at target. The kernel maps one that is
+// mounted nowhere only.
+func mapIDs(target string, userns int) error {
+	fd, err := unix.OpenTree(unix.AT_FDCWD, target, unix.OPEN_TREE_CLONE|unix.OPEN_TREE_CLOEXEC)
+	if err != nil {
+		return fmt.Errorf("clone the mount: %w", err)
+	}
+	defer unix.Close(fd) //nolint:errcheck // of a mount there is nothing to write back
+	attr := unix.MountAttr{Attr_set: unix.MOUNT_ATTR_IDMAP, Userns_fd: uint64(userns)}
+	if err := unix.MountSetattr(fd, "", unix.AT_EMPTY_PATH, &attr); err != nil {
+		return fmt.Errorf("set the mount's attributes: %w", err)
+	}
+	if err := unix.Unmount(target, 0); err != nil {
+		return fmt.Errorf("unmount the other: %w", err)
+	}
+	if err := unix.MoveMount(fd, "", unix.AT_FDCWD, target, unix.MOVE_MOUNT_F_EMPTY_PATH); err != nil {
+		return fmt.Errorf("mount it: %w", err)
 	}
 	return nil
 }

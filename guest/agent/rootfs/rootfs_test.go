@@ -5,9 +5,11 @@ package rootfs
 
 import (
 	"context"
+	"fmt"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"strings"
 	"sync"
 	"testing"
 	"time"
@@ -17,13 +19,27 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/cloudhv/containerd-cloudhv/guest/agent/disk"
+	"github.com/cloudhv/containerd-cloudhv/guest/agent/pause"
 )
 
 // serial of the fake disk.
 const serial = "image"
 
-// newTest makes a manager whose one disk is an erofs image in a file, which the
-// kernel mounts too.
+// loopDevice makes a file a disk.
+func loopDevice(t *testing.T, file string) string {
+	t.Helper()
+	out, err := exec.CommandContext(t.Context(), "losetup", "--find", "--show", "--read-only", file).Output()
+	if err != nil {
+		t.Skipf("needs a loop device: %v", err)
+	}
+	dev := strings.TrimSpace(string(out))
+	t.Cleanup(func() {
+		require.NoError(t, exec.CommandContext(context.Background(), "losetup", "--detach", dev).Run())
+	})
+	return dev
+}
+
+// newTest makes a manager whose one disk is an erofs image.
 func newTest(t *testing.T) (*Manager, string) {
 	t.Helper()
 	if os.Getuid() != 0 {
@@ -49,7 +65,7 @@ func newTest(t *testing.T) (*Manager, string) {
 	require.NoError(t, os.MkdirAll(filepath.Join(sys, "block/vdb"), 0o755))
 	require.NoError(t, os.Mkdir(dev, 0o755))
 	require.NoError(t, os.WriteFile(filepath.Join(sys, "block/vdb/serial"), []byte(serial), 0o644))
-	require.NoError(t, os.Symlink(image, filepath.Join(dev, "vdb")))
+	require.NoError(t, os.Symlink(loopDevice(t, image), filepath.Join(dev, "vdb")))
 	m, err := NewManager(Config{Images: filepath.Join(dir, "images"), Layers: filepath.Join(dir, "layers"), Disks: disk.Finder{Sys: sys, Dev: dev}})
 	require.NoError(t, err)
 	t.Cleanup(func() {
@@ -62,7 +78,7 @@ func (m *Manager) mountTest(t *testing.T, dir, id string) (*Layer, string) {
 	t.Helper()
 	target := filepath.Join(dir, "c", id)
 	require.NoError(t, os.MkdirAll(target, 0o755))
-	l, err := m.Mount(t.Context(), id, serial, target)
+	l, err := m.Mount(t.Context(), id, serial, target, nil)
 	if err != nil && !mountable(err) {
 		t.Skipf("the kernel does not mount erofs from a file: %v", err)
 	}
@@ -92,7 +108,7 @@ func TestMount(t *testing.T) {
 	require.EqualValues(t, 2, u.Inodes) // etc, etc/name
 
 	// A layer that exists is not taken over.
-	_, err = m.Mount(t.Context(), "a", serial, rootB)
+	_, err = m.Mount(t.Context(), "a", serial, rootB, nil)
 	require.ErrorIs(t, err, os.ErrExist)
 
 	for _, l := range []*Layer{a, b} {
@@ -109,6 +125,44 @@ func TestMount(t *testing.T) {
 	require.NoError(t, unix.Unmount(again, 0))
 }
 
+// TestMountMapped looks at the owners in a user namespace's root file system.
+func TestMountMapped(t *testing.T) {
+	m, dir := newTest(t)
+	const firstUser, firstGroup = 131072, 262144
+	pid, err := pause.Start("/proc/self/exe", &pause.IDs{UID: firstUser, UIDs: 10, GID: firstGroup, GIDs: 10})
+	require.NoError(t, err)
+	defer func() {
+		_ = unix.Kill(pid, unix.SIGKILL)
+		_, _ = unix.Wait4(pid, nil, 0, nil)
+	}()
+	userns, err := os.Open(fmt.Sprintf("/proc/%d/ns/user", pid))
+	require.NoError(t, err)
+	defer userns.Close()
+	require.NoError(t, m.Image(t.Context(), serial, userns))
+	require.NoError(t, m.Image(t.Context(), serial, userns))
+	target := filepath.Join(dir, "c", "a")
+	require.NoError(t, os.MkdirAll(target, 0o755))
+	l, err := m.Mount(t.Context(), "a", serial, target, userns)
+	require.NoError(t, err)
+	owner := func(path string) string {
+		var st unix.Stat_t
+		require.NoError(t, unix.Stat(path, &st))
+		return fmt.Sprint(st.Uid, ":", st.Gid)
+	}
+	roots := fmt.Sprint(firstUser, ":", firstGroup)
+	for _, path := range []string{"", "etc", "etc/name"} {
+		require.Equal(t, roots, owner(filepath.Join(target, path)), path)
+	}
+	// What is copied up, and what is given away, is stored with the IDs of the VM.
+	require.NoError(t, os.Chown(filepath.Join(target, "etc/name"), firstUser+1, firstGroup+2))
+	for _, root := range []string{target, l.upper()} {
+		require.Equal(t, fmt.Sprint(firstUser+1, ":", firstGroup+2), owner(filepath.Join(root, "etc/name")))
+		require.Equal(t, roots, owner(filepath.Join(root, "etc")))
+	}
+	require.NoError(t, l.Remove())
+	require.NoError(t, m.Forget(serial))
+}
+
 func TestMountAtOnce(t *testing.T) {
 	m, dir := newTest(t)
 	first, _ := m.mountTest(t, dir, "first")
@@ -121,7 +175,7 @@ func TestMountAtOnce(t *testing.T) {
 				t.Error(err)
 				return
 			}
-			l, err := m.Mount(t.Context(), id, serial, target)
+			l, err := m.Mount(t.Context(), id, serial, target, nil)
 			if err != nil {
 				t.Error(err)
 				return
@@ -136,11 +190,11 @@ func TestMountAtOnce(t *testing.T) {
 
 func TestMountFails(t *testing.T) {
 	m, dir := newTest(t)
-	_, err := m.Mount(t.Context(), "a", "../x", dir)
+	_, err := m.Mount(t.Context(), "a", "../x", dir, nil)
 	require.True(t, errdefs.IsInvalidArgument(err))
 	ctx, cancel := context.WithTimeout(t.Context(), 10*time.Millisecond)
 	defer cancel()
-	_, err = m.Mount(ctx, "a", "none", dir)
+	_, err = m.Mount(ctx, "a", "none", dir, nil)
 	require.ErrorIs(t, err, context.DeadlineExceeded)
 	require.Empty(t, m.images)
 	require.NoDirExists(t, filepath.Join(dir, "layers", "a"))

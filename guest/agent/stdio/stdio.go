@@ -115,6 +115,21 @@ func (p *IO) pipes() error {
 	return nil
 }
 
+// Own gives the pipes to a user and group, who may then open them again, as
+// /proc/self/fd/1.
+func (p *IO) Own(uid, gid int) error {
+	for _, f := range []*os.File{p.stdin, p.stdout, p.stderr} {
+		if f == nil {
+			continue
+		}
+		// Both ends are one file.
+		if err := f.Chown(uid, gid); err != nil {
+			return fmt.Errorf("give a pipe to user %d: %w", uid, err)
+		}
+	}
+	return nil
+}
+
 // Runc is p as go-runc wants it.
 func (p *IO) Runc() runc.IO { return runcIO{p} }
 

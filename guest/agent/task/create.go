@@ -41,6 +41,9 @@ func (s *Service) Create(ctx context.Context, r *guestv1.CreateRequest) (_ *gues
 	if err != nil {
 		return nil, err
 	}
+	if err := s.cfg.Namespaces().Check(spec.Linux); err != nil {
+		return nil, err
+	}
 	if r.GetRootfs() == nil {
 		return nil, fmt.Errorf("rootfs: missing: %w", errdefs.ErrInvalidArgument)
 	}
@@ -121,7 +124,9 @@ func (c *container) create(ctx context.Context, r *guestv1.CreateRequest, spec *
 		name string
 		do   func() error
 	}{
-		{"image", func() error { return c.s.cfg.RootFS.Image(ctx, r.GetRootfs().GetImageSerial()) }},
+		{"image", func() error {
+			return c.s.cfg.RootFS.Image(ctx, r.GetRootfs().GetImageSerial(), c.s.cfg.Namespaces().File())
+		}},
 		{"rootfs", func() error { return c.mountRootFS(ctx, r) }},
 		{"bundle", func() error {
 			c.prefetch(spec)
@@ -147,7 +152,7 @@ func (c *container) mountRootFS(ctx context.Context, r *guestv1.CreateRequest) (
 	if err := os.MkdirAll(c.rootfs(), 0o711); err != nil {
 		return fmt.Errorf("make bundle: %w", err)
 	}
-	c.layer, err = c.s.cfg.RootFS.Mount(ctx, c.id, r.GetRootfs().GetImageSerial(), c.rootfs())
+	c.layer, err = c.s.cfg.RootFS.Mount(ctx, c.id, r.GetRootfs().GetImageSerial(), c.rootfs(), c.s.cfg.Namespaces().File())
 	return err
 }
 
@@ -163,10 +168,17 @@ func (c *container) writeBundle(r *guestv1.CreateRequest, spec *specs.Spec, pidn
 		root:       c.rootfs(),
 		cgroup:     filepath.Join("/", c.s.cfg.CgroupParent, c.id),
 		pidns:      pidns,
+		namespaces: c.s.cfg.Namespaces().Spec(),
 		terminal:   r.GetStdio().GetTerminal(),
 		pod:        c.s.cfg.Pod,
 		privateShm: r.GetPrivateShm(),
 	})
+	if c.s.cfg.Namespaces() != nil {
+		var err error
+		if spec.Mounts, err = safeMounts(spec.Mounts); err != nil {
+			return err
+		}
+	}
 	return writeJSON(filepath.Join(c.bundle, "config.json"), spec)
 }
 

@@ -19,9 +19,11 @@ import (
 type guest struct {
 	root, cgroup string
 	// pidns is the PID namespace to join, "" for an own one.
-	pidns    string
-	terminal bool
-	pod      machine.Pod
+	pidns string
+	// namespaces are those of the pod that are not the VM's.
+	namespaces []specs.LinuxNamespace
+	terminal   bool
+	pod        machine.Pod
 	// privateShm is true if the spec's own /dev/shm stays.
 	privateShm bool
 }
@@ -57,7 +59,7 @@ func adapt(s *specs.Spec, g guest) {
 	s.Hooks = nil
 	s.Process.Terminal = g.terminal
 	s.Linux.CgroupsPath = g.cgroup
-	s.Linux.Namespaces = namespaces(s.Linux.Namespaces, g.pidns)
+	s.Linux.Namespaces = append(g.namespaces, namespaces(s.Linux.Namespaces, g.pidns)...)
 	for k := range s.Annotations {
 		// These steer crun itself.
 		if strings.HasPrefix(k, "run.oci.") {
@@ -68,14 +70,15 @@ func adapt(s *specs.Spec, g guest) {
 }
 
 // namespaces leaves out those that the pod's containers share, which are the
-// VM's own, and sets the PID namespace. Each container has a cgroup namespace,
+// VM's own or the pod's, and sets the PID namespace. Each container has a cgroup namespace,
 // asked for or not: a mount of cgroup2 outside of one, which crun makes for the
 // container's /sys/fs/cgroup, changes the options of the whole hierarchy.
 func namespaces(in []specs.LinuxNamespace, pidns string) []specs.LinuxNamespace {
 	out := []specs.LinuxNamespace{{Type: specs.PIDNamespace, Path: pidns}, {Type: specs.MountNamespace}, {Type: specs.CgroupNamespace}}
 	for _, n := range in {
 		switch n.Type {
-		case specs.NetworkNamespace, specs.IPCNamespace, specs.UTSNamespace, specs.PIDNamespace, specs.MountNamespace, specs.CgroupNamespace:
+		case specs.NetworkNamespace, specs.IPCNamespace, specs.UTSNamespace, specs.UserNamespace,
+			specs.PIDNamespace, specs.MountNamespace, specs.CgroupNamespace:
 		default:
 			out = append(out, specs.LinuxNamespace{Type: n.Type})
 		}

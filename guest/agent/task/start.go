@@ -140,6 +140,9 @@ func (c *container) startExec(ctx context.Context, p *process) (retErr error) {
 	}()
 	spec := p.spec
 	p.spec = specs.Process{}
+	if err := c.ownStreams(p, spec.User); err != nil {
+		return err
+	}
 	return c.launch(ctx, p, dir, spec.Terminal, stateRunning, c.execExited(p), func(req crun.Process) (int, error) {
 		pid, err := c.s.cfg.Runtime.Exec(ctx, c.id, dir, spec, req)
 		if err == nil && spec.OOMScoreAdj != nil {
@@ -147,6 +150,21 @@ func (c *container) startExec(ctx context.Context, p *process) (retErr error) {
 		}
 		return pid, err
 	})
+}
+
+// ownStreams gives the pipes of an added process in a user namespace to its user. crun
+// tries that too, but from within, where the pipes are nobody's.
+func (c *container) ownStreams(p *process, user specs.User) error {
+	n := c.s.cfg.Namespaces()
+	if n == nil {
+		return nil
+	}
+	uid, known := n.User(user.UID)
+	gid, alsoKnown := n.Group(user.GID)
+	if !known || !alsoKnown {
+		return fmt.Errorf("process: user %d, group %d: want those of the pod's user namespace: %w", user.UID, user.GID, errdefs.ErrInvalidArgument)
+	}
+	return p.io.Own(int(uid), int(gid))
 }
 
 // setOOMScore does what crun does for the first process only, and runc for all.

@@ -18,6 +18,7 @@ import (
 	"github.com/cloudhv/containerd-cloudhv/guest/agent/crun"
 	"github.com/cloudhv/containerd-cloudhv/guest/agent/machine"
 	"github.com/cloudhv/containerd-cloudhv/guest/agent/pause"
+	"github.com/cloudhv/containerd-cloudhv/guest/agent/podns"
 	"github.com/cloudhv/containerd-cloudhv/guest/agent/reap"
 	"github.com/cloudhv/containerd-cloudhv/guest/agent/rootfs"
 	"github.com/cloudhv/containerd-cloudhv/guest/agent/stdio"
@@ -40,12 +41,14 @@ type Config struct {
 	// that holds the containers' cgroups.
 	CgroupRoot, CgroupParent string
 	// Ready fails while the VM is not configured for a pod.
-	Ready   func() error
-	Pod     machine.Pod
-	Runtime crun.Runtime
-	Reaper  *reap.Reaper
-	Streams *stdio.Streams
-	RootFS  *rootfs.Manager
+	Ready func() error
+	Pod   machine.Pod
+	// Namespaces are the pod's, once it is Ready.
+	Namespaces func() *podns.Namespaces
+	Runtime    crun.Runtime
+	Reaper     *reap.Reaper
+	Streams    *stdio.Streams
+	RootFS     *rootfs.Manager
 	// Self is the path of this binary, for the pause process.
 	Self string
 }
@@ -170,14 +173,19 @@ func (s *Service) owns(pid int) bool {
 
 // podPidNamespace returns the path of the PID namespace that the pod's containers
 // share. It is made when first wanted, and again if its process was killed, which
-// ended all that was in it.
+// ended all that was in it; that of a pod with a user namespace is there from the
+// beginning, and is made once.
 func (s *Service) podPidNamespace(_ context.Context) (string, error) {
+	if n := s.cfg.Namespaces(); n != nil {
+		pid, err := n.PausePid()
+		return pidNamespace(pid), err
+	}
 	s.pauseMu.Lock()
 	defer s.pauseMu.Unlock()
 	if s.pausePid == 0 {
 		birth := s.cfg.Reaper.Expect()
 		defer birth.End()
-		pid, err := pause.Start(s.cfg.Self)
+		pid, err := pause.Start(s.cfg.Self, nil)
 		if err != nil {
 			return "", err
 		}

@@ -66,7 +66,7 @@ func TestAdapt(t *testing.T) {
 			{Destination: "/dev/shm", Type: "bind", Source: "/pod/shm", Options: []string{"rbind", "rprivate", "nosuid", "nodev", "noexec", "rw"}},
 		},
 		Linux: &specs.Linux{CgroupsPath: "/pod/c", Namespaces: []specs.LinuxNamespace{
-			{Type: specs.PIDNamespace, Path: "/proc/9/ns/pid"}, {Type: specs.MountNamespace}, {Type: specs.CgroupNamespace}, {Type: specs.UserNamespace},
+			{Type: specs.PIDNamespace, Path: "/proc/9/ns/pid"}, {Type: specs.MountNamespace}, {Type: specs.CgroupNamespace},
 		}},
 	}
 	require.Empty(t, cmp.Diff(want, s))

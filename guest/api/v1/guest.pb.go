@@ -296,7 +296,7 @@ type ConfigureRequest struct {
 	Entropy    []byte       `protobuf:"bytes,6,opt,name=entropy,proto3" json:"entropy,omitempty"`
 	Interfaces []*Interface `protobuf:"bytes,7,rep,name=interfaces,proto3" json:"interfaces,omitempty"`
 	Routes     []*Route     `protobuf:"bytes,8,rep,name=routes,proto3" json:"routes,omitempty"`
-	// sysctls are the pod's, by dotted name, applied in the VM.
+	// sysctls are the pod's, by dotted name, applied in the namespaces of its containers.
 	Sysctls map[string]string `protobuf:"bytes,9,rep,name=sysctls,proto3" json:"sysctls,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`
 	// vcpus is how many processors are to be on line (at least 1).
 	Vcpus uint32 `protobuf:"varint,10,opt,name=vcpus,proto3" json:"vcpus,omitempty"`
@@ -312,7 +312,11 @@ type ConfigureRequest struct {
 	// pod without interfaces does not see it. Empty means that there is none.
 	BuiltInMac string `protobuf:"bytes,14,opt,name=built_in_mac,json=builtInMac,proto3" json:"built_in_mac,omitempty"`
 	// rules choose among tables of routes, beside the kernel's own rules.
-	Rules         []*Rule `protobuf:"bytes,15,rep,name=rules,proto3" json:"rules,omitempty"`
+	Rules []*Rule `protobuf:"bytes,15,rep,name=rules,proto3" json:"rules,omitempty"`
+	// user_namespace has the pod's containers run in a user namespace of the pod's, which
+	// owns a network, an IPC and a UTS namespace that they share. Unset leaves them in
+	// those of the VM.
+	UserNamespace *UserNamespace `protobuf:"bytes,16,opt,name=user_namespace,json=userNamespace,proto3" json:"user_namespace,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -452,6 +456,121 @@ func (x *ConfigureRequest) GetRules() []*Rule {
 	return nil
 }
 
+func (x *ConfigureRequest) GetUserNamespace() *UserNamespace {
+	if x != nil {
+		return x.UserNamespace
+	}
+	return nil
+}
+
+// UserNamespace says what the IDs in a user namespace are in the VM.
+type UserNamespace struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Uids          *IDMapping             `protobuf:"bytes,1,opt,name=uids,proto3" json:"uids,omitempty"`
+	Gids          *IDMapping             `protobuf:"bytes,2,opt,name=gids,proto3" json:"gids,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *UserNamespace) Reset() {
+	*x = UserNamespace{}
+	mi := &file_guest_api_v1_guest_proto_msgTypes[3]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *UserNamespace) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*UserNamespace) ProtoMessage() {}
+
+func (x *UserNamespace) ProtoReflect() protoreflect.Message {
+	mi := &file_guest_api_v1_guest_proto_msgTypes[3]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use UserNamespace.ProtoReflect.Descriptor instead.
+func (*UserNamespace) Descriptor() ([]byte, []int) {
+	return file_guest_api_v1_guest_proto_rawDescGZIP(), []int{3}
+}
+
+func (x *UserNamespace) GetUids() *IDMapping {
+	if x != nil {
+		return x.Uids
+	}
+	return nil
+}
+
+func (x *UserNamespace) GetGids() *IDMapping {
+	if x != nil {
+		return x.Gids
+	}
+	return nil
+}
+
+// IDMapping maps the IDs from 0 on.
+type IDMapping struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// first is what 0 is in the VM.
+	First uint32 `protobuf:"varint,1,opt,name=first,proto3" json:"first,omitempty"`
+	// size is how many IDs there are (at least 1).
+	Size          uint32 `protobuf:"varint,2,opt,name=size,proto3" json:"size,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *IDMapping) Reset() {
+	*x = IDMapping{}
+	mi := &file_guest_api_v1_guest_proto_msgTypes[4]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *IDMapping) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*IDMapping) ProtoMessage() {}
+
+func (x *IDMapping) ProtoReflect() protoreflect.Message {
+	mi := &file_guest_api_v1_guest_proto_msgTypes[4]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use IDMapping.ProtoReflect.Descriptor instead.
+func (*IDMapping) Descriptor() ([]byte, []int) {
+	return file_guest_api_v1_guest_proto_rawDescGZIP(), []int{4}
+}
+
+func (x *IDMapping) GetFirst() uint32 {
+	if x != nil {
+		return x.First
+	}
+	return 0
+}
+
+func (x *IDMapping) GetSize() uint32 {
+	if x != nil {
+		return x.Size
+	}
+	return 0
+}
+
 type ConfigureResponse struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// steps tells how long each part took, in microseconds, in order.
@@ -462,7 +581,7 @@ type ConfigureResponse struct {
 
 func (x *ConfigureResponse) Reset() {
 	*x = ConfigureResponse{}
-	mi := &file_guest_api_v1_guest_proto_msgTypes[3]
+	mi := &file_guest_api_v1_guest_proto_msgTypes[5]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -474,7 +593,7 @@ func (x *ConfigureResponse) String() string {
 func (*ConfigureResponse) ProtoMessage() {}
 
 func (x *ConfigureResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_guest_api_v1_guest_proto_msgTypes[3]
+	mi := &file_guest_api_v1_guest_proto_msgTypes[5]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -487,7 +606,7 @@ func (x *ConfigureResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ConfigureResponse.ProtoReflect.Descriptor instead.
 func (*ConfigureResponse) Descriptor() ([]byte, []int) {
-	return file_guest_api_v1_guest_proto_rawDescGZIP(), []int{3}
+	return file_guest_api_v1_guest_proto_rawDescGZIP(), []int{5}
 }
 
 func (x *ConfigureResponse) GetSteps() []*Step {
@@ -509,7 +628,7 @@ type SyncClockRequest struct {
 
 func (x *SyncClockRequest) Reset() {
 	*x = SyncClockRequest{}
-	mi := &file_guest_api_v1_guest_proto_msgTypes[4]
+	mi := &file_guest_api_v1_guest_proto_msgTypes[6]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -521,7 +640,7 @@ func (x *SyncClockRequest) String() string {
 func (*SyncClockRequest) ProtoMessage() {}
 
 func (x *SyncClockRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_guest_api_v1_guest_proto_msgTypes[4]
+	mi := &file_guest_api_v1_guest_proto_msgTypes[6]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -534,7 +653,7 @@ func (x *SyncClockRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SyncClockRequest.ProtoReflect.Descriptor instead.
 func (*SyncClockRequest) Descriptor() ([]byte, []int) {
-	return file_guest_api_v1_guest_proto_rawDescGZIP(), []int{4}
+	return file_guest_api_v1_guest_proto_rawDescGZIP(), []int{6}
 }
 
 func (x *SyncClockRequest) GetOffsetNsec() int64 {
@@ -556,7 +675,7 @@ type SyncClockResponse struct {
 
 func (x *SyncClockResponse) Reset() {
 	*x = SyncClockResponse{}
-	mi := &file_guest_api_v1_guest_proto_msgTypes[5]
+	mi := &file_guest_api_v1_guest_proto_msgTypes[7]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -568,7 +687,7 @@ func (x *SyncClockResponse) String() string {
 func (*SyncClockResponse) ProtoMessage() {}
 
 func (x *SyncClockResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_guest_api_v1_guest_proto_msgTypes[5]
+	mi := &file_guest_api_v1_guest_proto_msgTypes[7]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -581,7 +700,7 @@ func (x *SyncClockResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SyncClockResponse.ProtoReflect.Descriptor instead.
 func (*SyncClockResponse) Descriptor() ([]byte, []int) {
-	return file_guest_api_v1_guest_proto_rawDescGZIP(), []int{5}
+	return file_guest_api_v1_guest_proto_rawDescGZIP(), []int{7}
 }
 
 func (x *SyncClockResponse) GetClock() *timestamppb.Timestamp {
@@ -608,7 +727,7 @@ type Step struct {
 
 func (x *Step) Reset() {
 	*x = Step{}
-	mi := &file_guest_api_v1_guest_proto_msgTypes[6]
+	mi := &file_guest_api_v1_guest_proto_msgTypes[8]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -620,7 +739,7 @@ func (x *Step) String() string {
 func (*Step) ProtoMessage() {}
 
 func (x *Step) ProtoReflect() protoreflect.Message {
-	mi := &file_guest_api_v1_guest_proto_msgTypes[6]
+	mi := &file_guest_api_v1_guest_proto_msgTypes[8]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -633,7 +752,7 @@ func (x *Step) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Step.ProtoReflect.Descriptor instead.
 func (*Step) Descriptor() ([]byte, []int) {
-	return file_guest_api_v1_guest_proto_rawDescGZIP(), []int{6}
+	return file_guest_api_v1_guest_proto_rawDescGZIP(), []int{8}
 }
 
 func (x *Step) GetName() string {
@@ -668,7 +787,7 @@ type Interface struct {
 
 func (x *Interface) Reset() {
 	*x = Interface{}
-	mi := &file_guest_api_v1_guest_proto_msgTypes[7]
+	mi := &file_guest_api_v1_guest_proto_msgTypes[9]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -680,7 +799,7 @@ func (x *Interface) String() string {
 func (*Interface) ProtoMessage() {}
 
 func (x *Interface) ProtoReflect() protoreflect.Message {
-	mi := &file_guest_api_v1_guest_proto_msgTypes[7]
+	mi := &file_guest_api_v1_guest_proto_msgTypes[9]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -693,7 +812,7 @@ func (x *Interface) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Interface.ProtoReflect.Descriptor instead.
 func (*Interface) Descriptor() ([]byte, []int) {
-	return file_guest_api_v1_guest_proto_rawDescGZIP(), []int{7}
+	return file_guest_api_v1_guest_proto_rawDescGZIP(), []int{9}
 }
 
 func (x *Interface) GetName() string {
@@ -751,7 +870,7 @@ type Neighbor struct {
 
 func (x *Neighbor) Reset() {
 	*x = Neighbor{}
-	mi := &file_guest_api_v1_guest_proto_msgTypes[8]
+	mi := &file_guest_api_v1_guest_proto_msgTypes[10]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -763,7 +882,7 @@ func (x *Neighbor) String() string {
 func (*Neighbor) ProtoMessage() {}
 
 func (x *Neighbor) ProtoReflect() protoreflect.Message {
-	mi := &file_guest_api_v1_guest_proto_msgTypes[8]
+	mi := &file_guest_api_v1_guest_proto_msgTypes[10]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -776,7 +895,7 @@ func (x *Neighbor) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Neighbor.ProtoReflect.Descriptor instead.
 func (*Neighbor) Descriptor() ([]byte, []int) {
-	return file_guest_api_v1_guest_proto_rawDescGZIP(), []int{8}
+	return file_guest_api_v1_guest_proto_rawDescGZIP(), []int{10}
 }
 
 func (x *Neighbor) GetAddress() string {
@@ -832,7 +951,7 @@ type Route struct {
 
 func (x *Route) Reset() {
 	*x = Route{}
-	mi := &file_guest_api_v1_guest_proto_msgTypes[9]
+	mi := &file_guest_api_v1_guest_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -844,7 +963,7 @@ func (x *Route) String() string {
 func (*Route) ProtoMessage() {}
 
 func (x *Route) ProtoReflect() protoreflect.Message {
-	mi := &file_guest_api_v1_guest_proto_msgTypes[9]
+	mi := &file_guest_api_v1_guest_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -857,7 +976,7 @@ func (x *Route) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Route.ProtoReflect.Descriptor instead.
 func (*Route) Descriptor() ([]byte, []int) {
-	return file_guest_api_v1_guest_proto_rawDescGZIP(), []int{9}
+	return file_guest_api_v1_guest_proto_rawDescGZIP(), []int{11}
 }
 
 func (x *Route) GetDestination() string {
@@ -967,7 +1086,7 @@ type Rule struct {
 
 func (x *Rule) Reset() {
 	*x = Rule{}
-	mi := &file_guest_api_v1_guest_proto_msgTypes[10]
+	mi := &file_guest_api_v1_guest_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -979,7 +1098,7 @@ func (x *Rule) String() string {
 func (*Rule) ProtoMessage() {}
 
 func (x *Rule) ProtoReflect() protoreflect.Message {
-	mi := &file_guest_api_v1_guest_proto_msgTypes[10]
+	mi := &file_guest_api_v1_guest_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -992,7 +1111,7 @@ func (x *Rule) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Rule.ProtoReflect.Descriptor instead.
 func (*Rule) Descriptor() ([]byte, []int) {
-	return file_guest_api_v1_guest_proto_rawDescGZIP(), []int{10}
+	return file_guest_api_v1_guest_proto_rawDescGZIP(), []int{12}
 }
 
 func (x *Rule) GetFamily() uint32 {
@@ -1079,7 +1198,7 @@ type ResizeRequest struct {
 
 func (x *ResizeRequest) Reset() {
 	*x = ResizeRequest{}
-	mi := &file_guest_api_v1_guest_proto_msgTypes[11]
+	mi := &file_guest_api_v1_guest_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1091,7 +1210,7 @@ func (x *ResizeRequest) String() string {
 func (*ResizeRequest) ProtoMessage() {}
 
 func (x *ResizeRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_guest_api_v1_guest_proto_msgTypes[11]
+	mi := &file_guest_api_v1_guest_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1104,7 +1223,7 @@ func (x *ResizeRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ResizeRequest.ProtoReflect.Descriptor instead.
 func (*ResizeRequest) Descriptor() ([]byte, []int) {
-	return file_guest_api_v1_guest_proto_rawDescGZIP(), []int{11}
+	return file_guest_api_v1_guest_proto_rawDescGZIP(), []int{13}
 }
 
 func (x *ResizeRequest) GetVcpus() uint32 {
@@ -1138,7 +1257,7 @@ type ResizeResponse struct {
 
 func (x *ResizeResponse) Reset() {
 	*x = ResizeResponse{}
-	mi := &file_guest_api_v1_guest_proto_msgTypes[12]
+	mi := &file_guest_api_v1_guest_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1150,7 +1269,7 @@ func (x *ResizeResponse) String() string {
 func (*ResizeResponse) ProtoMessage() {}
 
 func (x *ResizeResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_guest_api_v1_guest_proto_msgTypes[12]
+	mi := &file_guest_api_v1_guest_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1163,7 +1282,7 @@ func (x *ResizeResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ResizeResponse.ProtoReflect.Descriptor instead.
 func (*ResizeResponse) Descriptor() ([]byte, []int) {
-	return file_guest_api_v1_guest_proto_rawDescGZIP(), []int{12}
+	return file_guest_api_v1_guest_proto_rawDescGZIP(), []int{14}
 }
 
 func (x *ResizeResponse) GetVcpusOnline() uint32 {
@@ -1188,7 +1307,7 @@ type PowerOffRequest struct {
 
 func (x *PowerOffRequest) Reset() {
 	*x = PowerOffRequest{}
-	mi := &file_guest_api_v1_guest_proto_msgTypes[13]
+	mi := &file_guest_api_v1_guest_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1200,7 +1319,7 @@ func (x *PowerOffRequest) String() string {
 func (*PowerOffRequest) ProtoMessage() {}
 
 func (x *PowerOffRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_guest_api_v1_guest_proto_msgTypes[13]
+	mi := &file_guest_api_v1_guest_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1213,7 +1332,7 @@ func (x *PowerOffRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PowerOffRequest.ProtoReflect.Descriptor instead.
 func (*PowerOffRequest) Descriptor() ([]byte, []int) {
-	return file_guest_api_v1_guest_proto_rawDescGZIP(), []int{13}
+	return file_guest_api_v1_guest_proto_rawDescGZIP(), []int{15}
 }
 
 // RootFS says what a container's root file system is made of.
@@ -1228,7 +1347,7 @@ type RootFS struct {
 
 func (x *RootFS) Reset() {
 	*x = RootFS{}
-	mi := &file_guest_api_v1_guest_proto_msgTypes[14]
+	mi := &file_guest_api_v1_guest_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1240,7 +1359,7 @@ func (x *RootFS) String() string {
 func (*RootFS) ProtoMessage() {}
 
 func (x *RootFS) ProtoReflect() protoreflect.Message {
-	mi := &file_guest_api_v1_guest_proto_msgTypes[14]
+	mi := &file_guest_api_v1_guest_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1253,7 +1372,7 @@ func (x *RootFS) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RootFS.ProtoReflect.Descriptor instead.
 func (*RootFS) Descriptor() ([]byte, []int) {
-	return file_guest_api_v1_guest_proto_rawDescGZIP(), []int{14}
+	return file_guest_api_v1_guest_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *RootFS) GetImageSerial() string {
@@ -1278,7 +1397,7 @@ type Stdio struct {
 
 func (x *Stdio) Reset() {
 	*x = Stdio{}
-	mi := &file_guest_api_v1_guest_proto_msgTypes[15]
+	mi := &file_guest_api_v1_guest_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1290,7 +1409,7 @@ func (x *Stdio) String() string {
 func (*Stdio) ProtoMessage() {}
 
 func (x *Stdio) ProtoReflect() protoreflect.Message {
-	mi := &file_guest_api_v1_guest_proto_msgTypes[15]
+	mi := &file_guest_api_v1_guest_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1303,7 +1422,7 @@ func (x *Stdio) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Stdio.ProtoReflect.Descriptor instead.
 func (*Stdio) Descriptor() ([]byte, []int) {
-	return file_guest_api_v1_guest_proto_rawDescGZIP(), []int{15}
+	return file_guest_api_v1_guest_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *Stdio) GetStdin() string {
@@ -1339,7 +1458,8 @@ type CreateRequest struct {
 	Id    string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
 	// spec is an OCI runtime spec in JSON, already a guest's: see the shim's
 	// spec translation. Root.Path, the cgroup path and pod namespaces are the
-	// agent's to set.
+	// agent's to set. Its ID mappings have to be those of the pod's user namespace, if it
+	// has one.
 	Spec         []byte       `protobuf:"bytes,2,opt,name=spec,proto3" json:"spec,omitempty"`
 	Rootfs       *RootFS      `protobuf:"bytes,3,opt,name=rootfs,proto3" json:"rootfs,omitempty"`
 	Stdio        *Stdio       `protobuf:"bytes,4,opt,name=stdio,proto3" json:"stdio,omitempty"`
@@ -1354,7 +1474,7 @@ type CreateRequest struct {
 
 func (x *CreateRequest) Reset() {
 	*x = CreateRequest{}
-	mi := &file_guest_api_v1_guest_proto_msgTypes[16]
+	mi := &file_guest_api_v1_guest_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1366,7 +1486,7 @@ func (x *CreateRequest) String() string {
 func (*CreateRequest) ProtoMessage() {}
 
 func (x *CreateRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_guest_api_v1_guest_proto_msgTypes[16]
+	mi := &file_guest_api_v1_guest_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1379,7 +1499,7 @@ func (x *CreateRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CreateRequest.ProtoReflect.Descriptor instead.
 func (*CreateRequest) Descriptor() ([]byte, []int) {
-	return file_guest_api_v1_guest_proto_rawDescGZIP(), []int{16}
+	return file_guest_api_v1_guest_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *CreateRequest) GetId() string {
@@ -1443,7 +1563,7 @@ type MountVolumesRequest struct {
 
 func (x *MountVolumesRequest) Reset() {
 	*x = MountVolumesRequest{}
-	mi := &file_guest_api_v1_guest_proto_msgTypes[17]
+	mi := &file_guest_api_v1_guest_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1455,7 +1575,7 @@ func (x *MountVolumesRequest) String() string {
 func (*MountVolumesRequest) ProtoMessage() {}
 
 func (x *MountVolumesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_guest_api_v1_guest_proto_msgTypes[17]
+	mi := &file_guest_api_v1_guest_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1468,7 +1588,7 @@ func (x *MountVolumesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use MountVolumesRequest.ProtoReflect.Descriptor instead.
 func (*MountVolumesRequest) Descriptor() ([]byte, []int) {
-	return file_guest_api_v1_guest_proto_rawDescGZIP(), []int{17}
+	return file_guest_api_v1_guest_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *MountVolumesRequest) GetStream() string {
@@ -1498,7 +1618,7 @@ type WarmUpRequest struct {
 
 func (x *WarmUpRequest) Reset() {
 	*x = WarmUpRequest{}
-	mi := &file_guest_api_v1_guest_proto_msgTypes[18]
+	mi := &file_guest_api_v1_guest_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1510,7 +1630,7 @@ func (x *WarmUpRequest) String() string {
 func (*WarmUpRequest) ProtoMessage() {}
 
 func (x *WarmUpRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_guest_api_v1_guest_proto_msgTypes[18]
+	mi := &file_guest_api_v1_guest_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1523,7 +1643,7 @@ func (x *WarmUpRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WarmUpRequest.ProtoReflect.Descriptor instead.
 func (*WarmUpRequest) Descriptor() ([]byte, []int) {
-	return file_guest_api_v1_guest_proto_rawDescGZIP(), []int{18}
+	return file_guest_api_v1_guest_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *WarmUpRequest) GetSpec() []byte {
@@ -1551,7 +1671,7 @@ type CreateResponse struct {
 
 func (x *CreateResponse) Reset() {
 	*x = CreateResponse{}
-	mi := &file_guest_api_v1_guest_proto_msgTypes[19]
+	mi := &file_guest_api_v1_guest_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1563,7 +1683,7 @@ func (x *CreateResponse) String() string {
 func (*CreateResponse) ProtoMessage() {}
 
 func (x *CreateResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_guest_api_v1_guest_proto_msgTypes[19]
+	mi := &file_guest_api_v1_guest_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1576,7 +1696,7 @@ func (x *CreateResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CreateResponse.ProtoReflect.Descriptor instead.
 func (*CreateResponse) Descriptor() ([]byte, []int) {
-	return file_guest_api_v1_guest_proto_rawDescGZIP(), []int{19}
+	return file_guest_api_v1_guest_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *CreateResponse) GetPid() uint32 {
@@ -1603,7 +1723,7 @@ type StartRequest struct {
 
 func (x *StartRequest) Reset() {
 	*x = StartRequest{}
-	mi := &file_guest_api_v1_guest_proto_msgTypes[20]
+	mi := &file_guest_api_v1_guest_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1615,7 +1735,7 @@ func (x *StartRequest) String() string {
 func (*StartRequest) ProtoMessage() {}
 
 func (x *StartRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_guest_api_v1_guest_proto_msgTypes[20]
+	mi := &file_guest_api_v1_guest_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1628,7 +1748,7 @@ func (x *StartRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StartRequest.ProtoReflect.Descriptor instead.
 func (*StartRequest) Descriptor() ([]byte, []int) {
-	return file_guest_api_v1_guest_proto_rawDescGZIP(), []int{20}
+	return file_guest_api_v1_guest_proto_rawDescGZIP(), []int{22}
 }
 
 func (x *StartRequest) GetId() string {
@@ -1654,7 +1774,7 @@ type StartResponse struct {
 
 func (x *StartResponse) Reset() {
 	*x = StartResponse{}
-	mi := &file_guest_api_v1_guest_proto_msgTypes[21]
+	mi := &file_guest_api_v1_guest_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1666,7 +1786,7 @@ func (x *StartResponse) String() string {
 func (*StartResponse) ProtoMessage() {}
 
 func (x *StartResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_guest_api_v1_guest_proto_msgTypes[21]
+	mi := &file_guest_api_v1_guest_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1679,7 +1799,7 @@ func (x *StartResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StartResponse.ProtoReflect.Descriptor instead.
 func (*StartResponse) Descriptor() ([]byte, []int) {
-	return file_guest_api_v1_guest_proto_rawDescGZIP(), []int{21}
+	return file_guest_api_v1_guest_proto_rawDescGZIP(), []int{23}
 }
 
 func (x *StartResponse) GetPid() uint32 {
@@ -1702,7 +1822,7 @@ type ExecRequest struct {
 
 func (x *ExecRequest) Reset() {
 	*x = ExecRequest{}
-	mi := &file_guest_api_v1_guest_proto_msgTypes[22]
+	mi := &file_guest_api_v1_guest_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1714,7 +1834,7 @@ func (x *ExecRequest) String() string {
 func (*ExecRequest) ProtoMessage() {}
 
 func (x *ExecRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_guest_api_v1_guest_proto_msgTypes[22]
+	mi := &file_guest_api_v1_guest_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1727,7 +1847,7 @@ func (x *ExecRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExecRequest.ProtoReflect.Descriptor instead.
 func (*ExecRequest) Descriptor() ([]byte, []int) {
-	return file_guest_api_v1_guest_proto_rawDescGZIP(), []int{22}
+	return file_guest_api_v1_guest_proto_rawDescGZIP(), []int{24}
 }
 
 func (x *ExecRequest) GetId() string {
@@ -1768,7 +1888,7 @@ type DeleteRequest struct {
 
 func (x *DeleteRequest) Reset() {
 	*x = DeleteRequest{}
-	mi := &file_guest_api_v1_guest_proto_msgTypes[23]
+	mi := &file_guest_api_v1_guest_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1780,7 +1900,7 @@ func (x *DeleteRequest) String() string {
 func (*DeleteRequest) ProtoMessage() {}
 
 func (x *DeleteRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_guest_api_v1_guest_proto_msgTypes[23]
+	mi := &file_guest_api_v1_guest_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1793,7 +1913,7 @@ func (x *DeleteRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DeleteRequest.ProtoReflect.Descriptor instead.
 func (*DeleteRequest) Descriptor() ([]byte, []int) {
-	return file_guest_api_v1_guest_proto_rawDescGZIP(), []int{23}
+	return file_guest_api_v1_guest_proto_rawDescGZIP(), []int{25}
 }
 
 func (x *DeleteRequest) GetId() string {
@@ -1821,7 +1941,7 @@ type DeleteResponse struct {
 
 func (x *DeleteResponse) Reset() {
 	*x = DeleteResponse{}
-	mi := &file_guest_api_v1_guest_proto_msgTypes[24]
+	mi := &file_guest_api_v1_guest_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1833,7 +1953,7 @@ func (x *DeleteResponse) String() string {
 func (*DeleteResponse) ProtoMessage() {}
 
 func (x *DeleteResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_guest_api_v1_guest_proto_msgTypes[24]
+	mi := &file_guest_api_v1_guest_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1846,7 +1966,7 @@ func (x *DeleteResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DeleteResponse.ProtoReflect.Descriptor instead.
 func (*DeleteResponse) Descriptor() ([]byte, []int) {
-	return file_guest_api_v1_guest_proto_rawDescGZIP(), []int{24}
+	return file_guest_api_v1_guest_proto_rawDescGZIP(), []int{26}
 }
 
 func (x *DeleteResponse) GetPid() uint32 {
@@ -1883,7 +2003,7 @@ type KillRequest struct {
 
 func (x *KillRequest) Reset() {
 	*x = KillRequest{}
-	mi := &file_guest_api_v1_guest_proto_msgTypes[25]
+	mi := &file_guest_api_v1_guest_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1895,7 +2015,7 @@ func (x *KillRequest) String() string {
 func (*KillRequest) ProtoMessage() {}
 
 func (x *KillRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_guest_api_v1_guest_proto_msgTypes[25]
+	mi := &file_guest_api_v1_guest_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1908,7 +2028,7 @@ func (x *KillRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use KillRequest.ProtoReflect.Descriptor instead.
 func (*KillRequest) Descriptor() ([]byte, []int) {
-	return file_guest_api_v1_guest_proto_rawDescGZIP(), []int{25}
+	return file_guest_api_v1_guest_proto_rawDescGZIP(), []int{27}
 }
 
 func (x *KillRequest) GetId() string {
@@ -1951,7 +2071,7 @@ type ResizePtyRequest struct {
 
 func (x *ResizePtyRequest) Reset() {
 	*x = ResizePtyRequest{}
-	mi := &file_guest_api_v1_guest_proto_msgTypes[26]
+	mi := &file_guest_api_v1_guest_proto_msgTypes[28]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1963,7 +2083,7 @@ func (x *ResizePtyRequest) String() string {
 func (*ResizePtyRequest) ProtoMessage() {}
 
 func (x *ResizePtyRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_guest_api_v1_guest_proto_msgTypes[26]
+	mi := &file_guest_api_v1_guest_proto_msgTypes[28]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1976,7 +2096,7 @@ func (x *ResizePtyRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ResizePtyRequest.ProtoReflect.Descriptor instead.
 func (*ResizePtyRequest) Descriptor() ([]byte, []int) {
-	return file_guest_api_v1_guest_proto_rawDescGZIP(), []int{26}
+	return file_guest_api_v1_guest_proto_rawDescGZIP(), []int{28}
 }
 
 func (x *ResizePtyRequest) GetId() string {
@@ -2016,7 +2136,7 @@ type PauseRequest struct {
 
 func (x *PauseRequest) Reset() {
 	*x = PauseRequest{}
-	mi := &file_guest_api_v1_guest_proto_msgTypes[27]
+	mi := &file_guest_api_v1_guest_proto_msgTypes[29]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2028,7 +2148,7 @@ func (x *PauseRequest) String() string {
 func (*PauseRequest) ProtoMessage() {}
 
 func (x *PauseRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_guest_api_v1_guest_proto_msgTypes[27]
+	mi := &file_guest_api_v1_guest_proto_msgTypes[29]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2041,7 +2161,7 @@ func (x *PauseRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PauseRequest.ProtoReflect.Descriptor instead.
 func (*PauseRequest) Descriptor() ([]byte, []int) {
-	return file_guest_api_v1_guest_proto_rawDescGZIP(), []int{27}
+	return file_guest_api_v1_guest_proto_rawDescGZIP(), []int{29}
 }
 
 func (x *PauseRequest) GetId() string {
@@ -2060,7 +2180,7 @@ type ResumeRequest struct {
 
 func (x *ResumeRequest) Reset() {
 	*x = ResumeRequest{}
-	mi := &file_guest_api_v1_guest_proto_msgTypes[28]
+	mi := &file_guest_api_v1_guest_proto_msgTypes[30]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2072,7 +2192,7 @@ func (x *ResumeRequest) String() string {
 func (*ResumeRequest) ProtoMessage() {}
 
 func (x *ResumeRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_guest_api_v1_guest_proto_msgTypes[28]
+	mi := &file_guest_api_v1_guest_proto_msgTypes[30]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2085,7 +2205,7 @@ func (x *ResumeRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ResumeRequest.ProtoReflect.Descriptor instead.
 func (*ResumeRequest) Descriptor() ([]byte, []int) {
-	return file_guest_api_v1_guest_proto_rawDescGZIP(), []int{28}
+	return file_guest_api_v1_guest_proto_rawDescGZIP(), []int{30}
 }
 
 func (x *ResumeRequest) GetId() string {
@@ -2106,7 +2226,7 @@ type UpdateRequest struct {
 
 func (x *UpdateRequest) Reset() {
 	*x = UpdateRequest{}
-	mi := &file_guest_api_v1_guest_proto_msgTypes[29]
+	mi := &file_guest_api_v1_guest_proto_msgTypes[31]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2118,7 +2238,7 @@ func (x *UpdateRequest) String() string {
 func (*UpdateRequest) ProtoMessage() {}
 
 func (x *UpdateRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_guest_api_v1_guest_proto_msgTypes[29]
+	mi := &file_guest_api_v1_guest_proto_msgTypes[31]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2131,7 +2251,7 @@ func (x *UpdateRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UpdateRequest.ProtoReflect.Descriptor instead.
 func (*UpdateRequest) Descriptor() ([]byte, []int) {
-	return file_guest_api_v1_guest_proto_rawDescGZIP(), []int{29}
+	return file_guest_api_v1_guest_proto_rawDescGZIP(), []int{31}
 }
 
 func (x *UpdateRequest) GetId() string {
@@ -2157,7 +2277,7 @@ type StatsRequest struct {
 
 func (x *StatsRequest) Reset() {
 	*x = StatsRequest{}
-	mi := &file_guest_api_v1_guest_proto_msgTypes[30]
+	mi := &file_guest_api_v1_guest_proto_msgTypes[32]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2169,7 +2289,7 @@ func (x *StatsRequest) String() string {
 func (*StatsRequest) ProtoMessage() {}
 
 func (x *StatsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_guest_api_v1_guest_proto_msgTypes[30]
+	mi := &file_guest_api_v1_guest_proto_msgTypes[32]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2182,7 +2302,7 @@ func (x *StatsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StatsRequest.ProtoReflect.Descriptor instead.
 func (*StatsRequest) Descriptor() ([]byte, []int) {
-	return file_guest_api_v1_guest_proto_rawDescGZIP(), []int{30}
+	return file_guest_api_v1_guest_proto_rawDescGZIP(), []int{32}
 }
 
 func (x *StatsRequest) GetId() string {
@@ -2208,7 +2328,7 @@ type StatsResponse struct {
 
 func (x *StatsResponse) Reset() {
 	*x = StatsResponse{}
-	mi := &file_guest_api_v1_guest_proto_msgTypes[31]
+	mi := &file_guest_api_v1_guest_proto_msgTypes[33]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2220,7 +2340,7 @@ func (x *StatsResponse) String() string {
 func (*StatsResponse) ProtoMessage() {}
 
 func (x *StatsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_guest_api_v1_guest_proto_msgTypes[31]
+	mi := &file_guest_api_v1_guest_proto_msgTypes[33]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2233,7 +2353,7 @@ func (x *StatsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StatsResponse.ProtoReflect.Descriptor instead.
 func (*StatsResponse) Descriptor() ([]byte, []int) {
-	return file_guest_api_v1_guest_proto_rawDescGZIP(), []int{31}
+	return file_guest_api_v1_guest_proto_rawDescGZIP(), []int{33}
 }
 
 func (x *StatsResponse) GetCpu() *CPUStats {
@@ -2292,7 +2412,7 @@ type CPUStats struct {
 
 func (x *CPUStats) Reset() {
 	*x = CPUStats{}
-	mi := &file_guest_api_v1_guest_proto_msgTypes[32]
+	mi := &file_guest_api_v1_guest_proto_msgTypes[34]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2304,7 +2424,7 @@ func (x *CPUStats) String() string {
 func (*CPUStats) ProtoMessage() {}
 
 func (x *CPUStats) ProtoReflect() protoreflect.Message {
-	mi := &file_guest_api_v1_guest_proto_msgTypes[32]
+	mi := &file_guest_api_v1_guest_proto_msgTypes[34]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2317,7 +2437,7 @@ func (x *CPUStats) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CPUStats.ProtoReflect.Descriptor instead.
 func (*CPUStats) Descriptor() ([]byte, []int) {
-	return file_guest_api_v1_guest_proto_rawDescGZIP(), []int{32}
+	return file_guest_api_v1_guest_proto_rawDescGZIP(), []int{34}
 }
 
 func (x *CPUStats) GetUsageUsec() uint64 {
@@ -2383,7 +2503,7 @@ type MemoryStats struct {
 
 func (x *MemoryStats) Reset() {
 	*x = MemoryStats{}
-	mi := &file_guest_api_v1_guest_proto_msgTypes[33]
+	mi := &file_guest_api_v1_guest_proto_msgTypes[35]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2395,7 +2515,7 @@ func (x *MemoryStats) String() string {
 func (*MemoryStats) ProtoMessage() {}
 
 func (x *MemoryStats) ProtoReflect() protoreflect.Message {
-	mi := &file_guest_api_v1_guest_proto_msgTypes[33]
+	mi := &file_guest_api_v1_guest_proto_msgTypes[35]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2408,7 +2528,7 @@ func (x *MemoryStats) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use MemoryStats.ProtoReflect.Descriptor instead.
 func (*MemoryStats) Descriptor() ([]byte, []int) {
-	return file_guest_api_v1_guest_proto_rawDescGZIP(), []int{33}
+	return file_guest_api_v1_guest_proto_rawDescGZIP(), []int{35}
 }
 
 func (x *MemoryStats) GetUsage() uint64 {
@@ -2498,7 +2618,7 @@ type PidsStats struct {
 
 func (x *PidsStats) Reset() {
 	*x = PidsStats{}
-	mi := &file_guest_api_v1_guest_proto_msgTypes[34]
+	mi := &file_guest_api_v1_guest_proto_msgTypes[36]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2510,7 +2630,7 @@ func (x *PidsStats) String() string {
 func (*PidsStats) ProtoMessage() {}
 
 func (x *PidsStats) ProtoReflect() protoreflect.Message {
-	mi := &file_guest_api_v1_guest_proto_msgTypes[34]
+	mi := &file_guest_api_v1_guest_proto_msgTypes[36]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2523,7 +2643,7 @@ func (x *PidsStats) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PidsStats.ProtoReflect.Descriptor instead.
 func (*PidsStats) Descriptor() ([]byte, []int) {
-	return file_guest_api_v1_guest_proto_rawDescGZIP(), []int{34}
+	return file_guest_api_v1_guest_proto_rawDescGZIP(), []int{36}
 }
 
 func (x *PidsStats) GetCurrent() uint64 {
@@ -2554,7 +2674,7 @@ type IOStats struct {
 
 func (x *IOStats) Reset() {
 	*x = IOStats{}
-	mi := &file_guest_api_v1_guest_proto_msgTypes[35]
+	mi := &file_guest_api_v1_guest_proto_msgTypes[37]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2566,7 +2686,7 @@ func (x *IOStats) String() string {
 func (*IOStats) ProtoMessage() {}
 
 func (x *IOStats) ProtoReflect() protoreflect.Message {
-	mi := &file_guest_api_v1_guest_proto_msgTypes[35]
+	mi := &file_guest_api_v1_guest_proto_msgTypes[37]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2579,7 +2699,7 @@ func (x *IOStats) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use IOStats.ProtoReflect.Descriptor instead.
 func (*IOStats) Descriptor() ([]byte, []int) {
-	return file_guest_api_v1_guest_proto_rawDescGZIP(), []int{35}
+	return file_guest_api_v1_guest_proto_rawDescGZIP(), []int{37}
 }
 
 func (x *IOStats) GetMajor() uint64 {
@@ -2633,7 +2753,7 @@ type PidsRequest struct {
 
 func (x *PidsRequest) Reset() {
 	*x = PidsRequest{}
-	mi := &file_guest_api_v1_guest_proto_msgTypes[36]
+	mi := &file_guest_api_v1_guest_proto_msgTypes[38]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2645,7 +2765,7 @@ func (x *PidsRequest) String() string {
 func (*PidsRequest) ProtoMessage() {}
 
 func (x *PidsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_guest_api_v1_guest_proto_msgTypes[36]
+	mi := &file_guest_api_v1_guest_proto_msgTypes[38]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2658,7 +2778,7 @@ func (x *PidsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PidsRequest.ProtoReflect.Descriptor instead.
 func (*PidsRequest) Descriptor() ([]byte, []int) {
-	return file_guest_api_v1_guest_proto_rawDescGZIP(), []int{36}
+	return file_guest_api_v1_guest_proto_rawDescGZIP(), []int{38}
 }
 
 func (x *PidsRequest) GetId() string {
@@ -2678,7 +2798,7 @@ type PidsResponse struct {
 
 func (x *PidsResponse) Reset() {
 	*x = PidsResponse{}
-	mi := &file_guest_api_v1_guest_proto_msgTypes[37]
+	mi := &file_guest_api_v1_guest_proto_msgTypes[39]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2690,7 +2810,7 @@ func (x *PidsResponse) String() string {
 func (*PidsResponse) ProtoMessage() {}
 
 func (x *PidsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_guest_api_v1_guest_proto_msgTypes[37]
+	mi := &file_guest_api_v1_guest_proto_msgTypes[39]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2703,7 +2823,7 @@ func (x *PidsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PidsResponse.ProtoReflect.Descriptor instead.
 func (*PidsResponse) Descriptor() ([]byte, []int) {
-	return file_guest_api_v1_guest_proto_rawDescGZIP(), []int{37}
+	return file_guest_api_v1_guest_proto_rawDescGZIP(), []int{39}
 }
 
 func (x *PidsResponse) GetProcesses() []*Process {
@@ -2724,7 +2844,7 @@ type Process struct {
 
 func (x *Process) Reset() {
 	*x = Process{}
-	mi := &file_guest_api_v1_guest_proto_msgTypes[38]
+	mi := &file_guest_api_v1_guest_proto_msgTypes[40]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2736,7 +2856,7 @@ func (x *Process) String() string {
 func (*Process) ProtoMessage() {}
 
 func (x *Process) ProtoReflect() protoreflect.Message {
-	mi := &file_guest_api_v1_guest_proto_msgTypes[38]
+	mi := &file_guest_api_v1_guest_proto_msgTypes[40]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2749,7 +2869,7 @@ func (x *Process) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Process.ProtoReflect.Descriptor instead.
 func (*Process) Descriptor() ([]byte, []int) {
-	return file_guest_api_v1_guest_proto_rawDescGZIP(), []int{38}
+	return file_guest_api_v1_guest_proto_rawDescGZIP(), []int{40}
 }
 
 func (x *Process) GetPid() uint32 {
@@ -2776,7 +2896,7 @@ type StateRequest struct {
 
 func (x *StateRequest) Reset() {
 	*x = StateRequest{}
-	mi := &file_guest_api_v1_guest_proto_msgTypes[39]
+	mi := &file_guest_api_v1_guest_proto_msgTypes[41]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2788,7 +2908,7 @@ func (x *StateRequest) String() string {
 func (*StateRequest) ProtoMessage() {}
 
 func (x *StateRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_guest_api_v1_guest_proto_msgTypes[39]
+	mi := &file_guest_api_v1_guest_proto_msgTypes[41]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2801,7 +2921,7 @@ func (x *StateRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StateRequest.ProtoReflect.Descriptor instead.
 func (*StateRequest) Descriptor() ([]byte, []int) {
-	return file_guest_api_v1_guest_proto_rawDescGZIP(), []int{39}
+	return file_guest_api_v1_guest_proto_rawDescGZIP(), []int{41}
 }
 
 func (x *StateRequest) GetId() string {
@@ -2830,7 +2950,7 @@ type StateResponse struct {
 
 func (x *StateResponse) Reset() {
 	*x = StateResponse{}
-	mi := &file_guest_api_v1_guest_proto_msgTypes[40]
+	mi := &file_guest_api_v1_guest_proto_msgTypes[42]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2842,7 +2962,7 @@ func (x *StateResponse) String() string {
 func (*StateResponse) ProtoMessage() {}
 
 func (x *StateResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_guest_api_v1_guest_proto_msgTypes[40]
+	mi := &file_guest_api_v1_guest_proto_msgTypes[42]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2855,7 +2975,7 @@ func (x *StateResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StateResponse.ProtoReflect.Descriptor instead.
 func (*StateResponse) Descriptor() ([]byte, []int) {
-	return file_guest_api_v1_guest_proto_rawDescGZIP(), []int{40}
+	return file_guest_api_v1_guest_proto_rawDescGZIP(), []int{42}
 }
 
 func (x *StateResponse) GetPid() uint32 {
@@ -2896,7 +3016,7 @@ type WaitRequest struct {
 
 func (x *WaitRequest) Reset() {
 	*x = WaitRequest{}
-	mi := &file_guest_api_v1_guest_proto_msgTypes[41]
+	mi := &file_guest_api_v1_guest_proto_msgTypes[43]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2908,7 +3028,7 @@ func (x *WaitRequest) String() string {
 func (*WaitRequest) ProtoMessage() {}
 
 func (x *WaitRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_guest_api_v1_guest_proto_msgTypes[41]
+	mi := &file_guest_api_v1_guest_proto_msgTypes[43]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2921,7 +3041,7 @@ func (x *WaitRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WaitRequest.ProtoReflect.Descriptor instead.
 func (*WaitRequest) Descriptor() ([]byte, []int) {
-	return file_guest_api_v1_guest_proto_rawDescGZIP(), []int{41}
+	return file_guest_api_v1_guest_proto_rawDescGZIP(), []int{43}
 }
 
 func (x *WaitRequest) GetId() string {
@@ -2950,7 +3070,7 @@ type WaitResponse struct {
 
 func (x *WaitResponse) Reset() {
 	*x = WaitResponse{}
-	mi := &file_guest_api_v1_guest_proto_msgTypes[42]
+	mi := &file_guest_api_v1_guest_proto_msgTypes[44]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2962,7 +3082,7 @@ func (x *WaitResponse) String() string {
 func (*WaitResponse) ProtoMessage() {}
 
 func (x *WaitResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_guest_api_v1_guest_proto_msgTypes[42]
+	mi := &file_guest_api_v1_guest_proto_msgTypes[44]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2975,7 +3095,7 @@ func (x *WaitResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WaitResponse.ProtoReflect.Descriptor instead.
 func (*WaitResponse) Descriptor() ([]byte, []int) {
-	return file_guest_api_v1_guest_proto_rawDescGZIP(), []int{42}
+	return file_guest_api_v1_guest_proto_rawDescGZIP(), []int{44}
 }
 
 func (x *WaitResponse) GetExitStatus() uint32 {
@@ -3016,7 +3136,7 @@ const file_guest_api_v1_guest_proto_rawDesc = "" +
 	"\fvcpus_online\x18\x05 \x01(\rR\vvcpusOnline\x12,\n" +
 	"\x12memory_total_bytes\x18\x06 \x01(\x04R\x10memoryTotalBytes\x12\x1b\n" +
 	"\tboot_usec\x18\a \x01(\x04R\bbootUsec\x12(\n" +
-	"\x10agent_start_usec\x18\b \x01(\x04R\x0eagentStartUsec\"\x82\x05\n" +
+	"\x10agent_start_usec\x18\b \x01(\x04R\x0eagentStartUsec\"\xca\x05\n" +
 	"\x10ConfigureRequest\x12\x15\n" +
 	"\x06pod_id\x18\x01 \x01(\tR\x05podId\x12\x1a\n" +
 	"\bhostname\x18\x02 \x01(\tR\bhostname\x12\x14\n" +
@@ -3038,10 +3158,17 @@ const file_guest_api_v1_guest_proto_rawDesc = "" +
 	"machine_id\x18\r \x01(\tR\tmachineId\x12 \n" +
 	"\fbuilt_in_mac\x18\x0e \x01(\tR\n" +
 	"builtInMac\x12,\n" +
-	"\x05rules\x18\x0f \x03(\v2\x16.cloudhv.guest.v1.RuleR\x05rules\x1a:\n" +
+	"\x05rules\x18\x0f \x03(\v2\x16.cloudhv.guest.v1.RuleR\x05rules\x12F\n" +
+	"\x0euser_namespace\x18\x10 \x01(\v2\x1f.cloudhv.guest.v1.UserNamespaceR\ruserNamespace\x1a:\n" +
 	"\fSysctlsEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
-	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"A\n" +
+	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"q\n" +
+	"\rUserNamespace\x12/\n" +
+	"\x04uids\x18\x01 \x01(\v2\x1b.cloudhv.guest.v1.IDMappingR\x04uids\x12/\n" +
+	"\x04gids\x18\x02 \x01(\v2\x1b.cloudhv.guest.v1.IDMappingR\x04gids\"5\n" +
+	"\tIDMapping\x12\x14\n" +
+	"\x05first\x18\x01 \x01(\rR\x05first\x12\x12\n" +
+	"\x04size\x18\x02 \x01(\rR\x04size\"A\n" +
 	"\x11ConfigureResponse\x12,\n" +
 	"\x05steps\x18\x01 \x03(\v2\x16.cloudhv.guest.v1.StepR\x05steps\"3\n" +
 	"\x10SyncClockRequest\x12\x1f\n" +
@@ -3284,131 +3411,136 @@ func file_guest_api_v1_guest_proto_rawDescGZIP() []byte {
 }
 
 var file_guest_api_v1_guest_proto_enumTypes = make([]protoimpl.EnumInfo, 2)
-var file_guest_api_v1_guest_proto_msgTypes = make([]protoimpl.MessageInfo, 46)
+var file_guest_api_v1_guest_proto_msgTypes = make([]protoimpl.MessageInfo, 48)
 var file_guest_api_v1_guest_proto_goTypes = []any{
 	(PidNamespace)(0),             // 0: cloudhv.guest.v1.PidNamespace
 	(Status)(0),                   // 1: cloudhv.guest.v1.Status
 	(*InfoRequest)(nil),           // 2: cloudhv.guest.v1.InfoRequest
 	(*InfoResponse)(nil),          // 3: cloudhv.guest.v1.InfoResponse
 	(*ConfigureRequest)(nil),      // 4: cloudhv.guest.v1.ConfigureRequest
-	(*ConfigureResponse)(nil),     // 5: cloudhv.guest.v1.ConfigureResponse
-	(*SyncClockRequest)(nil),      // 6: cloudhv.guest.v1.SyncClockRequest
-	(*SyncClockResponse)(nil),     // 7: cloudhv.guest.v1.SyncClockResponse
-	(*Step)(nil),                  // 8: cloudhv.guest.v1.Step
-	(*Interface)(nil),             // 9: cloudhv.guest.v1.Interface
-	(*Neighbor)(nil),              // 10: cloudhv.guest.v1.Neighbor
-	(*Route)(nil),                 // 11: cloudhv.guest.v1.Route
-	(*Rule)(nil),                  // 12: cloudhv.guest.v1.Rule
-	(*ResizeRequest)(nil),         // 13: cloudhv.guest.v1.ResizeRequest
-	(*ResizeResponse)(nil),        // 14: cloudhv.guest.v1.ResizeResponse
-	(*PowerOffRequest)(nil),       // 15: cloudhv.guest.v1.PowerOffRequest
-	(*RootFS)(nil),                // 16: cloudhv.guest.v1.RootFS
-	(*Stdio)(nil),                 // 17: cloudhv.guest.v1.Stdio
-	(*CreateRequest)(nil),         // 18: cloudhv.guest.v1.CreateRequest
-	(*MountVolumesRequest)(nil),   // 19: cloudhv.guest.v1.MountVolumesRequest
-	(*WarmUpRequest)(nil),         // 20: cloudhv.guest.v1.WarmUpRequest
-	(*CreateResponse)(nil),        // 21: cloudhv.guest.v1.CreateResponse
-	(*StartRequest)(nil),          // 22: cloudhv.guest.v1.StartRequest
-	(*StartResponse)(nil),         // 23: cloudhv.guest.v1.StartResponse
-	(*ExecRequest)(nil),           // 24: cloudhv.guest.v1.ExecRequest
-	(*DeleteRequest)(nil),         // 25: cloudhv.guest.v1.DeleteRequest
-	(*DeleteResponse)(nil),        // 26: cloudhv.guest.v1.DeleteResponse
-	(*KillRequest)(nil),           // 27: cloudhv.guest.v1.KillRequest
-	(*ResizePtyRequest)(nil),      // 28: cloudhv.guest.v1.ResizePtyRequest
-	(*PauseRequest)(nil),          // 29: cloudhv.guest.v1.PauseRequest
-	(*ResumeRequest)(nil),         // 30: cloudhv.guest.v1.ResumeRequest
-	(*UpdateRequest)(nil),         // 31: cloudhv.guest.v1.UpdateRequest
-	(*StatsRequest)(nil),          // 32: cloudhv.guest.v1.StatsRequest
-	(*StatsResponse)(nil),         // 33: cloudhv.guest.v1.StatsResponse
-	(*CPUStats)(nil),              // 34: cloudhv.guest.v1.CPUStats
-	(*MemoryStats)(nil),           // 35: cloudhv.guest.v1.MemoryStats
-	(*PidsStats)(nil),             // 36: cloudhv.guest.v1.PidsStats
-	(*IOStats)(nil),               // 37: cloudhv.guest.v1.IOStats
-	(*PidsRequest)(nil),           // 38: cloudhv.guest.v1.PidsRequest
-	(*PidsResponse)(nil),          // 39: cloudhv.guest.v1.PidsResponse
-	(*Process)(nil),               // 40: cloudhv.guest.v1.Process
-	(*StateRequest)(nil),          // 41: cloudhv.guest.v1.StateRequest
-	(*StateResponse)(nil),         // 42: cloudhv.guest.v1.StateResponse
-	(*WaitRequest)(nil),           // 43: cloudhv.guest.v1.WaitRequest
-	(*WaitResponse)(nil),          // 44: cloudhv.guest.v1.WaitResponse
-	nil,                           // 45: cloudhv.guest.v1.ConfigureRequest.SysctlsEntry
-	nil,                           // 46: cloudhv.guest.v1.Interface.PeersEntry
-	nil,                           // 47: cloudhv.guest.v1.MemoryStats.StatEntry
-	(*timestamppb.Timestamp)(nil), // 48: google.protobuf.Timestamp
-	(*emptypb.Empty)(nil),         // 49: google.protobuf.Empty
+	(*UserNamespace)(nil),         // 5: cloudhv.guest.v1.UserNamespace
+	(*IDMapping)(nil),             // 6: cloudhv.guest.v1.IDMapping
+	(*ConfigureResponse)(nil),     // 7: cloudhv.guest.v1.ConfigureResponse
+	(*SyncClockRequest)(nil),      // 8: cloudhv.guest.v1.SyncClockRequest
+	(*SyncClockResponse)(nil),     // 9: cloudhv.guest.v1.SyncClockResponse
+	(*Step)(nil),                  // 10: cloudhv.guest.v1.Step
+	(*Interface)(nil),             // 11: cloudhv.guest.v1.Interface
+	(*Neighbor)(nil),              // 12: cloudhv.guest.v1.Neighbor
+	(*Route)(nil),                 // 13: cloudhv.guest.v1.Route
+	(*Rule)(nil),                  // 14: cloudhv.guest.v1.Rule
+	(*ResizeRequest)(nil),         // 15: cloudhv.guest.v1.ResizeRequest
+	(*ResizeResponse)(nil),        // 16: cloudhv.guest.v1.ResizeResponse
+	(*PowerOffRequest)(nil),       // 17: cloudhv.guest.v1.PowerOffRequest
+	(*RootFS)(nil),                // 18: cloudhv.guest.v1.RootFS
+	(*Stdio)(nil),                 // 19: cloudhv.guest.v1.Stdio
+	(*CreateRequest)(nil),         // 20: cloudhv.guest.v1.CreateRequest
+	(*MountVolumesRequest)(nil),   // 21: cloudhv.guest.v1.MountVolumesRequest
+	(*WarmUpRequest)(nil),         // 22: cloudhv.guest.v1.WarmUpRequest
+	(*CreateResponse)(nil),        // 23: cloudhv.guest.v1.CreateResponse
+	(*StartRequest)(nil),          // 24: cloudhv.guest.v1.StartRequest
+	(*StartResponse)(nil),         // 25: cloudhv.guest.v1.StartResponse
+	(*ExecRequest)(nil),           // 26: cloudhv.guest.v1.ExecRequest
+	(*DeleteRequest)(nil),         // 27: cloudhv.guest.v1.DeleteRequest
+	(*DeleteResponse)(nil),        // 28: cloudhv.guest.v1.DeleteResponse
+	(*KillRequest)(nil),           // 29: cloudhv.guest.v1.KillRequest
+	(*ResizePtyRequest)(nil),      // 30: cloudhv.guest.v1.ResizePtyRequest
+	(*PauseRequest)(nil),          // 31: cloudhv.guest.v1.PauseRequest
+	(*ResumeRequest)(nil),         // 32: cloudhv.guest.v1.ResumeRequest
+	(*UpdateRequest)(nil),         // 33: cloudhv.guest.v1.UpdateRequest
+	(*StatsRequest)(nil),          // 34: cloudhv.guest.v1.StatsRequest
+	(*StatsResponse)(nil),         // 35: cloudhv.guest.v1.StatsResponse
+	(*CPUStats)(nil),              // 36: cloudhv.guest.v1.CPUStats
+	(*MemoryStats)(nil),           // 37: cloudhv.guest.v1.MemoryStats
+	(*PidsStats)(nil),             // 38: cloudhv.guest.v1.PidsStats
+	(*IOStats)(nil),               // 39: cloudhv.guest.v1.IOStats
+	(*PidsRequest)(nil),           // 40: cloudhv.guest.v1.PidsRequest
+	(*PidsResponse)(nil),          // 41: cloudhv.guest.v1.PidsResponse
+	(*Process)(nil),               // 42: cloudhv.guest.v1.Process
+	(*StateRequest)(nil),          // 43: cloudhv.guest.v1.StateRequest
+	(*StateResponse)(nil),         // 44: cloudhv.guest.v1.StateResponse
+	(*WaitRequest)(nil),           // 45: cloudhv.guest.v1.WaitRequest
+	(*WaitResponse)(nil),          // 46: cloudhv.guest.v1.WaitResponse
+	nil,                           // 47: cloudhv.guest.v1.ConfigureRequest.SysctlsEntry
+	nil,                           // 48: cloudhv.guest.v1.Interface.PeersEntry
+	nil,                           // 49: cloudhv.guest.v1.MemoryStats.StatEntry
+	(*timestamppb.Timestamp)(nil), // 50: google.protobuf.Timestamp
+	(*emptypb.Empty)(nil),         // 51: google.protobuf.Empty
 }
 var file_guest_api_v1_guest_proto_depIdxs = []int32{
-	48, // 0: cloudhv.guest.v1.ConfigureRequest.clock:type_name -> google.protobuf.Timestamp
-	9,  // 1: cloudhv.guest.v1.ConfigureRequest.interfaces:type_name -> cloudhv.guest.v1.Interface
-	11, // 2: cloudhv.guest.v1.ConfigureRequest.routes:type_name -> cloudhv.guest.v1.Route
-	45, // 3: cloudhv.guest.v1.ConfigureRequest.sysctls:type_name -> cloudhv.guest.v1.ConfigureRequest.SysctlsEntry
-	12, // 4: cloudhv.guest.v1.ConfigureRequest.rules:type_name -> cloudhv.guest.v1.Rule
-	8,  // 5: cloudhv.guest.v1.ConfigureResponse.steps:type_name -> cloudhv.guest.v1.Step
-	48, // 6: cloudhv.guest.v1.SyncClockResponse.clock:type_name -> google.protobuf.Timestamp
-	10, // 7: cloudhv.guest.v1.Interface.neighbors:type_name -> cloudhv.guest.v1.Neighbor
-	46, // 8: cloudhv.guest.v1.Interface.peers:type_name -> cloudhv.guest.v1.Interface.PeersEntry
-	16, // 9: cloudhv.guest.v1.CreateRequest.rootfs:type_name -> cloudhv.guest.v1.RootFS
-	17, // 10: cloudhv.guest.v1.CreateRequest.stdio:type_name -> cloudhv.guest.v1.Stdio
-	0,  // 11: cloudhv.guest.v1.CreateRequest.pid_namespace:type_name -> cloudhv.guest.v1.PidNamespace
-	8,  // 12: cloudhv.guest.v1.CreateResponse.steps:type_name -> cloudhv.guest.v1.Step
-	17, // 13: cloudhv.guest.v1.ExecRequest.stdio:type_name -> cloudhv.guest.v1.Stdio
-	48, // 14: cloudhv.guest.v1.DeleteResponse.exited_at:type_name -> google.protobuf.Timestamp
-	34, // 15: cloudhv.guest.v1.StatsResponse.cpu:type_name -> cloudhv.guest.v1.CPUStats
-	35, // 16: cloudhv.guest.v1.StatsResponse.memory:type_name -> cloudhv.guest.v1.MemoryStats
-	36, // 17: cloudhv.guest.v1.StatsResponse.pids:type_name -> cloudhv.guest.v1.PidsStats
-	37, // 18: cloudhv.guest.v1.StatsResponse.io:type_name -> cloudhv.guest.v1.IOStats
-	47, // 19: cloudhv.guest.v1.MemoryStats.stat:type_name -> cloudhv.guest.v1.MemoryStats.StatEntry
-	40, // 20: cloudhv.guest.v1.PidsResponse.processes:type_name -> cloudhv.guest.v1.Process
-	1,  // 21: cloudhv.guest.v1.StateResponse.status:type_name -> cloudhv.guest.v1.Status
-	48, // 22: cloudhv.guest.v1.StateResponse.exited_at:type_name -> google.protobuf.Timestamp
-	48, // 23: cloudhv.guest.v1.WaitResponse.exited_at:type_name -> google.protobuf.Timestamp
-	2,  // 24: cloudhv.guest.v1.Machine.Info:input_type -> cloudhv.guest.v1.InfoRequest
-	4,  // 25: cloudhv.guest.v1.Machine.Configure:input_type -> cloudhv.guest.v1.ConfigureRequest
-	4,  // 26: cloudhv.guest.v1.Machine.Rehearse:input_type -> cloudhv.guest.v1.ConfigureRequest
-	6,  // 27: cloudhv.guest.v1.Machine.SyncClock:input_type -> cloudhv.guest.v1.SyncClockRequest
-	13, // 28: cloudhv.guest.v1.Machine.Resize:input_type -> cloudhv.guest.v1.ResizeRequest
-	15, // 29: cloudhv.guest.v1.Machine.PowerOff:input_type -> cloudhv.guest.v1.PowerOffRequest
-	18, // 30: cloudhv.guest.v1.Task.Create:input_type -> cloudhv.guest.v1.CreateRequest
-	22, // 31: cloudhv.guest.v1.Task.Start:input_type -> cloudhv.guest.v1.StartRequest
-	24, // 32: cloudhv.guest.v1.Task.Exec:input_type -> cloudhv.guest.v1.ExecRequest
-	25, // 33: cloudhv.guest.v1.Task.Delete:input_type -> cloudhv.guest.v1.DeleteRequest
-	27, // 34: cloudhv.guest.v1.Task.Kill:input_type -> cloudhv.guest.v1.KillRequest
-	28, // 35: cloudhv.guest.v1.Task.ResizePty:input_type -> cloudhv.guest.v1.ResizePtyRequest
-	29, // 36: cloudhv.guest.v1.Task.Pause:input_type -> cloudhv.guest.v1.PauseRequest
-	30, // 37: cloudhv.guest.v1.Task.Resume:input_type -> cloudhv.guest.v1.ResumeRequest
-	31, // 38: cloudhv.guest.v1.Task.Update:input_type -> cloudhv.guest.v1.UpdateRequest
-	32, // 39: cloudhv.guest.v1.Task.Stats:input_type -> cloudhv.guest.v1.StatsRequest
-	38, // 40: cloudhv.guest.v1.Task.Pids:input_type -> cloudhv.guest.v1.PidsRequest
-	41, // 41: cloudhv.guest.v1.Task.State:input_type -> cloudhv.guest.v1.StateRequest
-	43, // 42: cloudhv.guest.v1.Task.Wait:input_type -> cloudhv.guest.v1.WaitRequest
-	19, // 43: cloudhv.guest.v1.Task.MountVolumes:input_type -> cloudhv.guest.v1.MountVolumesRequest
-	20, // 44: cloudhv.guest.v1.Task.WarmUp:input_type -> cloudhv.guest.v1.WarmUpRequest
-	3,  // 45: cloudhv.guest.v1.Machine.Info:output_type -> cloudhv.guest.v1.InfoResponse
-	5,  // 46: cloudhv.guest.v1.Machine.Configure:output_type -> cloudhv.guest.v1.ConfigureResponse
-	5,  // 47: cloudhv.guest.v1.Machine.Rehearse:output_type -> cloudhv.guest.v1.ConfigureResponse
-	7,  // 48: cloudhv.guest.v1.Machine.SyncClock:output_type -> cloudhv.guest.v1.SyncClockResponse
-	14, // 49: cloudhv.guest.v1.Machine.Resize:output_type -> cloudhv.guest.v1.ResizeResponse
-	49, // 50: cloudhv.guest.v1.Machine.PowerOff:output_type -> google.protobuf.Empty
-	21, // 51: cloudhv.guest.v1.Task.Create:output_type -> cloudhv.guest.v1.CreateResponse
-	23, // 52: cloudhv.guest.v1.Task.Start:output_type -> cloudhv.guest.v1.StartResponse
-	49, // 53: cloudhv.guest.v1.Task.Exec:output_type -> google.protobuf.Empty
-	26, // 54: cloudhv.guest.v1.Task.Delete:output_type -> cloudhv.guest.v1.DeleteResponse
-	49, // 55: cloudhv.guest.v1.Task.Kill:output_type -> google.protobuf.Empty
-	49, // 56: cloudhv.guest.v1.Task.ResizePty:output_type -> google.protobuf.Empty
-	49, // 57: cloudhv.guest.v1.Task.Pause:output_type -> google.protobuf.Empty
-	49, // 58: cloudhv.guest.v1.Task.Resume:output_type -> google.protobuf.Empty
-	49, // 59: cloudhv.guest.v1.Task.Update:output_type -> google.protobuf.Empty
-	33, // 60: cloudhv.guest.v1.Task.Stats:output_type -> cloudhv.guest.v1.StatsResponse
-	39, // 61: cloudhv.guest.v1.Task.Pids:output_type -> cloudhv.guest.v1.PidsResponse
-	42, // 62: cloudhv.guest.v1.Task.State:output_type -> cloudhv.guest.v1.StateResponse
-	44, // 63: cloudhv.guest.v1.Task.Wait:output_type -> cloudhv.guest.v1.WaitResponse
-	49, // 64: cloudhv.guest.v1.Task.MountVolumes:output_type -> google.protobuf.Empty
-	49, // 65: cloudhv.guest.v1.Task.WarmUp:output_type -> google.protobuf.Empty
-	45, // [45:66] is the sub-list for method output_type
-	24, // [24:45] is the sub-list for method input_type
-	24, // [24:24] is the sub-list for extension type_name
-	24, // [24:24] is the sub-list for extension extendee
-	0,  // [0:24] is the sub-list for field type_name
+	50, // 0: cloudhv.guest.v1.ConfigureRequest.clock:type_name -> google.protobuf.Timestamp
+	11, // 1: cloudhv.guest.v1.ConfigureRequest.interfaces:type_name -> cloudhv.guest.v1.Interface
+	13, // 2: cloudhv.guest.v1.ConfigureRequest.routes:type_name -> cloudhv.guest.v1.Route
+	47, // 3: cloudhv.guest.v1.ConfigureRequest.sysctls:type_name -> cloudhv.guest.v1.ConfigureRequest.SysctlsEntry
+	14, // 4: cloudhv.guest.v1.ConfigureRequest.rules:type_name -> cloudhv.guest.v1.Rule
+	5,  // 5: cloudhv.guest.v1.ConfigureRequest.user_namespace:type_name -> cloudhv.guest.v1.UserNamespace
+	6,  // 6: cloudhv.guest.v1.UserNamespace.uids:type_name -> cloudhv.guest.v1.IDMapping
+	6,  // 7: cloudhv.guest.v1.UserNamespace.gids:type_name -> cloudhv.guest.v1.IDMapping
+	10, // 8: cloudhv.guest.v1.ConfigureResponse.steps:type_name -> cloudhv.guest.v1.Step
+	50, // 9: cloudhv.guest.v1.SyncClockResponse.clock:type_name -> google.protobuf.Timestamp
+	12, // 10: cloudhv.guest.v1.Interface.neighbors:type_name -> cloudhv.guest.v1.Neighbor
+	48, // 11: cloudhv.guest.v1.Interface.peers:type_name -> cloudhv.guest.v1.Interface.PeersEntry
+	18, // 12: cloudhv.guest.v1.CreateRequest.rootfs:type_name -> cloudhv.guest.v1.RootFS
+	19, // 13: cloudhv.guest.v1.CreateRequest.stdio:type_name -> cloudhv.guest.v1.Stdio
+	0,  // 14: cloudhv.guest.v1.CreateRequest.pid_namespace:type_name -> cloudhv.guest.v1.PidNamespace
+	10, // 15: cloudhv.guest.v1.CreateResponse.steps:type_name -> cloudhv.guest.v1.Step
+	19, // 16: cloudhv.guest.v1.ExecRequest.stdio:type_name -> cloudhv.guest.v1.Stdio
+	50, // 17: cloudhv.guest.v1.DeleteResponse.exited_at:type_name -> google.protobuf.Timestamp
+	36, // 18: cloudhv.guest.v1.StatsResponse.cpu:type_name -> cloudhv.guest.v1.CPUStats
+	37, // 19: cloudhv.guest.v1.StatsResponse.memory:type_name -> cloudhv.guest.v1.MemoryStats
+	38, // 20: cloudhv.guest.v1.StatsResponse.pids:type_name -> cloudhv.guest.v1.PidsStats
+	39, // 21: cloudhv.guest.v1.StatsResponse.io:type_name -> cloudhv.guest.v1.IOStats
+	49, // 22: cloudhv.guest.v1.MemoryStats.stat:type_name -> cloudhv.guest.v1.MemoryStats.StatEntry
+	42, // 23: cloudhv.guest.v1.PidsResponse.processes:type_name -> cloudhv.guest.v1.Process
+	1,  // 24: cloudhv.guest.v1.StateResponse.status:type_name -> cloudhv.guest.v1.Status
+	50, // 25: cloudhv.guest.v1.StateResponse.exited_at:type_name -> google.protobuf.Timestamp
+	50, // 26: cloudhv.guest.v1.WaitResponse.exited_at:type_name -> google.protobuf.Timestamp
+	2,  // 27: cloudhv.guest.v1.Machine.Info:input_type -> cloudhv.guest.v1.InfoRequest
+	4,  // 28: cloudhv.guest.v1.Machine.Configure:input_type -> cloudhv.guest.v1.ConfigureRequest
+	4,  // 29: cloudhv.guest.v1.Machine.Rehearse:input_type -> cloudhv.guest.v1.ConfigureRequest
+	8,  // 30: cloudhv.guest.v1.Machine.SyncClock:input_type -> cloudhv.guest.v1.SyncClockRequest
+	15, // 31: cloudhv.guest.v1.Machine.Resize:input_type -> cloudhv.guest.v1.ResizeRequest
+	17, // 32: cloudhv.guest.v1.Machine.PowerOff:input_type -> cloudhv.guest.v1.PowerOffRequest
+	20, // 33: cloudhv.guest.v1.Task.Create:input_type -> cloudhv.guest.v1.CreateRequest
+	24, // 34: cloudhv.guest.v1.Task.Start:input_type -> cloudhv.guest.v1.StartRequest
+	26, // 35: cloudhv.guest.v1.Task.Exec:input_type -> cloudhv.guest.v1.ExecRequest
+	27, // 36: cloudhv.guest.v1.Task.Delete:input_type -> cloudhv.guest.v1.DeleteRequest
+	29, // 37: cloudhv.guest.v1.Task.Kill:input_type -> cloudhv.guest.v1.KillRequest
+	30, // 38: cloudhv.guest.v1.Task.ResizePty:input_type -> cloudhv.guest.v1.ResizePtyRequest
+	31, // 39: cloudhv.guest.v1.Task.Pause:input_type -> cloudhv.guest.v1.PauseRequest
+	32, // 40: cloudhv.guest.v1.Task.Resume:input_type -> cloudhv.guest.v1.ResumeRequest
+	33, // 41: cloudhv.guest.v1.Task.Update:input_type -> cloudhv.guest.v1.UpdateRequest
+	34, // 42: cloudhv.guest.v1.Task.Stats:input_type -> cloudhv.guest.v1.StatsRequest
+	40, // 43: cloudhv.guest.v1.Task.Pids:input_type -> cloudhv.guest.v1.PidsRequest
+	43, // 44: cloudhv.guest.v1.Task.State:input_type -> cloudhv.guest.v1.StateRequest
+	45, // 45: cloudhv.guest.v1.Task.Wait:input_type -> cloudhv.guest.v1.WaitRequest
+	21, // 46: cloudhv.guest.v1.Task.MountVolumes:input_type -> cloudhv.guest.v1.MountVolumesRequest
+	22, // 47: cloudhv.guest.v1.Task.WarmUp:input_type -> cloudhv.guest.v1.WarmUpRequest
+	3,  // 48: cloudhv.guest.v1.Machine.Info:output_type -> cloudhv.guest.v1.InfoResponse
+	7,  // 49: cloudhv.guest.v1.Machine.Configure:output_type -> cloudhv.guest.v1.ConfigureResponse
+	7,  // 50: cloudhv.guest.v1.Machine.Rehearse:output_type -> cloudhv.guest.v1.ConfigureResponse
+	9,  // 51: cloudhv.guest.v1.Machine.SyncClock:output_type -> cloudhv.guest.v1.SyncClockResponse
+	16, // 52: cloudhv.guest.v1.Machine.Resize:output_type -> cloudhv.guest.v1.ResizeResponse
+	51, // 53: cloudhv.guest.v1.Machine.PowerOff:output_type -> google.protobuf.Empty
+	23, // 54: cloudhv.guest.v1.Task.Create:output_type -> cloudhv.guest.v1.CreateResponse
+	25, // 55: cloudhv.guest.v1.Task.Start:output_type -> cloudhv.guest.v1.StartResponse
+	51, // 56: cloudhv.guest.v1.Task.Exec:output_type -> google.protobuf.Empty
+	28, // 57: cloudhv.guest.v1.Task.Delete:output_type -> cloudhv.guest.v1.DeleteResponse
+	51, // 58: cloudhv.guest.v1.Task.Kill:output_type -> google.protobuf.Empty
+	51, // 59: cloudhv.guest.v1.Task.ResizePty:output_type -> google.protobuf.Empty
+	51, // 60: cloudhv.guest.v1.Task.Pause:output_type -> google.protobuf.Empty
+	51, // 61: cloudhv.guest.v1.Task.Resume:output_type -> google.protobuf.Empty
+	51, // 62: cloudhv.guest.v1.Task.Update:output_type -> google.protobuf.Empty
+	35, // 63: cloudhv.guest.v1.Task.Stats:output_type -> cloudhv.guest.v1.StatsResponse
+	41, // 64: cloudhv.guest.v1.Task.Pids:output_type -> cloudhv.guest.v1.PidsResponse
+	44, // 65: cloudhv.guest.v1.Task.State:output_type -> cloudhv.guest.v1.StateResponse
+	46, // 66: cloudhv.guest.v1.Task.Wait:output_type -> cloudhv.guest.v1.WaitResponse
+	51, // 67: cloudhv.guest.v1.Task.MountVolumes:output_type -> google.protobuf.Empty
+	51, // 68: cloudhv.guest.v1.Task.WarmUp:output_type -> google.protobuf.Empty
+	48, // [48:69] is the sub-list for method output_type
+	27, // [27:48] is the sub-list for method input_type
+	27, // [27:27] is the sub-list for extension type_name
+	27, // [27:27] is the sub-list for extension extendee
+	0,  // [0:27] is the sub-list for field type_name
 }
 
 func init() { file_guest_api_v1_guest_proto_init() }
@@ -3422,7 +3554,7 @@ func file_guest_api_v1_guest_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_guest_api_v1_guest_proto_rawDesc), len(file_guest_api_v1_guest_proto_rawDesc)),
 			NumEnums:      2,
-			NumMessages:   46,
+			NumMessages:   48,
 			NumExtensions: 0,
 			NumServices:   2,
 		},
