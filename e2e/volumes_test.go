@@ -244,6 +244,31 @@ func TestImageVolume(t *testing.T) {
 	})
 }
 
+// TestMountedImage mounts an image as a volume: all of it, and a directory of it, in two
+// containers of a pod. containerd mounts it on the host.
+func TestMountedImage(t *testing.T) {
+	n := poolNode(t, map[string]any{"min": 0, "max": 0})
+	img, err := testimage.Volume(suite.helper)
+	require.NoError(t, err)
+	require.NoError(t, n.Import(testContext(t), testimage.VolumeRef, img))
+	spec := &runtimeapi.ImageSpec{Image: testimage.VolumeRef}
+	forHandlers(t, func(t *testing.T, h string) {
+		p := podBy(t, n, h)
+		for _, name := range []string{"a", "b"} {
+			c := p.start(withMounts(testnode.ContainerConfig(name, testimage.VolumeRef, testimage.HelperPath, "term", "0"),
+				&runtimeapi.Mount{ContainerPath: "/image", Image: spec, Readonly: true},
+				&runtimeapi.Mount{ContainerPath: "/part", Image: spec, ImageSubPath: "data", Readonly: true}))
+			require.Equal(t, "by the image\n", c.sh("cat /image/data/prepared"))
+			require.Equal(t, "prepared\n", c.sh("ls /part"))
+			require.Contains(t, c.sh("touch /image/new /part/new 2>&1 || true"), "Read-only file system")
+			require.Equal(t, "same\n", c.sh("cmp "+testimage.HelperPath+" /image"+testimage.HelperPath+" && echo same"))
+		}
+		_, err := n.CreateContainer(testContext(t), p.id, p.cfg, withMounts(testnode.ContainerConfig("c", testimage.VolumeRef, testimage.HelperPath, "term", "0"),
+			&runtimeapi.Mount{ContainerPath: "/part", Image: spec, ImageSubPath: "missing", Readonly: true}))
+		require.ErrorContains(t, err, "missing")
+	})
+}
+
 // TestVolumesManyFiles walks through a large tree. What the guest held of it is let go.
 func TestVolumesManyFiles(t *testing.T) {
 	requireCloudHV(t)
