@@ -8,6 +8,7 @@ package agentlog
 
 import (
 	"bytes"
+	"errors"
 	"fmt"
 	"io"
 	"slices"
@@ -23,9 +24,14 @@ const (
 	// burst lines may come at once, then perSecond of them.
 	burst     = 200
 	perSecond = 20
-	// maxQueued lines wait for the console.
+	// maxQueued lines wait for the console, and who logs more waits for it, but no
+	// longer than patience: a console that is stuck must not stop the agent.
 	maxQueued = 64
+	patience  = time.Second
 )
+
+// errStuck tells that a line was dropped.
+var errStuck = errors.New("the console is stuck")
 
 // Setup makes out the destination of all log entries. They are written by another
 // goroutine, as an emulated serial port takes some 0.1 ms for each character. flush
@@ -38,7 +44,12 @@ func Setup(out io.Writer) (flush func(limit time.Duration)) {
 }
 
 // queue writes lines in their order, and makes who comes too fast wait.
-type queue struct{ lines chan queued }
+type queue struct {
+	lines chan queued
+	// stuck is true from when a line was waited for in vain until there is room again.
+	// It is Write's, which is not called twice at once.
+	stuck bool
+}
 
 // queued is a line or, without one, tells who waits that those before are written.
 type queued struct {
@@ -60,9 +71,27 @@ func newQueue(out io.Writer) *queue {
 	return q
 }
 
-// Write queues a line, which stays the caller's.
+// Write queues a line, which stays the caller's. It fails with errStuck if there is no
+// room for it.
 func (q *queue) Write(p []byte) (int, error) {
-	q.lines <- queued{line: bytes.Clone(p)}
+	wait := patience
+	if q.stuck {
+		wait = 0
+	}
+	late := time.NewTimer(wait)
+	defer late.Stop()
+	next := queued{line: bytes.Clone(p)}
+	select {
+	case q.lines <- next:
+	default:
+		select {
+		case q.lines <- next:
+		case <-late.C:
+			q.stuck = true
+			return 0, errStuck
+		}
+	}
+	q.stuck = false
 	return len(p), nil
 }
 
@@ -128,7 +157,7 @@ type limiter struct {
 	dropped int
 }
 
-// Write drops p when lines come too fast; that is no error.
+// Write drops p when lines come too fast, or cannot be written; that is no error.
 func (l *limiter) Write(p []byte) (int, error) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -144,11 +173,12 @@ func (l *limiter) Write(p []byte) (int, error) {
 	}
 	l.tokens--
 	if l.dropped > 0 {
-		fmt.Fprintf(l.out, "agent: warning %d log lines dropped\n", l.dropped)
-		l.dropped = 0
+		if _, err := fmt.Fprintf(l.out, "agent: warning %d log lines dropped\n", l.dropped); err == nil {
+			l.dropped = 0
+		}
 	}
 	if _, err := l.out.Write(p); err != nil {
-		return 0, err
+		l.dropped++ // there is nobody to tell now
 	}
 	return len(p), nil
 }

@@ -5,6 +5,7 @@ package agentlog
 
 import (
 	"bytes"
+	"fmt"
 	"strings"
 	"testing"
 	"time"
@@ -73,4 +74,35 @@ func TestQueue(t *testing.T) {
 	q.flush(time.Minute)
 	require.Equal(t, "one\ntwo\ntwo\n", out.String())
 	close(q.lines)
+}
+
+// A console that takes nothing stops nobody for long, and what was dropped is told when
+// it goes on.
+func TestStuckConsole(t *testing.T) {
+	t.Parallel()
+	out := &slow{release: make(chan struct{})}
+	q := newQueue(out)
+	l := &limiter{out: q, tokens: 3 * maxQueued, now: func() time.Time { return time.Unix(1000, 0) }}
+	began := time.Now()
+	for range 2 * maxQueued {
+		_, err := l.Write([]byte("line\n"))
+		require.NoError(t, err)
+	}
+	require.Less(t, time.Since(began), 2*patience)
+	close(out.release)
+	q.flush(time.Minute)
+	_, err := l.Write([]byte("more\n"))
+	require.NoError(t, err)
+	q.flush(time.Minute)
+	require.Regexp(t, `^(line\n)+agent: warning \d+ log lines dropped\nmore\n$`, out.String())
+	require.Equal(t, 2*maxQueued, strings.Count(out.String(), "line\n")+lost(t, out.String()))
+}
+
+// lost is how many lines a log says that were dropped.
+func lost(t *testing.T, text string) (n int) {
+	t.Helper()
+	_, text, _ = strings.Cut(text, "warning ")
+	_, err := fmt.Sscanf(text, "%d", &n)
+	require.NoError(t, err)
+	return n
 }
