@@ -220,7 +220,7 @@ func TestSnapshotFaults(t *testing.T) {
 	before := f.census()
 
 	t.Run("template dies", func(t *testing.T) {
-		require.NoError(t, os.Truncate(f.snapshotFile("state"), 1000))
+		require.NoError(t, os.Truncate(f.snapshotFile("state*"), 1000))
 		served := make(chan string, 1)
 		go func() {
 			defer close(served)
