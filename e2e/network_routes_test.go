@@ -4,13 +4,16 @@
 package e2e
 
 import (
+	"context"
 	"fmt"
 	"net/netip"
 	"os/exec"
 	"regexp"
 	"slices"
 	"strings"
+	"time"
 
+	"github.com/containerd/errdefs"
 	"github.com/stretchr/testify/require"
 
 	"github.com/cloudhv/containerd-cloudhv/e2e/testimage"
@@ -146,7 +149,17 @@ func (c *container) requireSameNetwork(devs ...string) string {
 	script := "for d in " + strings.Join(devs, " ") + `; do ip -o link show dev $d; ip -o addr show dev $d; done
 ip -4 route show table all; ip -6 route show table all; ip -4 rule; ip -6 rule; ip -4 neigh show nud permanent; ip -6 neigh show nud permanent
 grep '^0* 00 .* eth' /proc/net/ipv6_route | sed 's/ [0-9a-f]* [0-9a-f]* [0-9a-f]* *\([a-z0-9]*\)$/ \1/'`
-	want, got := networkView(c.inNamespace(script)), networkView(c.sh(script))
+	want, got := networkView(c.inNamespace(script)), ""
+	// The kernel makes a link-local address when it has seen the carrier, for which it takes
+	// up to a second.
+	ctx, cancel := context.WithTimeout(testContext(c.t), testnode.Scale(5*time.Second))
+	defer cancel()
+	_ = testnode.Eventually(ctx, func(context.Context) error {
+		if got = networkView(c.sh(script)); got != want {
+			return errdefs.ErrFailedPrecondition
+		}
+		return nil
+	})
 	require.Equal(c.t, want, got, "in the namespace, and inside")
 	names := strings.Fields(c.sh("ls /sys/class/net"))
 	slices.Sort(names)

@@ -4,6 +4,7 @@
 package hack
 
 import (
+	"fmt"
 	"os"
 	"path/filepath"
 	"strings"
@@ -69,6 +70,25 @@ func TestKVMHypervisors(t *testing.T) {
 	out, code = k.run([]string{"VMM=cloudhypervisor"})
 	require.Zero(t, code, out)
 	require.NotContains(t, out, "on=qemu")
+}
+
+// What fails is run once more, by itself; what fails twice has failed, and so has a run
+// that names no test.
+func TestKVMOnceMore(t *testing.T) {
+	t.Parallel()
+	const node = `echo "$1"; if [[ $1 == *TestB* ]]; then echo "--- %s: TestB (1.00s)"; exit %s; fi
+echo "--- PASS: TestA (1.00s)"; echo "--- FAIL: TestB (1.00s)"; echo "    --- FAIL: TestB/c (1.00s)"; echo "--- FAIL: TestD (1.00s)"; exit 1`
+	qemu := []string{"VMM=qemu"}
+	out, code := newTestKVM(t, "true", fmt.Sprintf(node, "PASS", "0")).run(qemu)
+	require.Zero(t, code, out)
+	require.Contains(t, out, `-test.run \^\(TestB\|TestD\)\$ `)
+	require.Contains(t, out, "once more: ^(TestB|TestD)$")
+	out, code = newTestKVM(t, "true", fmt.Sprintf(node, "FAIL", "1")).run(qemu)
+	require.Equal(t, 1, code, out)
+	require.Equal(t, 1, strings.Count(out, "once more"))
+	out, code = newTestKVM(t, "true", `echo "--- PASS: TestA (1.00s)"; exit 125`).run(qemu)
+	require.Equal(t, 1, code, out)
+	require.NotContains(t, out, "once more")
 }
 
 // listed are the tests that a list of the node's names, each of which is there.
