@@ -35,7 +35,7 @@ func missing() error {
 }
 
 func suite() *realvm.Suite {
-	return &realvm.Suite{Driver: New(binary()), Missing: missing, StateFile: stateName, PlugsVCPUs: true, LateHotPlug: true}
+	return &realvm.Suite{Driver: New(binary()), Missing: missing, StateFile: stateName, PlugsVCPUs: true, LateHotPlug: true, LateConsole: true}
 }
 
 func TestRealVMs(t *testing.T) { suite().Run(t) }

@@ -57,6 +57,8 @@ type Suite struct {
 	PlugsVCPUs bool
 	// LateHotPlug tells that hot-plug wants a guest that has started.
 	LateHotPlug bool
+	// LateConsole tells that the end of much console output comes with the next.
+	LateConsole bool
 	// ImageDisk tells that a machine has the disk for an image from its start.
 	ImageDisk bool
 }
