@@ -147,7 +147,7 @@ func (p *pod) requireLimits() {
 	require.Equal(p.t, strconv.Itoa((i.VCPUs+1)*100000), quota)
 	most, err := strconv.Atoi(groupFile(p.t, p.group(), "pids.max", "pids/pids.max"))
 	require.NoError(p.t, err)
-	require.Less(p.t, most, 200)
+	require.Less(p.t, most, 400)
 }
 
 // TestConfined reads how the VMM of a pod is confined: of one that was restored for its
