@@ -290,6 +290,8 @@ func TestTemplatesDiskFull(t *testing.T) {
 	}
 	mount(0, "100m")
 	t.Cleanup(func() { require.NoError(t, unix.Unmount(dir, unix.MNT_DETACH)) })
+	// A VMM that opens its files by their paths has to get there.
+	require.NoError(t, os.Chmod(filepath.Dir(dir), 0o711)) //nolint:gosec
 	f := newFaultNode(t, nil, map[string]any{"min": 1, "max": 1, "template_dir": dir})
 	f.image()
 	failures := func() float64 { return f.metric("pool_failures_total", "snapshot") }

@@ -9,6 +9,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 	"syscall"
 
 	"github.com/containerd/errdefs"
@@ -41,6 +42,11 @@ func command(host vmm.Host, cfg vmm.Config, from *vmm.Snapshot) (confine.Command
 		}
 	}
 	err := makeDisksDir(cfg)
+	for _, path := range slices.Concat(c.Read, c.Write) {
+		if path != "" && path != own { // the way to own is opened when it starts
+			err = errors.Join(err, confine.Reachable(path, cfg.UID))
+		}
+	}
 	for _, path := range give {
 		if path != "" {
 			err = errors.Join(err, os.Chown(path, int(cfg.UID), int(cfg.UID)))

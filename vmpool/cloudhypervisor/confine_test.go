@@ -148,3 +148,29 @@ func TestLend(t *testing.T) {
 		assert.Zero(t, uid)
 	}
 }
+
+// A directory that the VMM's user may not go through is named before it starts, and so is
+// the file that it would not have found.
+func TestUnreachableFile(t *testing.T) {
+	needRoot(t)
+	dir := t.TempDir()
+	closed := filepath.Join(dir, "closed")
+	require.NoError(t, os.Mkdir(closed, 0o700))
+	template := filepath.Join(closed, "template")
+	require.NoError(t, os.Mkdir(template, 0o711))
+	for up := dir; up != "/"; up = filepath.Dir(up) {
+		info, err := os.Stat(up)
+		require.NoError(t, err)
+		require.NoError(t, os.Chmod(up, info.Mode().Perm()|0o011)) // go test makes it for its own user
+	}
+	memory := filepath.Join(template, memoryName)
+	require.NoError(t, os.WriteFile(memory, nil, 0o600))
+	cfg := vmm.Config{ID: "a", Dir: dir, UID: testUser, MemoryFile: memory}
+	require.NoError(t, os.Mkdir(filepath.Join(dir, ownDir), 0o700))
+	_, err := command(vmm.Host{Binary: "/bin/true"}, cfg, nil)
+	require.ErrorIs(t, err, errdefs.ErrFailedPrecondition)
+	require.ErrorContains(t, err, "cannot reach "+template+": others may not enter "+closed+", whose mode is 0700")
+	require.NoError(t, os.Chmod(closed, 0o711)) //nolint:gosec // so that it can be entered
+	_, err = command(vmm.Host{Binary: "/bin/true"}, cfg, nil)
+	require.NoError(t, err)
+}

@@ -46,16 +46,33 @@ func Enterable(dir string, uid uint32) error {
 // program or from where it is to work.
 func (c *Command) obstacle() string {
 	for _, dir := range []string{c.Dir, filepath.Dir(c.Path)} {
-		for ; dir != "/" && dir != "."; dir = filepath.Dir(dir) {
-			info, err := os.Stat(dir)
-			if err != nil {
-				continue
-			}
-			const anyone, group = 0o001, 0o010
-			st := info.Sys().(*syscall.Stat_t)
-			if mode := info.Mode().Perm(); mode&anyone == 0 && (st.Gid != c.UID || mode&group == 0) && st.Uid != c.UID {
-				return fmt.Sprintf(": others may not enter %s, whose mode is %04o", dir, mode)
-			}
+		if text := closed(dir, c.UID); text != "" {
+			return ": " + text
+		}
+	}
+	return ""
+}
+
+// Reachable returns ErrFailedPrecondition if a user may not go through the directories
+// above a path, and names the one that is closed. What does not exist is not looked at.
+func Reachable(path string, uid uint32) error {
+	if text := closed(filepath.Dir(path), uid); text != "" {
+		return fmt.Errorf("user %d cannot reach %s: %s: %w", uid, path, text, errdefs.ErrFailedPrecondition)
+	}
+	return nil
+}
+
+// closed says which directory, of one and those above it, a user may not enter.
+func closed(dir string, uid uint32) string {
+	for ; dir != "/" && dir != "."; dir = filepath.Dir(dir) {
+		info, err := os.Stat(dir)
+		if err != nil {
+			continue
+		}
+		const anyone, group = 0o001, 0o010
+		st := info.Sys().(*syscall.Stat_t)
+		if mode := info.Mode().Perm(); mode&anyone == 0 && (st.Gid != uid || mode&group == 0) && st.Uid != uid {
+			return fmt.Sprintf("others may not enter %s, whose mode is %04o", dir, mode)
 		}
 	}
 	return ""
