@@ -11,13 +11,14 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
-	"runtime"
 	"strings"
 
 	"github.com/containerd/errdefs"
 	"github.com/vishvananda/netlink"
 	"github.com/vishvananda/netns"
 	"golang.org/x/sys/unix"
+
+	"github.com/cloudhv/containerd-cloudhv/guest/api/thread"
 )
 
 // Waiting is where the TAPs of VMs are: a network namespace of their own, so that the
@@ -53,16 +54,12 @@ func (w *Waiting) mount() error {
 	if err := f.Close(); err != nil {
 		return err
 	}
-	result := make(chan error)
-	go func() {
-		runtime.LockOSThread() // and never unlocked
-		err := unix.Unshare(unix.CLONE_NEWNET)
-		if err == nil {
-			err = unix.Mount("/proc/thread-self/ns/net", w.path, "", unix.MS_BIND, "")
+	return thread.Run(func() error {
+		if err := unix.Unshare(unix.CLONE_NEWNET); err != nil {
+			return err
 		}
-		result <- err
-	}()
-	return <-result
+		return unix.Mount("/proc/thread-self/ns/net", w.path, "", unix.MS_BIND, "")
+	})
 }
 
 // Remove removes the namespace, and with it the TAPs that are still in it. What is

@@ -15,11 +15,12 @@ import (
 	"fmt"
 	"os"
 	"os/exec"
-	"runtime"
 	"syscall"
 
 	"github.com/containerd/errdefs"
 	"golang.org/x/sys/unix"
+
+	"github.com/cloudhv/containerd-cloudhv/guest/api/thread"
 )
 
 // Command is a program to start, and what it may use of the host.
@@ -107,7 +108,7 @@ func (c *Command) startConfined(cmd *exec.Cmd) (_ *Process, retErr error) {
 		return nil, err
 	}
 	listener := -1
-	err = onThread(func() (err error) {
+	err = thread.Run(func() (err error) {
 		if listener, err = restrict(domain, filter, c.UnixSockets || len(c.Lend) > 0); err != nil {
 			return err
 		}
@@ -131,24 +132,6 @@ func (c *Command) startConfined(cmd *exec.Cmd) (_ *Process, retErr error) {
 		return nil, fmt.Errorf("start %s as user %d: %w", c.Path, c.UID, err)
 	}
 	return p, nil
-}
-
-// onThread runs do on a thread that ends with it. That is not the process's first one:
-// it would stay, and the kernel shows it as the process.
-func onThread(do func() error) error {
-	done := make(chan error)
-	go func() {
-		runtime.LockOSThread()
-		if unix.Gettid() == unix.Getpid() {
-			// As long as this goroutine has the thread no other gets it.
-			done <- onThread(do)
-			runtime.UnlockOSThread()
-			return
-		}
-		done <- do()
-		// Never unlocked.
-	}()
-	return <-done
 }
 
 // Seal ends the start: from now on the program opens no file for reading and writing if

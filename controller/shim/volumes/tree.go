@@ -9,13 +9,13 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
-	"runtime"
 	"strings"
 
 	"github.com/containerd/errdefs"
 	"golang.org/x/sys/unix"
 
 	"github.com/cloudhv/containerd-cloudhv/controller/shim/ninep"
+	"github.com/cloudhv/containerd-cloudhv/guest/api/thread"
 )
 
 // Options say how a volume is mounted.
@@ -134,20 +134,13 @@ func refused(what, why string) error {
 // openSlave is openTree for a tree that goes on receiving the host's mounts. The kernel
 // brings those to mounts in a namespace only, so this one has a namespace to itself, with
 // nothing else in it.
-func openSlave(source string, o Options) (*tree, error) {
-	type result struct {
-		t   *tree
-		err error
-	}
-	done := make(chan result)
-	go func() {
-		// The thread has left the process's namespace, and ends with this goroutine.
-		runtime.LockOSThread()
-		t, err := slaveTree(source, o)
-		done <- result{t, err}
-	}()
-	r := <-done
-	return r.t, r.err
+func openSlave(source string, o Options) (t *tree, _ error) {
+	// The thread leaves the process's namespace.
+	err := thread.Run(func() (err error) {
+		t, err = slaveTree(source, o)
+		return err
+	})
+	return t, err
 }
 
 // slaveTree is openSlave on a thread of its own.

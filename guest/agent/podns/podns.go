@@ -14,7 +14,6 @@ import (
 	"fmt"
 	"math"
 	"os"
-	"runtime"
 	"sync"
 
 	"github.com/containerd/errdefs"
@@ -24,6 +23,7 @@ import (
 
 	"github.com/cloudhv/containerd-cloudhv/guest/agent/pause"
 	"github.com/cloudhv/containerd-cloudhv/guest/agent/reap"
+	"github.com/cloudhv/containerd-cloudhv/guest/api/thread"
 	guestv1 "github.com/cloudhv/containerd-cloudhv/guest/api/v1"
 )
 
@@ -205,19 +205,7 @@ const keepID = ^uintptr(0)
 
 // onThread runs f on a thread that has joined the namespaces, and that ends then.
 func (n *Namespaces) onThread(f func() error) error {
-	done := make(chan error, 1)
-	go func() {
-		runtime.LockOSThread()
-		if unix.Gettid() == unix.Getpid() {
-			// The main thread never ends, and what it is the process is to others.
-			defer runtime.UnlockOSThread()
-			done <- n.onThread(f)
-			return
-		}
-		// Never unlocked: nothing else may run on this thread.
-		done <- n.join(f)
-	}()
-	return <-done
+	return thread.Run(func() error { return n.join(f) })
 }
 
 func (n *Namespaces) join(f func() error) error {
