@@ -41,14 +41,19 @@ func emptyBlockIO(in *specs.LinuxBlockIO) bool {
 func (t *translation) deviceRules(in []specs.LinuxDeviceCgroup) []specs.LinuxDeviceCgroup {
 	var out []specs.LinuxDeviceCgroup
 	for _, r := range in {
+		if t.allowDisk(r) {
+			continue
+		}
 		if r.Allow && (r.Major != nil || r.Minor != nil) && !knownRule(r) {
-			t.refuse("linux.resources.devices", fmt.Sprintf("%s %s:%s", r.Type, number(r.Major), number(r.Minor)), wantDevice)
+			t.refuse("linux.resources.devices", fmt.Sprintf("%s %s:%s", r.Type, number(r.Major), number(r.Minor)), wantRule)
 			continue
 		}
 		out = append(out, specs.LinuxDeviceCgroup{Allow: r.Allow, Type: r.Type, Major: r.Major, Minor: r.Minor, Access: r.Access})
 	}
 	return out
 }
+
+const wantRule = "a device that the container has; " + wantDevice
 
 func knownRule(r specs.LinuxDeviceCgroup) bool {
 	if r.Type != "c" || r.Major == nil {
