@@ -127,7 +127,7 @@ func (c *Controller) checkAlone(p *pod, want hostDisk) error {
 			continue
 		}
 		for _, d := range rec.Disks {
-			if d.Identity == want.Identity && !(d.ReadOnly && want.ReadOnly) {
+			if d.Identity == want.Identity && (!d.ReadOnly || !want.ReadOnly) {
 				return fmt.Errorf("sandbox %q has it, and one of the two writes: want it in one pod at a time: %w", rec.ID, errdefs.ErrFailedPrecondition)
 			}
 		}

@@ -5,6 +5,7 @@ package controller
 
 import (
 	"fmt"
+	"maps"
 	"os"
 	"path/filepath"
 	"testing"
@@ -282,9 +283,7 @@ func TestDirectVolumesAreAllowed(t *testing.T) {
 func TestDirectVolumes(t *testing.T) {
 	d := newTestDevice(t, false)
 	n := newNode(t)
-	for c, pod := range map[string]string{"c1": "a", "c2": "a", "d1": "b"} {
-		n.containers.sandbox[c] = pod
-	}
+	maps.Copy(n.containers.sandbox, map[string]string{"c1": "a", "c2": "a", "d1": "b"})
 	dir := t.TempDir()
 	n.cfg.DirectVolumes = []string{dir, d.node}
 	file := image(t, dir, "file")
