@@ -32,7 +32,7 @@ var features = Section{
 		{"seLinuxOptions", Ignored, "labels are of the host's policy", tests("controller/shim/guestspec:TestEveryField")},
 		{"procMount", Works, "Default and Unmasked", tests("TestSecurityContext", "TestInsideContainer")},
 		{"sysctls", Works, "those of the network and IPC namespaces; others are refused, as by runc", tests("TestInsideSysctls", "TestRefusedPods")},
-		{"hugepages", Partly, "limits of the hugetlb cgroup are passed on; the guest's kernel reserves no huge pages by itself", tests("controller/shim/guestspec:TestEveryField")},
+		{"hugepages", Refused, "a VM's memory is of the host's ordinary pages, which count against the pod's limit of memory; limits of 0 are none, and `medium: HugePages` is refused", tests("TestHugePages", "controller/shim/guestspec:TestEveryField", "controller/shim/volumes:TestHugePages")},
 		{"runtimeClass overhead", Works, "room for the VMM beside the guest's memory", tests("controller:TestSizing")},
 		{"DNS policy and options, hostname, hostAliases", Works, "hostAliases come as a mount of /etc/hosts", tests("TestInsideMachine", "TestNetworks", "TestMounts")},
 		{"IPv6, dual stack", Works, "one family or both: what CNI gives the pod's interface is what the guest's has", tests("TestInsideNetwork", "TestNetwork", "TestNetworks")},

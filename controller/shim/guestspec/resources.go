@@ -24,8 +24,10 @@ func (t *translation) resources(in *specs.LinuxResources) *specs.LinuxResources 
 	if in.Pids != nil {
 		out.Pids = &specs.LinuxPids{Limit: in.Pids.Limit}
 	}
+	// Those of 0, which kubelet has for all sizes that the host knows, are dropped.
 	for _, l := range in.HugepageLimits {
-		out.HugepageLimits = append(out.HugepageLimits, specs.LinuxHugepageLimit{Pagesize: l.Pagesize, Limit: l.Limit})
+		t.refuseIf(l.Limit > 0, field+"hugepageLimits", fmt.Sprintf("%s: %d", l.Pagesize, l.Limit),
+			"0, as a VM's memory is of the host's ordinary pages, and counts as such")
 	}
 	return out
 }
