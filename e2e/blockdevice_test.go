@@ -203,3 +203,29 @@ func TestBlockDeviceOfPods(t *testing.T) {
 		require.Equal(t, "from b", a.at("/dev/xvda", 2, 6))
 	})
 }
+
+// TestBlockDeviceReadOnly checks that a device which a container may only read is opened for
+// no more by its hypervisor: root of the VM, whom no cgroup keeps, cannot write to it.
+func TestBlockDeviceReadOnly(t *testing.T) {
+	requireCloudHV(t)
+	d := newBlockDevice(t, 1<<20, 512, false)
+	p := newPod(t, testnode.CloudHV, func(cfg *runtimeapi.PodSandboxConfig) { cfg.Linux.SecurityContext.Privileged = true })
+	cfg := withDevices(idleConfig("c"), d.as("/dev/xvda", "r"))
+	cfg.Linux.SecurityContext.Privileged = true
+	c := p.start(cfg)
+	require.Equal(t, "1\n", c.sh("blockdev --getro /dev/xvda"))
+	c.sh("blockdev --setrw /dev/xvda || true")
+	require.Contains(t, c.sh("printf x | dd of=/dev/xvda conv=notrunc,fsync 2>&1 || echo refused"), "refused")
+	require.Equal(t, "\x00", d.text(0, 1))
+	users := d.users()
+	require.NotEmpty(t, users)
+	for _, link := range users {
+		info, err := os.ReadFile(strings.Replace(link, "/fd/", "/fdinfo/", 1))
+		require.NoError(t, err)
+		var flags int
+		_, after, _ := strings.Cut(string(info), "flags:")
+		_, err = fmt.Sscanf(after, "%o", &flags)
+		require.NoError(t, err)
+		require.Equal(t, os.O_RDONLY, flags&unix.O_ACCMODE, link)
+	}
+}

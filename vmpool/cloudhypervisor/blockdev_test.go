@@ -4,6 +4,7 @@
 package cloudhypervisor
 
 import (
+	"errors"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -15,6 +16,7 @@ import (
 	"github.com/stretchr/testify/require"
 	"golang.org/x/sys/unix"
 
+	"github.com/cloudhv/containerd-cloudhv/vmpool/confine/attack"
 	"github.com/cloudhv/containerd-cloudhv/vmpool/vmm"
 	"github.com/cloudhv/containerd-cloudhv/vmpool/vmm/vmmtest"
 )
@@ -85,4 +87,77 @@ func TestLendDeviceNodev(t *testing.T) {
 	require.ErrorIs(t, err, errdefs.ErrFailedPrecondition)
 	require.ErrorContains(t, err, "nodev")
 	assert.NoFileExists(t, filepath.Join(vm.own.Disks, "dev-1"))
+}
+
+// Targets of the attacks on block devices.
+const (
+	targetDevice, targetReadDevice  = "device", "device to read"
+	targetHostDevice, targetGone    = "the host's device", "device taken back"
+	targetOtherDevice, targetOthers = "another VM's device", "disks of another VM"
+)
+
+// blockAttacks and blockNeeds are on block devices that are plugged.
+var (
+	blockAttacks = []attack.Attack{
+		{Name: "write a block device that is only to read", Do: attack.Open(attack.File(targetReadDevice), unix.O_RDWR)},
+		{Name: "open the host's node of a block device", Do: attack.Open(attack.File(targetHostDevice), unix.O_RDONLY)},
+		{Name: "open another VM's block device", Do: attack.Open(attack.File(targetOtherDevice), unix.O_RDONLY)},
+		{Name: "list another VM's block devices", Do: attack.Open(attack.File(targetOthers), unix.O_RDONLY|unix.O_DIRECTORY)},
+		{Name: "open a block device that was taken back", Do: attack.Open(attack.File(targetGone), unix.O_RDONLY)},
+		{Name: "make a node of a block device", Do: func(t *attack.Targets) error {
+			path := filepath.Join(filepath.Dir(t.Files[targetDevice]), "made")
+			err := unix.Mknod(path, unix.S_IFBLK|0o600, int(unix.Mkdev(7, 0)))
+			if err != nil {
+				return err
+			}
+			return os.Remove(path)
+		}},
+	}
+	blockNeeds = []attack.Attack{
+		{Name: "write a block device", Do: func(t *attack.Targets) error { return useDisk(t.Files[targetDevice]) }},
+		{Name: "learn a block device's size", Do: func(t *attack.Targets) error {
+			fd, err := unix.Open(t.Files[targetReadDevice], unix.O_RDONLY|unix.O_CLOEXEC, 0)
+			if err != nil {
+				return err
+			}
+			_, err = unix.IoctlGetInt(fd, unix.BLKSSZGET)
+			return errors.Join(err, unix.Close(fd))
+		}},
+	}
+)
+
+// TestTakenOverBlockDevices has a VMM use the block devices that are plugged, and try what
+// it must not: others, and to write where it is to read. The host's node is open to nobody.
+func TestTakenOverBlockDevices(t *testing.T) {
+	n := newNode(t)
+	first, _ := vmmtest.LoopDevice(t, 1<<20, 512, false)
+	second, _ := vmmtest.LoopDevice(t, 1<<20, 512, false)
+	neighbour := n.boot(t, attackUID+1, "", false)
+	_, err := neighbour.AddDisk(attack.Context(t), vmm.Disk{Serial: "dev", Path: second})
+	require.NoError(t, err)
+	for _, uid := range []uint32{attackUID, 0} {
+		v := n.boot(t, uid, "", false)
+		what := v.Lure(t, neighbour)
+		for serial, readOnly := range map[string]bool{"dev": false, "dev-r": true, "dev-gone": false} {
+			_, err := v.AddDisk(attack.Context(t), vmm.Disk{Serial: serial, Path: first, ReadOnly: readOnly})
+			require.NoError(t, err)
+		}
+		require.NoError(t, v.RemoveDisk(attack.Context(t), "dev-gone"))
+		own, others := vmm.DisksDir(v.Config.Scratch), vmm.DisksDir(neighbour.Config.Scratch)
+		what.Files = map[string]string{
+			targetDevice: filepath.Join(own, "dev"), targetReadDevice: filepath.Join(own, "dev-r"), targetGone: filepath.Join(own, "dev-gone"),
+			targetHostDevice: first, targetOtherDevice: filepath.Join(others, "dev"), targetOthers: others,
+		}
+		if uid == 0 {
+			// Nothing is lent to it: it opens the host's.
+			what.Files[targetDevice], what.Files[targetReadDevice], what.Files[targetGone] = first, first, first
+			results := v.Try(t, what)
+			attack.Done(t, results, blockAttacks[:len(blockAttacks)-1]...) // and no node among the host's
+			attack.Done(t, results, blockNeeds...)
+			continue
+		}
+		results := v.Try(t, what)
+		attack.Refused(t, results, blockAttacks...)
+		attack.Done(t, results, blockNeeds...)
+	}
 }
