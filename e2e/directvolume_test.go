@@ -14,6 +14,7 @@ import (
 	"golang.org/x/sys/unix"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
+	"github.com/cloudhv/containerd-cloudhv/e2e/testimage"
 	"github.com/cloudhv/containerd-cloudhv/e2e/testnode"
 )
 
@@ -89,6 +90,16 @@ func onHost(t *testing.T, on, file string) string {
 	return string(out)
 }
 
+// nodeWithVolumes is a node of the test's own that allows direct volumes in some places.
+func nodeWithVolumes(t *testing.T, places ...string) *testnode.Node {
+	t.Helper()
+	n := ownNode(t, map[string]any{"direct_volumes": places})
+	img, err := testimage.Helper(suite.helper)
+	require.NoError(t, err)
+	require.NoError(t, n.Import(testContext(t), testimage.HelperRef, img))
+	return n
+}
+
 // TestDirectVolumes gives pods file systems of block devices and of images, which only
 // their VMs mount.
 func TestDirectVolumes(t *testing.T) {
@@ -97,7 +108,7 @@ func TestDirectVolumes(t *testing.T) {
 	d := newBlockDevice(t, 32<<20, 512, false)
 	newFS(t, "ext4", d.node)
 	image, fixed := newImage(t, dir, "image", "ext4"), newImage(t, dir, "fixed", "erofs")
-	n := ownNode(t, map[string]any{"direct_volumes": []string{dir, d.node}})
+	n := nodeWithVolumes(t, dir, d.node)
 	host := openDir(t)
 	kubelet := func(cfg *runtimeapi.PodSandboxConfig) string {
 		return filepath.Join(host, "pods", cfg.GetMetadata().GetUid(), "volumes/kubernetes.io~empty-dir/cache")
@@ -183,7 +194,7 @@ func TestDirectVolumesRefused(t *testing.T) {
 	require.ErrorContains(t, err, "this node's configuration allows no direct volumes (direct_volumes)")
 	require.NoError(t, node(t).RemoveAllPods(testContext(t)))
 
-	n := ownNode(t, map[string]any{"direct_volumes": []string{dir, "/dev/loop*"}})
+	n := nodeWithVolumes(t, dir, "/dev/loop*")
 	for name, tc := range map[string]struct {
 		volume directVolume
 		want   string
@@ -232,7 +243,7 @@ func TestDirectVolumeUserns(t *testing.T) {
 	dir, err := filepath.EvalSymlinks(openDir(t))
 	require.NoError(t, err)
 	image := newImage(t, dir, "image", "ext4")
-	n := ownNode(t, map[string]any{"direct_volumes": []string{dir}})
+	n := nodeWithVolumes(t, dir)
 	p := podBy(t, n, testnode.CloudHV, withDirectVolumes(t, directVolume{"/mnt/data", image, "ext4", nil}),
 		namespaceOptions(func(o *runtimeapi.NamespaceOption) { o.UsernsOptions = podUsers() }))
 	c := p.start(inUserns(withMounts(idleConfig("c"), &runtimeapi.Mount{ContainerPath: "/data", HostPath: "/mnt/data"})))

@@ -61,14 +61,14 @@ type Nodes struct {
 	last atomic.Uint64
 }
 
-// NewNodes takes a directory, which is made when it is needed. Nodes in it that an
-// earlier process left are of no use to anybody: see Clear.
+// NewNodes takes a directory, which is made if it is missing. Nodes in it that an earlier
+// process left are of no use to anybody: see Clear.
 func NewNodes(dir string) *Nodes { return &Nodes{dir: dir} }
 
 // Clear removes all nodes. There must be no Source.
 func (n *Nodes) Clear() error {
-	if err := os.RemoveAll(n.dir); err != nil {
-		return fmt.Errorf("remove nodes of block devices: %w", err)
+	if err := errors.Join(os.RemoveAll(n.dir), os.MkdirAll(n.dir, 0o700)); err != nil {
+		return fmt.Errorf("make room for nodes of block devices: %w", err)
 	}
 	return nil
 }

@@ -80,7 +80,6 @@ func TestNodes(t *testing.T) {
 	require.NoFileExists(t, s.Path)
 	require.NoError(t, nodes.Clear())
 
-	require.NoError(t, os.Mkdir(nodes.dir, 0o700))
 	require.NoError(t, unix.Mount("nodev", nodes.dir, "tmpfs", unix.MS_NODEV, ""))
 	defer func() { require.NoError(t, unix.Unmount(nodes.dir, 0)) }()
 	_, err = nodes.Open(numberAt(t, device))
