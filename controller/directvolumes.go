@@ -142,7 +142,7 @@ func (c *Controller) findVolume(v directvolume.Volume) (*blockdev.Found, error) 
 		return nil, err
 	}
 	if !isAllowedPath(found.Path, c.cfg.DirectVolumes) {
-		err := fmt.Errorf("it is %s, where this node's configuration allows none (direct_volumes): %w", found.Path, errdefs.ErrPermissionDenied)
+		err := fmt.Errorf("it is %s, where this node's configuration allows none (direct_volumes): %w", found.Path, errdefs.ErrInvalidArgument)
 		return nil, errors.Join(err, found.Close())
 	}
 	return found, nil
