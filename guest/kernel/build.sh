@@ -55,7 +55,7 @@ fragments() {
 }
 
 # configure_tools are what resolving a configuration takes, build_tools what compiling does beyond.
-configure_tools=(make gcc ld flex bison xz)
+configure_tools=(make gcc ld flex bison xz patch)
 build_tools=(bc perl readelf strip)
 
 # missing_tools TOOL...: prints which are not there.
@@ -69,7 +69,7 @@ missing_tools() {
 check_tools() {
 	local -a missing
 	mapfile -t missing < <(missing_tools "${configure_tools[@]}" "${build_tools[@]}")
-	[[ ${#missing[@]} -eq 0 ]] || die "missing tools: ${missing[*]} (Debian: build-essential flex bison bc xz-utils)"
+	[[ ${#missing[@]} -eq 0 ]] || die "missing tools: ${missing[*]} (Debian: build-essential flex bison bc xz-utils patch)"
 	gcc -E -include libelf.h -x c /dev/null >/dev/null 2>&1 || die "missing libelf headers (Debian: libelf-dev)"
 }
 
@@ -79,6 +79,12 @@ source_id() {
 	stat -L -c '%s-%Y' "$LINUX_SOURCE"
 }
 
+# patches: our changes to the source, in a fixed order.
+patches() { find "$here/patches" -name '*.patch' | sort; }
+
+# patches_id: identifies them.
+patches_id() { patches | xargs -r cat | sha256sum | cut -c1-8; }
+
 # unused are two thirds of the source: no fragment asks for any of it, and what Kconfig reads stays.
 unused=(
 	'*/drivers/gpu/drm/*/*.[ch]' '*/drivers/media/*/*.[ch]' '*/drivers/staging/*/*.[ch]' '*/drivers/infiniband/hw/*.[ch]'
@@ -86,10 +92,10 @@ unused=(
 	'*/tools/testing/*' '*/tools/perf/*' '*.rst' '*.dts' '*.dtsi' '*/Documentation/*.yaml'
 )
 
-# unpack: prints the source tree, which it extracts once a tarball.
+# unpack: prints the source tree, which it extracts and patches once.
 unpack() {
-	local dir tmp
-	dir=$KERNEL_BUILD/src-$(source_id)
+	local dir tmp patch
+	dir=$KERNEL_BUILD/src-$(source_id)-$(patches_id)
 	if [[ ! -d $dir ]]; then
 		say "unpacking $LINUX_SOURCE" >&2
 		mkdir -p "$KERNEL_BUILD"
@@ -98,6 +104,12 @@ unpack() {
 			rm -rf "$tmp"
 			die "cannot unpack $LINUX_SOURCE"
 		fi
+		while read -r patch; do
+			if ! patch -s -p1 -d "$tmp" <"$patch" >&2; then
+				rm -rf "$tmp"
+				die "$patch does not fit $LINUX_SOURCE"
+			fi
+		done < <(patches)
 		find "$KERNEL_BUILD" -mindepth 1 -maxdepth 1 -name 'src-*' -exec rm -rf {} +
 		mv -T "$tmp" "$dir"
 	fi
@@ -148,6 +160,7 @@ input_hash() {
 		declare -f configure verify_config compile
 		env | grep ^KBUILD_BUILD_ | sort
 		source_id
+		patches_id
 		gcc --version
 		ld --version
 	} | sha256sum | cut -d' ' -f1

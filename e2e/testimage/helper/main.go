@@ -19,6 +19,7 @@ type command struct {
 func commands() map[string]command {
 	return map[string]command{
 		"list":      {"list ROOT [EXCLUDED...]: everything below ROOT, one line each", list},
+		"names":     {"names DIR: how many names there are", names},
 		"gen":       {"gen BYTES SEED: lines to stdout, their count and checksum to stderr", gen},
 		"sink":      {"sink: reads stdin to its end, prints the count and the checksum", sink},
 		"count":     {"count FROM TO INTERVAL CODE: prints numbered lines, exits with CODE", count},
