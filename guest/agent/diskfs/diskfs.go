@@ -143,6 +143,16 @@ func (v Volume) options() (flags uintptr, data string, _ error) {
 	return flags, data, nil
 }
 
+// BindOptions are those that a mount of the volume has to say again, as a runtime gives
+// each mount no flags but those that it is told.
+func (v Volume) BindOptions() []string {
+	options := slices.DeleteFunc(slices.Clone(v.Options), func(o string) bool { return o == "sync" || o == "discard" })
+	if v.ReadOnly {
+		options = append(options, "ro")
+	}
+	return options
+}
+
 var mountFlags = map[string]uintptr{
 	"noatime": unix.MS_NOATIME, "nodiratime": unix.MS_NODIRATIME, "relatime": unix.MS_RELATIME, "strictatime": unix.MS_STRICTATIME,
 	"nosuid": unix.MS_NOSUID, "noexec": unix.MS_NOEXEC, "sync": unix.MS_SYNCHRONOUS,

@@ -118,6 +118,14 @@ func TestUsers(t *testing.T) {
 	require.True(t, isFree(t, node))
 }
 
+func TestBindOptions(t *testing.T) {
+	t.Parallel()
+	v := Volume{Options: []string{"noatime", "sync", "discard", "nosuid"}, ReadOnly: true}
+	require.Equal(t, []string{"noatime", "nosuid", "ro"}, v.BindOptions())
+	require.Equal(t, []string{"noatime", "sync", "discard", "nosuid"}, v.Options)
+	require.Empty(t, Volume{}.BindOptions())
+}
+
 // Nothing in a volume leads out of it.
 func TestBindEscapes(t *testing.T) {
 	t.Parallel()

@@ -7,8 +7,10 @@ import (
 	"context"
 	"fmt"
 	"io/fs"
+	"os"
 	"path"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -80,13 +82,13 @@ func (c *container) addDevices(ctx context.Context, devices []*guestv1.DiskDevic
 // mountVolumes mounts the file systems of the container's disks, and has the spec's mounts
 // of them come from places that no link in them changes. destroy gives them up.
 func (c *container) mountVolumes(ctx context.Context, volumes []*guestv1.DiskVolume, spec *specs.Spec) error {
+	has := map[string]diskfs.Volume{}
 	for _, v := range volumes {
-		err := c.s.cfg.Volumes.Use(ctx, c.id, diskfs.Volume{
-			Serial: v.GetSerial(), FSType: v.GetFsType(), Options: v.GetOptions(), ReadOnly: v.GetReadOnly(),
-		})
-		if err != nil {
+		volume := diskfs.Volume{Serial: v.GetSerial(), FSType: v.GetFsType(), Options: v.GetOptions(), ReadOnly: v.GetReadOnly()}
+		if err := c.s.cfg.Volumes.Use(ctx, c.id, volume); err != nil {
 			return err
 		}
+		has[volume.Serial] = volume
 	}
 	for i := range spec.Mounts {
 		m := &spec.Mounts[i]
@@ -101,6 +103,13 @@ func (c *container) mountVolumes(ctx context.Context, volumes []*guestv1.DiskVol
 			return fmt.Errorf("mount %q: %w", m.Destination, err)
 		}
 		m.Source = target
+		m.Options = slices.Concat(slices.DeleteFunc(m.Options, func(o string) bool { return o == "dev" }), has[serial].BindOptions())
+		if info, err := os.Stat(target); err != nil {
+			return fmt.Errorf("mount %q: %w", m.Destination, err)
+		} else if info.IsDir() {
+			// A file is none, and a user namespace can forbid it directories only.
+			m.Options = append(m.Options, "nodev")
+		}
 	}
 	return nil
 }
