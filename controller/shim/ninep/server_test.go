@@ -388,7 +388,12 @@ func TestAttributesAreBounded(t *testing.T) {
 	const most = maxXattrs / maxXattr
 	for id := range uint32(most) {
 		require.NoError(t, begin(id+1))
-		c.must(tWrite, func(e *encoder) { e.u32(id + 1); e.u64(0); e.u32(maxXattr); e.b = append(e.b, make([]byte, maxXattr)...) })
+		c.must(tWrite, func(e *encoder) {
+			e.u32(id + 1)
+			e.u64(0)
+			e.u32(maxXattr)
+			e.b = append(e.b, make([]byte, maxXattr)...)
+		})
 	}
 	require.ErrorIs(t, begin(most+1), unix.ENOMEM)
 	require.EqualValues(t, maxXattrs, s.xattrs.Load())
