@@ -48,7 +48,7 @@ func (s secrets) give(t *testing.T, n *testnode.Node, handler string) *pod {
 	cfg := withMounts(shellConfig("c", "cat /secret/token > /kept; echo $TOKEN $0 >> /kept; echo ready; exec sleep 1000"),
 		&runtimeapi.Mount{ContainerPath: "/secret", HostPath: volume, Readonly: true})
 	cfg.Command = append(cfg.Command, s["argument"])
-	cfg.Envs = []*runtimeapi.KeyValue{{Key: "TOKEN", Value: s["environment"]}}
+	cfg.Envs = []*runtimeapi.KeyValue{{Key: "TOKEN", Value: []byte(s["environment"])}}
 	c := p.start(cfg)
 	c.awaitLine("ready")
 	kept := c.exec("/bin/sh", "-c", "cat /kept; : "+s["exec"])
