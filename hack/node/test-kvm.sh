@@ -39,6 +39,7 @@ compile() {
 	mkdir -p "$programs"
 	go test -c -o "$programs/e2e.test" ./e2e
 	CGO_ENABLED=0 go build -ldflags='-s -w' -o "$programs/helper" ./e2e/testimage/helper
+	CGO_ENABLED=0 go build -ldflags='-s -w' -o "$programs/hostile" ./e2e/testimage/hostile
 	gcc -static -O2 -Wall -Werror -o "$programs/cwho" e2e/testimage/cwho/cwho.c
 	say "the tests compiled in $((SECONDS - start)) s"
 }
