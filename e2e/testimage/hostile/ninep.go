@@ -86,7 +86,7 @@ func (g *guest) volumes(conn net.Conn) {
 	data := make([]byte, xattrBytes)
 	for id := range uint32(xattrs) {
 		refused += c.ask(walk(0, 10+id, volume))
-		refused += c.ask(begin(tXattrcreate, 0).u32(10+id).str("user.x").u64(xattrBytes).u32(0))
+		refused += c.ask(begin(tXattrcreate, 0).u32(10 + id).str("user.x").u64(xattrBytes).u32(0))
 		write := begin(tWrite, 0).u32(10 + id).u64(0).u32(xattrBytes)
 		write.b = append(write.b, data...)
 		c.ask(write)
