@@ -8,6 +8,8 @@ import (
 	"encoding/json"
 	"net"
 	"os"
+	"strings"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -67,4 +69,35 @@ func FuzzState(f *testing.F) {
 		require.Nil(t, vm)
 		require.True(t, errdefs.IsNotFound(err) || errdefs.IsInvalidArgument(err), "%v", err)
 	})
+}
+
+// TestEventsWithoutEnd has a guest make QEMU tell of events as fast as they are read: after
+// the first ones they are read slowly.
+func TestEventsWithoutEnd(t *testing.T) {
+	t.Parallel()
+	fds, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
+	require.NoError(t, err)
+	host, qemu := conn(t, fds[0]), conn(t, fds[1])
+	var seen atomic.Int64
+	m := &monitor{
+		conn: host, done: make(chan struct{}), writing: make(chan struct{}, 1),
+		calls: map[string]chan message{}, waiters: map[*waiter]struct{}{}, onEvent: func(event) { seen.Add(1) },
+	}
+	event := `{"timestamp":{"seconds":1,"microseconds":2},"event":"ACPI_DEVICE_OST","data":{"info":{"slot":"0","source":0,"status":0}}}` + "\n"
+	sent := make(chan struct{})
+	go func() {
+		defer close(sent)
+		many := []byte(strings.Repeat(event, 1000))
+		for {
+			if _, err := qemu.Write(many); err != nil {
+				return
+			}
+		}
+	}()
+	go m.read()
+	time.Sleep(2 * time.Second)
+	require.Less(t, seen.Load(), int64(8<<20/len(event)), "4 MiB and what comes in two seconds")
+	m.close()
+	_ = qemu.Close()
+	<-sent
 }
