@@ -5,8 +5,10 @@ package e2e
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"net"
 	"os"
 	"path/filepath"
@@ -66,10 +68,12 @@ func TestHostileGuest(t *testing.T) {
 	image := filepath.Join(dir, "hostile.erofs")
 	guestDir := filepath.Dir(guestFile(t, "agent"))
 	require.NoError(t, testimage.HostileGuest(node(t).Repo(), guestDir, t.TempDir(), image))
-	n := ownNode(t, map[string]any{"image": image, "pool": map[string]any{"min": 0, "max": 0}, "clock_sync": "5s"})
+	n := ownNode(t, map[string]any{"image": image, "pool": map[string]any{"min": 0, "max": 0}, "clock_sync": "5s"},
+		func(o *testnode.Options) { o.Metrics = freeAddress(t) })
 	img, err := testimage.Helper(suite.helper)
 	require.NoError(t, err)
 	require.NoError(t, n.Import(testContext(t), testimage.HelperRef, img))
+	require.NoError(t, n.AwaitSnapshot(testContext(t)))
 	neighbour := podOn(t, n)
 	h := &victims{n: n, other: neighbour.idle("neighbour")}
 	h.other.exec("true")
@@ -113,10 +117,10 @@ func (h *victims) suffer(t *testing.T, a attack) {
 	defer os.Remove(secret)
 	p := podBy(t, h.n, testnode.CloudHV, func(cfg *runtimeapi.PodSandboxConfig) {
 		cfg.Annotations = map[string]string{"io.cloudhv.kernel_params": "hostile=" + a.mode}
+		limitProcessors(t, cfg.GetLinux().GetCgroupParent())
 	})
 	c := &container{pod: p, id: p.create(withMounts(helperConfig("c", "term", "0"), &runtimeapi.Mount{ContainerPath: "/v", HostPath: share})).id}
 	p.awaitGroups(p.group())
-	limitProcessors(t, p.cfg.GetLinux().GetCgroupParent())
 	shim, containerd := p.info().ShimPid, h.n.Pid()
 	rss := memoryOf(t, containerd, "VmRSS:")
 	require.NoError(t, h.n.StartContainer(testContext(t), c.id))
@@ -182,18 +186,19 @@ func hostileLines(t *testing.T, n *testnode.Node, id string) []string {
 	return lines
 }
 
-// limitProcessors gives a pod one processor, as kubelet would.
+// limitProcessors gives a pod one processor by its cgroup, which it makes, as kubelet does.
 func limitProcessors(t *testing.T, group string) {
 	t.Helper()
 	for file, value := range map[string]string{"cpu.max": "100000 100000", "cpu/cpu.cfs_quota_us": "100000"} {
 		dir, name := filepath.Split(file)
-		path := filepath.Join("/sys/fs/cgroup", dir, group, name)
-		if _, err := os.Stat(path); err == nil {
-			require.NoError(t, os.WriteFile(path, []byte(value), 0))
-			return
+		if _, err := os.Stat(filepath.Join("/sys/fs/cgroup", dir, "cgroup.procs")); err != nil {
+			continue
 		}
+		require.NoError(t, os.MkdirAll(filepath.Join("/sys/fs/cgroup", dir, group), 0o755))
+		// On cgroup v2 the groups above may not hand down the controller yet.
+		err := os.WriteFile(filepath.Join("/sys/fs/cgroup", dir, group, name), []byte(value), 0)
+		require.True(t, err == nil || errors.Is(err, fs.ErrNotExist) || errors.Is(err, fs.ErrPermission), "%v", err)
 	}
-	t.Log("the host's cgroups do not limit processors")
 }
 
 // answers asks the guest's agent for what an honest one would do.

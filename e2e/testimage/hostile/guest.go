@@ -151,7 +151,7 @@ func (g *guest) hold() {
 
 func (g *guest) Info(context.Context, *guestv1.InfoRequest) (*guestv1.InfoResponse, error) {
 	return &guestv1.InfoResponse{
-		AgentVersion: "hostile\x1b[2J\n" + strings.Repeat("v", 4096), KernelRelease: "\x00\xff", ApiVersion: api.Version,
+		AgentVersion: "hostile\x1b[2J\n" + strings.Repeat("v", 4096), KernelRelease: "\x00\u202e", ApiVersion: api.Version,
 		VcpusOnline: math.MaxUint32, MemoryTotalBytes: math.MaxUint64, BootUsec: math.MaxUint64, AgentStartUsec: math.MaxUint64,
 	}, nil
 }
