@@ -5,7 +5,6 @@ package shim
 
 import (
 	"context"
-	"errors"
 	"maps"
 	"net"
 	"os"
@@ -43,9 +42,9 @@ func FuzzTask(f *testing.F) {
 	for _, method := range []string{"State", "Delete", "Start", "Pids", "Pause", "Resume", "CloseIO", "Stats", "Connect", "Shutdown", "Checkpoint"} {
 		add(method, &wirev1.StateRequest{Id: "there"})
 	}
+	s := lostService(f)
 	f.Fuzz(func(t *testing.T, name string, data []byte) {
-		s := lostService(t)
-		defer s.close(0)
+		s.addContainer()
 		verb := s.methods()[name]
 		if verb == nil || name == "Wait" { // which waits
 			return
@@ -54,22 +53,32 @@ func FuzzTask(f *testing.F) {
 		if err != nil {
 			require.NotEqual(t, codes.Unimplemented, status.Code(err), "containerd would take it for an older shim")
 		}
+		s.mu.Lock()
+		defer s.mu.Unlock()
 		for id := range maps.Keys(s.tasks) {
 			require.Equal(t, "there", id, "something is left")
 		}
 	})
 }
 
-// lostService is a service with one container whose VM is gone.
-func lostService(t *testing.T) *service {
-	s := newService(context.Background(), Config{SandboxID: "pod", Namespace: "k8s.io", SandboxPid: 7, TTRPCAddress: "unix:///does/not/exist"}, t.TempDir(), goneGuest{})
-	tk := &task{svc: s, id: "there"}
-	tk.init = newProcess(tk, "", stdioPaths{}, &processIO{drained: make(chan struct{})})
-	tk.init.pid, tk.init.state = 5, stateRunning
-	close(tk.init.io.drained)
-	s.tasks["there"] = tk
-	s.guest.lose(errors.New("for the test"))
+// lostService is a service whose VM is gone.
+func lostService(t testing.TB) *service {
+	cfg := Config{SandboxID: "pod", Namespace: "k8s.io", SandboxPid: 7, TTRPCAddress: "unix:///does/not/exist"}
+	s := newService(context.Background(), cfg, t.TempDir(), goneGuest{})
+	t.Cleanup(func() { s.close(0) })
+	<-s.guest.gone
 	return s
+}
+
+// addContainer has the service know one, which its guest does not run.
+func (s *service) addContainer() {
+	t := &task{svc: s, id: "there"}
+	t.init = newProcess(t, "", stdioPaths{}, &processIO{drained: make(chan struct{})})
+	t.init.pid, t.init.state = 5, stateRunning
+	close(t.init.io.drained)
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.tasks["there"] = t
 }
 
 // goneGuest is a VM that is gone.
