@@ -46,7 +46,7 @@ var attacks = []attack{
 	{mode: "many", meanwhile: asks, lost: "answers to"},
 	{mode: "late", meanwhile: answers},
 	{mode: "silent", stopped: "the guest has not answered for"},
-	{mode: "noise-pod", lost: "the connection to the VM has ended"},
+	{mode: "noise-pod", lost: "connection"},
 	{mode: "noise-vm"},
 	{mode: "idle-pod", stopped: "the guest has not answered for"},
 	{mode: "idle-vm", meanwhile: answers},

@@ -52,6 +52,7 @@ type fakeDaemon struct {
 	resizes  []*hostv1.ResizeRequest
 	resize   func(*hostv1.ResizeRequest) error
 	usages   []*hostv1.UsageRequest
+	lost     []string
 }
 
 func newFakeDaemon(t testing.TB, dir string) *fakeDaemon {
@@ -152,6 +153,13 @@ func (d *fakeDaemon) Usage(_ context.Context, r *hostv1.UsageRequest) (*emptypb.
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	d.usages = append(d.usages, r)
+	return &emptypb.Empty{}, nil
+}
+
+func (d *fakeDaemon) Lost(_ context.Context, r *hostv1.LostRequest) (*emptypb.Empty, error) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	d.lost = append(d.lost, r.SandboxId)
 	return &emptypb.Empty{}, nil
 }
 

@@ -29,6 +29,50 @@ const (
 	_ = protoimpl.EnforceVersion(protoimpl.MaxVersion - 20)
 )
 
+type LostRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	SandboxId     string                 `protobuf:"bytes,1,opt,name=sandbox_id,json=sandboxId,proto3" json:"sandbox_id,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *LostRequest) Reset() {
+	*x = LostRequest{}
+	mi := &file_controller_hostapi_v1_host_proto_msgTypes[0]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *LostRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*LostRequest) ProtoMessage() {}
+
+func (x *LostRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_controller_hostapi_v1_host_proto_msgTypes[0]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use LostRequest.ProtoReflect.Descriptor instead.
+func (*LostRequest) Descriptor() ([]byte, []int) {
+	return file_controller_hostapi_v1_host_proto_rawDescGZIP(), []int{0}
+}
+
+func (x *LostRequest) GetSandboxId() string {
+	if x != nil {
+		return x.SandboxId
+	}
+	return ""
+}
+
 type AttachRootFSRequest struct {
 	state     protoimpl.MessageState `protogen:"open.v1"`
 	SandboxId string                 `protobuf:"bytes,1,opt,name=sandbox_id,json=sandboxId,proto3" json:"sandbox_id,omitempty"`
@@ -40,7 +84,7 @@ type AttachRootFSRequest struct {
 
 func (x *AttachRootFSRequest) Reset() {
 	*x = AttachRootFSRequest{}
-	mi := &file_controller_hostapi_v1_host_proto_msgTypes[0]
+	mi := &file_controller_hostapi_v1_host_proto_msgTypes[1]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -52,7 +96,7 @@ func (x *AttachRootFSRequest) String() string {
 func (*AttachRootFSRequest) ProtoMessage() {}
 
 func (x *AttachRootFSRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_controller_hostapi_v1_host_proto_msgTypes[0]
+	mi := &file_controller_hostapi_v1_host_proto_msgTypes[1]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -65,7 +109,7 @@ func (x *AttachRootFSRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AttachRootFSRequest.ProtoReflect.Descriptor instead.
 func (*AttachRootFSRequest) Descriptor() ([]byte, []int) {
-	return file_controller_hostapi_v1_host_proto_rawDescGZIP(), []int{0}
+	return file_controller_hostapi_v1_host_proto_rawDescGZIP(), []int{1}
 }
 
 func (x *AttachRootFSRequest) GetSandboxId() string {
@@ -92,7 +136,7 @@ type AttachRootFSResponse struct {
 
 func (x *AttachRootFSResponse) Reset() {
 	*x = AttachRootFSResponse{}
-	mi := &file_controller_hostapi_v1_host_proto_msgTypes[1]
+	mi := &file_controller_hostapi_v1_host_proto_msgTypes[2]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -104,7 +148,7 @@ func (x *AttachRootFSResponse) String() string {
 func (*AttachRootFSResponse) ProtoMessage() {}
 
 func (x *AttachRootFSResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_controller_hostapi_v1_host_proto_msgTypes[1]
+	mi := &file_controller_hostapi_v1_host_proto_msgTypes[2]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -117,7 +161,7 @@ func (x *AttachRootFSResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AttachRootFSResponse.ProtoReflect.Descriptor instead.
 func (*AttachRootFSResponse) Descriptor() ([]byte, []int) {
-	return file_controller_hostapi_v1_host_proto_rawDescGZIP(), []int{1}
+	return file_controller_hostapi_v1_host_proto_rawDescGZIP(), []int{2}
 }
 
 func (x *AttachRootFSResponse) GetImageSerial() string {
@@ -142,7 +186,7 @@ type ResizeRequest struct {
 
 func (x *ResizeRequest) Reset() {
 	*x = ResizeRequest{}
-	mi := &file_controller_hostapi_v1_host_proto_msgTypes[2]
+	mi := &file_controller_hostapi_v1_host_proto_msgTypes[3]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -154,7 +198,7 @@ func (x *ResizeRequest) String() string {
 func (*ResizeRequest) ProtoMessage() {}
 
 func (x *ResizeRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_controller_hostapi_v1_host_proto_msgTypes[2]
+	mi := &file_controller_hostapi_v1_host_proto_msgTypes[3]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -167,7 +211,7 @@ func (x *ResizeRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ResizeRequest.ProtoReflect.Descriptor instead.
 func (*ResizeRequest) Descriptor() ([]byte, []int) {
-	return file_controller_hostapi_v1_host_proto_rawDescGZIP(), []int{2}
+	return file_controller_hostapi_v1_host_proto_rawDescGZIP(), []int{3}
 }
 
 func (x *ResizeRequest) GetSandboxId() string {
@@ -213,7 +257,7 @@ type Limits struct {
 
 func (x *Limits) Reset() {
 	*x = Limits{}
-	mi := &file_controller_hostapi_v1_host_proto_msgTypes[3]
+	mi := &file_controller_hostapi_v1_host_proto_msgTypes[4]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -225,7 +269,7 @@ func (x *Limits) String() string {
 func (*Limits) ProtoMessage() {}
 
 func (x *Limits) ProtoReflect() protoreflect.Message {
-	mi := &file_controller_hostapi_v1_host_proto_msgTypes[3]
+	mi := &file_controller_hostapi_v1_host_proto_msgTypes[4]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -238,7 +282,7 @@ func (x *Limits) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Limits.ProtoReflect.Descriptor instead.
 func (*Limits) Descriptor() ([]byte, []int) {
-	return file_controller_hostapi_v1_host_proto_rawDescGZIP(), []int{3}
+	return file_controller_hostapi_v1_host_proto_rawDescGZIP(), []int{4}
 }
 
 func (x *Limits) GetContainerId() string {
@@ -287,7 +331,7 @@ type ReportRequest struct {
 
 func (x *ReportRequest) Reset() {
 	*x = ReportRequest{}
-	mi := &file_controller_hostapi_v1_host_proto_msgTypes[4]
+	mi := &file_controller_hostapi_v1_host_proto_msgTypes[5]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -299,7 +343,7 @@ func (x *ReportRequest) String() string {
 func (*ReportRequest) ProtoMessage() {}
 
 func (x *ReportRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_controller_hostapi_v1_host_proto_msgTypes[4]
+	mi := &file_controller_hostapi_v1_host_proto_msgTypes[5]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -312,7 +356,7 @@ func (x *ReportRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReportRequest.ProtoReflect.Descriptor instead.
 func (*ReportRequest) Descriptor() ([]byte, []int) {
-	return file_controller_hostapi_v1_host_proto_rawDescGZIP(), []int{4}
+	return file_controller_hostapi_v1_host_proto_rawDescGZIP(), []int{5}
 }
 
 func (x *ReportRequest) GetSandboxId() string {
@@ -379,7 +423,7 @@ type Part struct {
 
 func (x *Part) Reset() {
 	*x = Part{}
-	mi := &file_controller_hostapi_v1_host_proto_msgTypes[5]
+	mi := &file_controller_hostapi_v1_host_proto_msgTypes[6]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -391,7 +435,7 @@ func (x *Part) String() string {
 func (*Part) ProtoMessage() {}
 
 func (x *Part) ProtoReflect() protoreflect.Message {
-	mi := &file_controller_hostapi_v1_host_proto_msgTypes[5]
+	mi := &file_controller_hostapi_v1_host_proto_msgTypes[6]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -404,7 +448,7 @@ func (x *Part) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Part.ProtoReflect.Descriptor instead.
 func (*Part) Descriptor() ([]byte, []int) {
-	return file_controller_hostapi_v1_host_proto_rawDescGZIP(), []int{5}
+	return file_controller_hostapi_v1_host_proto_rawDescGZIP(), []int{6}
 }
 
 func (x *Part) GetName() string {
@@ -449,7 +493,7 @@ type UsageRequest struct {
 
 func (x *UsageRequest) Reset() {
 	*x = UsageRequest{}
-	mi := &file_controller_hostapi_v1_host_proto_msgTypes[6]
+	mi := &file_controller_hostapi_v1_host_proto_msgTypes[7]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -461,7 +505,7 @@ func (x *UsageRequest) String() string {
 func (*UsageRequest) ProtoMessage() {}
 
 func (x *UsageRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_controller_hostapi_v1_host_proto_msgTypes[6]
+	mi := &file_controller_hostapi_v1_host_proto_msgTypes[7]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -474,7 +518,7 @@ func (x *UsageRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UsageRequest.ProtoReflect.Descriptor instead.
 func (*UsageRequest) Descriptor() ([]byte, []int) {
-	return file_controller_hostapi_v1_host_proto_rawDescGZIP(), []int{6}
+	return file_controller_hostapi_v1_host_proto_rawDescGZIP(), []int{7}
 }
 
 func (x *UsageRequest) GetSandboxId() string {
@@ -516,7 +560,10 @@ var File_controller_hostapi_v1_host_proto protoreflect.FileDescriptor
 
 const file_controller_hostapi_v1_host_proto_rawDesc = "" +
 	"\n" +
-	" controller/hostapi/v1/host.proto\x12\x0fcloudhv.host.v1\x1a\x1bgoogle/protobuf/empty.proto\"W\n" +
+	" controller/hostapi/v1/host.proto\x12\x0fcloudhv.host.v1\x1a\x1bgoogle/protobuf/empty.proto\",\n" +
+	"\vLostRequest\x12\x1d\n" +
+	"\n" +
+	"sandbox_id\x18\x01 \x01(\tR\tsandboxId\"W\n" +
 	"\x13AttachRootFSRequest\x12\x1d\n" +
 	"\n" +
 	"sandbox_id\x18\x01 \x01(\tR\tsandboxId\x12!\n" +
@@ -557,12 +604,13 @@ const file_controller_hostapi_v1_host_proto_rawDesc = "" +
 	"\fcontainer_id\x18\x02 \x01(\tR\vcontainerId\x12\x14\n" +
 	"\x05bytes\x18\x03 \x01(\x04R\x05bytes\x12\x16\n" +
 	"\x06inodes\x18\x04 \x01(\x04R\x06inodes\x12\x12\n" +
-	"\x04gone\x18\x05 \x01(\bR\x04gone2\xa7\x02\n" +
+	"\x04gone\x18\x05 \x01(\bR\x04gone2\xe5\x02\n" +
 	"\x04Host\x12[\n" +
 	"\fAttachRootFS\x12$.cloudhv.host.v1.AttachRootFSRequest\x1a%.cloudhv.host.v1.AttachRootFSResponse\x12@\n" +
 	"\x06Resize\x12\x1e.cloudhv.host.v1.ResizeRequest\x1a\x16.google.protobuf.Empty\x12@\n" +
 	"\x06Report\x12\x1e.cloudhv.host.v1.ReportRequest\x1a\x16.google.protobuf.Empty\x12>\n" +
-	"\x05Usage\x12\x1d.cloudhv.host.v1.UsageRequest\x1a\x16.google.protobuf.EmptyBDZBgithub.com/cloudhv/containerd-cloudhv/controller/hostapi/v1;hostv1b\x06proto3"
+	"\x05Usage\x12\x1d.cloudhv.host.v1.UsageRequest\x1a\x16.google.protobuf.Empty\x12<\n" +
+	"\x04Lost\x12\x1c.cloudhv.host.v1.LostRequest\x1a\x16.google.protobuf.EmptyBDZBgithub.com/cloudhv/containerd-cloudhv/controller/hostapi/v1;hostv1b\x06proto3"
 
 var (
 	file_controller_hostapi_v1_host_proto_rawDescOnce sync.Once
@@ -576,30 +624,33 @@ func file_controller_hostapi_v1_host_proto_rawDescGZIP() []byte {
 	return file_controller_hostapi_v1_host_proto_rawDescData
 }
 
-var file_controller_hostapi_v1_host_proto_msgTypes = make([]protoimpl.MessageInfo, 7)
+var file_controller_hostapi_v1_host_proto_msgTypes = make([]protoimpl.MessageInfo, 8)
 var file_controller_hostapi_v1_host_proto_goTypes = []any{
-	(*AttachRootFSRequest)(nil),  // 0: cloudhv.host.v1.AttachRootFSRequest
-	(*AttachRootFSResponse)(nil), // 1: cloudhv.host.v1.AttachRootFSResponse
-	(*ResizeRequest)(nil),        // 2: cloudhv.host.v1.ResizeRequest
-	(*Limits)(nil),               // 3: cloudhv.host.v1.Limits
-	(*ReportRequest)(nil),        // 4: cloudhv.host.v1.ReportRequest
-	(*Part)(nil),                 // 5: cloudhv.host.v1.Part
-	(*UsageRequest)(nil),         // 6: cloudhv.host.v1.UsageRequest
-	(*emptypb.Empty)(nil),        // 7: google.protobuf.Empty
+	(*LostRequest)(nil),          // 0: cloudhv.host.v1.LostRequest
+	(*AttachRootFSRequest)(nil),  // 1: cloudhv.host.v1.AttachRootFSRequest
+	(*AttachRootFSResponse)(nil), // 2: cloudhv.host.v1.AttachRootFSResponse
+	(*ResizeRequest)(nil),        // 3: cloudhv.host.v1.ResizeRequest
+	(*Limits)(nil),               // 4: cloudhv.host.v1.Limits
+	(*ReportRequest)(nil),        // 5: cloudhv.host.v1.ReportRequest
+	(*Part)(nil),                 // 6: cloudhv.host.v1.Part
+	(*UsageRequest)(nil),         // 7: cloudhv.host.v1.UsageRequest
+	(*emptypb.Empty)(nil),        // 8: google.protobuf.Empty
 }
 var file_controller_hostapi_v1_host_proto_depIdxs = []int32{
-	3, // 0: cloudhv.host.v1.ResizeRequest.containers:type_name -> cloudhv.host.v1.Limits
-	5, // 1: cloudhv.host.v1.ReportRequest.parts:type_name -> cloudhv.host.v1.Part
-	0, // 2: cloudhv.host.v1.Host.AttachRootFS:input_type -> cloudhv.host.v1.AttachRootFSRequest
-	2, // 3: cloudhv.host.v1.Host.Resize:input_type -> cloudhv.host.v1.ResizeRequest
-	4, // 4: cloudhv.host.v1.Host.Report:input_type -> cloudhv.host.v1.ReportRequest
-	6, // 5: cloudhv.host.v1.Host.Usage:input_type -> cloudhv.host.v1.UsageRequest
-	1, // 6: cloudhv.host.v1.Host.AttachRootFS:output_type -> cloudhv.host.v1.AttachRootFSResponse
-	7, // 7: cloudhv.host.v1.Host.Resize:output_type -> google.protobuf.Empty
-	7, // 8: cloudhv.host.v1.Host.Report:output_type -> google.protobuf.Empty
-	7, // 9: cloudhv.host.v1.Host.Usage:output_type -> google.protobuf.Empty
-	6, // [6:10] is the sub-list for method output_type
-	2, // [2:6] is the sub-list for method input_type
+	4, // 0: cloudhv.host.v1.ResizeRequest.containers:type_name -> cloudhv.host.v1.Limits
+	6, // 1: cloudhv.host.v1.ReportRequest.parts:type_name -> cloudhv.host.v1.Part
+	1, // 2: cloudhv.host.v1.Host.AttachRootFS:input_type -> cloudhv.host.v1.AttachRootFSRequest
+	3, // 3: cloudhv.host.v1.Host.Resize:input_type -> cloudhv.host.v1.ResizeRequest
+	5, // 4: cloudhv.host.v1.Host.Report:input_type -> cloudhv.host.v1.ReportRequest
+	7, // 5: cloudhv.host.v1.Host.Usage:input_type -> cloudhv.host.v1.UsageRequest
+	0, // 6: cloudhv.host.v1.Host.Lost:input_type -> cloudhv.host.v1.LostRequest
+	2, // 7: cloudhv.host.v1.Host.AttachRootFS:output_type -> cloudhv.host.v1.AttachRootFSResponse
+	8, // 8: cloudhv.host.v1.Host.Resize:output_type -> google.protobuf.Empty
+	8, // 9: cloudhv.host.v1.Host.Report:output_type -> google.protobuf.Empty
+	8, // 10: cloudhv.host.v1.Host.Usage:output_type -> google.protobuf.Empty
+	8, // 11: cloudhv.host.v1.Host.Lost:output_type -> google.protobuf.Empty
+	7, // [7:12] is the sub-list for method output_type
+	2, // [2:7] is the sub-list for method input_type
 	2, // [2:2] is the sub-list for extension type_name
 	2, // [2:2] is the sub-list for extension extendee
 	0, // [0:2] is the sub-list for field type_name
@@ -616,7 +667,7 @@ func file_controller_hostapi_v1_host_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_controller_hostapi_v1_host_proto_rawDesc), len(file_controller_hostapi_v1_host_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   7,
+			NumMessages:   8,
 			NumExtensions: 0,
 			NumServices:   1,
 		},
