@@ -101,6 +101,7 @@ func TestNothingListens(t *testing.T) {
 	n := poolNode(t, map[string]any{"min": 1, "max": 2}, func(o *testnode.Options) { o.Metrics = address })
 	require.NoError(t, n.AwaitPool(testContext(t), 1))
 	p := podOn(t, n)
+	require.NoError(t, n.AwaitPool(testContext(t), 1))
 	host, err := listenersHere()
 	require.NoError(t, err)
 	ours := listenersOf(t, n.Pid(), host)
