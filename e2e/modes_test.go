@@ -63,7 +63,8 @@ func TestModes(t *testing.T) {
 			default:
 				files++
 				assert.Zero(t, st.Mode&0o022, "%s: others may write to it", path)
-				if !forVMMs(strings.TrimPrefix(path, n.CacheDir())) {
+				// A network namespace is mounted there, which takes rights to enter.
+				if path != n.Dir("run", ".netns") && !forVMMs(strings.TrimPrefix(path, n.CacheDir())) {
 					assert.Zero(t, st.Mode&0o044, "%s: others may read it", path)
 				}
 			}
