@@ -22,6 +22,7 @@ export CGO_ENABLED ?= 1
 PKG ?= $$(go list ./... | grep -v /e2e)
 RUN ?= .
 FUZZTIME ?= 10s
+FUZZALL ?= 1m
 ROUNDS ?= 20
 SECTIONS ?= start,concurrency,bare,io,density
 PROCS ?= 4
@@ -45,7 +46,7 @@ demo: build ## Watch a pod come up in a virtual machine of its own (IMAGE=ref: a
 	@hack/as-root build/bin/demo
 
 .PHONY: test
-test: build lint unit e2e critest ## All checks: linters, unit tests, end-to-end tests, the CRI validation suite, some tests on KVM. CI runs this.
+test: build lint unit fuzz-all e2e critest ## All checks: linters, unit and fuzz tests, end-to-end tests, the CRI validation suite, some tests on KVM. CI runs this.
 	@SUBSET=ci VMM=qemu hack/node/test-kvm.sh --or-skip
 
 ##@ To work on it
@@ -89,8 +90,12 @@ race: build ## The same under the race detector.
 	@hack/unit.sh $(PKG) -- $(GOTEST) -race -timeout 30m
 
 .PHONY: fuzz
-fuzz: ## Each fuzz test for a short while (FUZZTIME=10s).
-	@hack/fuzz.sh $(FUZZTIME)
+fuzz: ## Each fuzz test for a while (FUZZTIME=10s, 5m, 2h).
+	@hack/fuzz.sh each $(FUZZTIME)
+
+.PHONY: fuzz-all
+fuzz-all: ## All fuzz tests together in a minute (FUZZALL=1m), besides what compiling them takes. CI runs this.
+	@hack/fuzz.sh all $(FUZZALL)
 
 .PHONY: e2e
 e2e: build ## Tests through the CRI on a private containerd (RUN=TestName for some of them).

@@ -29,6 +29,11 @@ const (
 	restCgroup = "ended"
 )
 
+// shimLimits bound what a shim uses of the host, whatever its guest does: by the bounds of
+// what it reads of the guest, all of them met at once, it takes half of that memory. Pages
+// of a volume's files come to it, which the kernel takes back.
+var shimLimits = vmm.Limits{MemoryBytes: 512 << 20, VCPUs: 1, Threads: 512}
+
 // shimGroup is the cgroup of a sandbox's shim, beside its VMM's, whose limits are not
 // for it; empty for none.
 func shimGroup(vmmGroup string) string {
@@ -98,10 +103,10 @@ func (p *pod) move(ctx context.Context, vm vmm.VM, s *shim) error {
 	return p.update(func(r *record) { r.VM = stateOf(vm) })
 }
 
-// putInto moves a process into a group, which it makes.
+// putInto moves a shim into a group, which it makes and limits.
 func putInto(group string, pid int) error {
 	g := vmm.OpenCgroup(group)
-	if err := g.Make(); err != nil {
+	if err := errors.Join(g.Make(), g.Limit(shimLimits)); err != nil {
 		return err
 	}
 	return g.Add(pid)

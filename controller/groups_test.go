@@ -8,6 +8,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"strconv"
+	"strings"
 	"testing"
 
 	"github.com/stretchr/testify/require"
@@ -47,6 +48,27 @@ func ownGroup(t *testing.T) string {
 	return parent + "/inner"
 }
 
+// requireShimLimits reads the limits of a shim's group, where the host's cgroups have any.
+func requireShimLimits(t *testing.T, group string) {
+	t.Helper()
+	found := 0
+	for file, want := range map[string]string{
+		"memory.max": "536870912", "memory/memory.limit_in_bytes": "536870912", "pids.max": "512", "pids/pids.max": "512",
+		"cpu.max": "200000 100000", "cpu/cpu.cfs_quota_us": "200000",
+	} {
+		dir, name := filepath.Split(file)
+		text, err := os.ReadFile(filepath.Join("/sys/fs/cgroup", dir, group, name))
+		if err != nil {
+			continue
+		}
+		found++
+		require.Equal(t, want, strings.TrimSpace(string(text)), file)
+	}
+	if found == 0 {
+		t.Log("the host's cgroups have no limits to be read")
+	}
+}
+
 // What shims that were killed leave is removed, and nobody else's.
 func TestSweepGroups(t *testing.T) {
 	parent := ownGroup(t)
@@ -57,6 +79,7 @@ func TestSweepGroups(t *testing.T) {
 		require.NoError(t, vmm.OpenCgroup(c.restGroup(id)).Make())
 	}
 	require.NoError(t, putInto(c.restGroup("lives"), sleeper.Process.Pid))
+	requireShimLimits(t, c.restGroup("lives"))
 	c.sweepGroups(t.Context())
 	require.ElementsMatch(t, []string{"known", "lives"}, vmm.OpenCgroup(c.restGroup("")).Children())
 	require.NoError(t, c.removeShimGroups(t.Context(), "lives", "/unused/cloudhv-lives"), "what is left is killed")

@@ -62,7 +62,7 @@ var (
 	checkPhase     = "check"
 	endPhases      = []string{"power_off", "kill", "network", "files"}
 	outcomes       = []string{string(vmpool.Hit), string(vmpool.Miss), string(vmpool.Cold)}
-	endCauses      = []string{"stop", "start", "vm", "shim", "recovery"}
+	endCauses      = []string{"stop", "start", "vm", "shim", "guest", "recovery"}
 	recoverResults = []string{"ready", "pending", "stopped", "ended", "orphan", "removed", "damaged", "error"}
 	taskCalls      = []string{"create", "start", "exec"}
 	taskParts      = []string{shimapi.PartImage, shimapi.PartConnect, shimapi.PartStreams, shimapi.PartGuest}

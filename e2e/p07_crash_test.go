@@ -205,7 +205,7 @@ func hungIsEnded(t *testing.T, s silent) {
 		require.NoError(t, s.n.RemovePod(testContext(t), s.id))
 	})
 	require.ErrorIs(t, syscall.Kill(pid, 0), syscall.ESRCH)
-	requireInLog(t, s.n, s.id, "the guest did not turn itself off in time")
+	requireInLog(t, s.n, s.id, "the guest was lost")
 }
 
 // hostPid is the process ID of a container that runs on the host.

@@ -2,7 +2,11 @@
 # SPDX-License-Identifier: Apache-2.0
 # Copyright The containerd-cloudhv Authors
 #
-# Runs each fuzz test of the module for TIME.   fuzz.sh TIME
+# Runs the fuzz tests of the module, one after the other, and goes on after one that has found something. That
+# lies then in the package's testdata/fuzz, to be kept with the mend.
+#
+#   fuzz.sh each TIME   each for TIME, as 10s, 5m or 2h
+#   fuzz.sh all TIME    all together in TIME, besides what compiling takes
 
 set -euo pipefail
 
@@ -11,7 +15,29 @@ repo=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 source "$repo/hack/lib.sh"
 cd "$repo"
 
-while IFS=: read -r file name; do
-	step "$name in $(dirname "$file"), ${1:-10s}"
-	go test -run '^$' -fuzz "^$name\$" -fuzztime "${1:-10s}" "./$(dirname "$file")"
-done < <(grep -roE --include='*_test.go' --exclude-dir=build '^func Fuzz[A-Za-z0-9_]*' . | sed 's,^\./,,; s/func //' | sort)
+# milliseconds TIME
+milliseconds() {
+	local number=${1%[smh]}
+	[[ $number =~ ^[0-9]+$ ]] || die "a time is $1: want a whole number with s, m or h behind it, as 10s"
+	case $1 in
+	*h) echo $((number * 3600000)) ;;
+	*m) echo $((number * 60000)) ;;
+	*) echo $((number * 1000)) ;;
+	esac
+}
+
+mapfile -t tests < <(grep -roE --include='*_test.go' --exclude-dir=build '^func Fuzz[A-Za-z0-9_]*' . | sed 's,^\./,,; s/func //' | sort)
+time=$(milliseconds "${2:-10s}")
+case ${1:-each} in
+each) ;;
+all) time=$((time / ${#tests[@]})) ;;
+*) die "usage: fuzz.sh each|all TIME" ;;
+esac
+
+found=()
+for test in "${tests[@]}"; do
+	file=${test%%:*} name=${test##*:}
+	step "$name in $(dirname "$file"), $time ms"
+	go test -run '^$' -fuzz "^$name\$" -fuzztime "${time}ms" -fuzzminimizetime 5s "./$(dirname "$file")" || found+=("$name in $(dirname "$file")")
+done
+[[ ${#found[@]} -eq 0 ]] || die "found something: ${found[*]}"

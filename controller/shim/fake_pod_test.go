@@ -55,6 +55,7 @@ type fakeDaemon struct {
 	usages   []*hostv1.UsageRequest
 	disks    []any // requests to attach and to detach, in order
 	onDisks  func(any) error
+	lost     []string
 }
 
 func newFakeDaemon(t testing.TB, dir string) *fakeDaemon {
@@ -181,6 +182,13 @@ func (d *fakeDaemon) noteDisks(r any) error {
 		return nil
 	}
 	return errgrpc.ToGRPC(d.onDisks(r))
+}
+
+func (d *fakeDaemon) Lost(_ context.Context, r *hostv1.LostRequest) (*emptypb.Empty, error) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	d.lost = append(d.lost, r.SandboxId)
+	return &emptypb.Empty{}, nil
 }
 
 func (d *fakeDaemon) Resize(_ context.Context, r *hostv1.ResizeRequest) (*emptypb.Empty, error) {

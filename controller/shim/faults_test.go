@@ -231,6 +231,11 @@ func TestVMLost(t *testing.T) {
 		assert.Equal(t, status, p.delete(id, "").ExitStatus)
 	}
 	assert.FileExists(t, filepath.Join(p.dir, VMLostFile))
+	eventually(t, "the plugin is told", func() bool {
+		p.daemon.mu.Lock()
+		defer p.daemon.mu.Unlock()
+		return len(p.daemon.lost) == 1
+	})
 }
 
 // A guest that does not answer holds up neither statistics nor state, and what

@@ -63,6 +63,8 @@ type guestClient struct {
 
 	// heard is when the guest last answered, in Unix nanoseconds.
 	heard atomic.Int64
+	// asked is how many calls were made.
+	asked atomic.Int64
 }
 
 func newGuestClient(transport Guest, onLost func(error)) *guestClient {
@@ -110,15 +112,16 @@ func (g *guestClient) connected(conn net.Conn) {
 	if c, ok := conn.(interface{ SetWriteTimeout(time.Duration) }); ok {
 		c.SetWriteTimeout(guestWriteLimit)
 	}
-	g.rpc = ttrpc.NewClient(conn,
+	g.rpc = ttrpc.NewClient(&answers{Conn: conn, asked: &g.asked, broken: g.lose},
 		ttrpc.WithOnClose(func() { g.lose(errors.New("the guest agent has closed its connection")) }),
 		ttrpc.WithUnaryClientInterceptor(g.listen))
 	g.task = guestv1.NewTaskClient(g.rpc)
 	close(g.ready)
 }
 
-// listen notes when the guest answers.
+// listen counts the calls, and notes when the guest answers.
 func (g *guestClient) listen(ctx context.Context, req *ttrpc.Request, resp *ttrpc.Response, _ *ttrpc.UnaryClientInfo, invoke ttrpc.Invoker) error {
+	g.asked.Add(1)
 	err := invoke(ctx, req, resp)
 	if err == nil {
 		g.heard.Store(time.Now().UnixNano())

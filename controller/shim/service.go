@@ -21,6 +21,7 @@ import (
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 
+	hostv1 "github.com/cloudhv/containerd-cloudhv/controller/hostapi/v1"
 	"github.com/cloudhv/containerd-cloudhv/guest/api"
 )
 
@@ -171,6 +172,7 @@ func (s *service) vmLost(reason error) {
 	}
 	// It may have to wait for a file system of the host's.
 	s.running.Go(s.volumes.close)
+	s.running.Go(s.tellLost)
 	now := time.Now()
 	for _, t := range s.all() {
 		for _, p := range t.processes() {
@@ -185,6 +187,18 @@ func (s *service) vmLost(reason error) {
 				p.exit(StatusVMLost, now, 0)
 			})
 		}
+	}
+}
+
+// tellLost tells the plugin, which ends the sandbox: else it would stay ready, and no
+// container could be made in it. A containerd that is away is waited for.
+func (s *service) tellLost() {
+	err := s.daemon.retry(s.ctx, func(ctx context.Context, client *ttrpc.Client) error {
+		_, err := hostv1.NewHostClient(client).Lost(ctx, &hostv1.LostRequest{SandboxId: s.cfg.SandboxID})
+		return err
+	})
+	if err != nil && s.ctx.Err() == nil {
+		log.G(s.ctx).WithError(err).Debug("cannot tell that the VM is lost")
 	}
 }
 

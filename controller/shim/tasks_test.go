@@ -326,7 +326,7 @@ func TestHostileAnswers(t *testing.T) {
 	at := w.ExitedAt.AsTime()
 	assert.False(t, at.Before(before) || at.After(time.Now()), "%s", at)
 
-	p.guest.failing("Create", fmt.Errorf("\x1b[2J\nlevel=error %s", strings.Repeat("x", 1<<20)))
+	p.guest.failing("Create", fmt.Errorf("\x1b[2J\nlevel=error %s", strings.Repeat("x", maxAnswer/2)))
 	_, err := p.client.Create(ctx, p.createRequest("d", nil, "sleep"))
 	require.Error(t, err)
 	assert.Less(t, len(err.Error()), 2000)

@@ -11,6 +11,7 @@ programs=$PWD/build/kvm
 compile_images() {
 	mkdir -p "$programs"
 	CGO_ENABLED=0 go build -ldflags='-s -w' -o "$programs/helper" ./e2e/testimage/helper
+	CGO_ENABLED=0 go build -ldflags='-s -w' -o "$programs/hostile" ./e2e/testimage/hostile
 	gcc -static -O2 -Wall -Werror -o "$programs/cwho" e2e/testimage/cwho/cwho.c
 }
 

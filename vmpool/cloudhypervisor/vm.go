@@ -74,7 +74,7 @@ func (vm *machine) openPipes() error {
 	if err != nil {
 		return fmt.Errorf("cloud-hypervisor: %w", err)
 	}
-	return vm.Follow(pipe, func() { vm.events.read(pipe) })
+	return vm.Follow(pipe, func() { vm.events.read(vmproc.Paced(pipe)) })
 }
 
 // openConsole copies the console to its bounded log. What it printed before, and while

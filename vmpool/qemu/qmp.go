@@ -109,7 +109,7 @@ func dialMonitor(ctx context.Context, path string, onEvent func(event)) (_ *moni
 func (m *monitor) read() {
 	defer close(m.done)
 	defer m.conn.Close() //nolint:errcheck // nothing is buffered
-	lines := bufio.NewScanner(m.conn)
+	lines := bufio.NewScanner(vmproc.Paced(m.conn))
 	lines.Buffer(make([]byte, 4<<10), maxMessage)
 	for lines.Scan() {
 		var msg message

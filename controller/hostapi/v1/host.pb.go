@@ -29,6 +29,50 @@ const (
 	_ = protoimpl.EnforceVersion(protoimpl.MaxVersion - 20)
 )
 
+type LostRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	SandboxId     string                 `protobuf:"bytes,1,opt,name=sandbox_id,json=sandboxId,proto3" json:"sandbox_id,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *LostRequest) Reset() {
+	*x = LostRequest{}
+	mi := &file_controller_hostapi_v1_host_proto_msgTypes[0]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *LostRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*LostRequest) ProtoMessage() {}
+
+func (x *LostRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_controller_hostapi_v1_host_proto_msgTypes[0]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use LostRequest.ProtoReflect.Descriptor instead.
+func (*LostRequest) Descriptor() ([]byte, []int) {
+	return file_controller_hostapi_v1_host_proto_rawDescGZIP(), []int{0}
+}
+
+func (x *LostRequest) GetSandboxId() string {
+	if x != nil {
+		return x.SandboxId
+	}
+	return ""
+}
+
 type AttachRootFSRequest struct {
 	state     protoimpl.MessageState `protogen:"open.v1"`
 	SandboxId string                 `protobuf:"bytes,1,opt,name=sandbox_id,json=sandboxId,proto3" json:"sandbox_id,omitempty"`
@@ -40,7 +84,7 @@ type AttachRootFSRequest struct {
 
 func (x *AttachRootFSRequest) Reset() {
 	*x = AttachRootFSRequest{}
-	mi := &file_controller_hostapi_v1_host_proto_msgTypes[0]
+	mi := &file_controller_hostapi_v1_host_proto_msgTypes[1]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -52,7 +96,7 @@ func (x *AttachRootFSRequest) String() string {
 func (*AttachRootFSRequest) ProtoMessage() {}
 
 func (x *AttachRootFSRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_controller_hostapi_v1_host_proto_msgTypes[0]
+	mi := &file_controller_hostapi_v1_host_proto_msgTypes[1]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -65,7 +109,7 @@ func (x *AttachRootFSRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AttachRootFSRequest.ProtoReflect.Descriptor instead.
 func (*AttachRootFSRequest) Descriptor() ([]byte, []int) {
-	return file_controller_hostapi_v1_host_proto_rawDescGZIP(), []int{0}
+	return file_controller_hostapi_v1_host_proto_rawDescGZIP(), []int{1}
 }
 
 func (x *AttachRootFSRequest) GetSandboxId() string {
@@ -92,7 +136,7 @@ type AttachRootFSResponse struct {
 
 func (x *AttachRootFSResponse) Reset() {
 	*x = AttachRootFSResponse{}
-	mi := &file_controller_hostapi_v1_host_proto_msgTypes[1]
+	mi := &file_controller_hostapi_v1_host_proto_msgTypes[2]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -104,7 +148,7 @@ func (x *AttachRootFSResponse) String() string {
 func (*AttachRootFSResponse) ProtoMessage() {}
 
 func (x *AttachRootFSResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_controller_hostapi_v1_host_proto_msgTypes[1]
+	mi := &file_controller_hostapi_v1_host_proto_msgTypes[2]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -117,7 +161,7 @@ func (x *AttachRootFSResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AttachRootFSResponse.ProtoReflect.Descriptor instead.
 func (*AttachRootFSResponse) Descriptor() ([]byte, []int) {
-	return file_controller_hostapi_v1_host_proto_rawDescGZIP(), []int{1}
+	return file_controller_hostapi_v1_host_proto_rawDescGZIP(), []int{2}
 }
 
 func (x *AttachRootFSResponse) GetImageSerial() string {
@@ -138,7 +182,7 @@ type AttachDisksRequest struct {
 
 func (x *AttachDisksRequest) Reset() {
 	*x = AttachDisksRequest{}
-	mi := &file_controller_hostapi_v1_host_proto_msgTypes[2]
+	mi := &file_controller_hostapi_v1_host_proto_msgTypes[3]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -150,7 +194,7 @@ func (x *AttachDisksRequest) String() string {
 func (*AttachDisksRequest) ProtoMessage() {}
 
 func (x *AttachDisksRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_controller_hostapi_v1_host_proto_msgTypes[2]
+	mi := &file_controller_hostapi_v1_host_proto_msgTypes[3]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -163,7 +207,7 @@ func (x *AttachDisksRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AttachDisksRequest.ProtoReflect.Descriptor instead.
 func (*AttachDisksRequest) Descriptor() ([]byte, []int) {
-	return file_controller_hostapi_v1_host_proto_rawDescGZIP(), []int{2}
+	return file_controller_hostapi_v1_host_proto_rawDescGZIP(), []int{3}
 }
 
 func (x *AttachDisksRequest) GetSandboxId() string {
@@ -203,7 +247,7 @@ type Disk struct {
 
 func (x *Disk) Reset() {
 	*x = Disk{}
-	mi := &file_controller_hostapi_v1_host_proto_msgTypes[3]
+	mi := &file_controller_hostapi_v1_host_proto_msgTypes[4]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -215,7 +259,7 @@ func (x *Disk) String() string {
 func (*Disk) ProtoMessage() {}
 
 func (x *Disk) ProtoReflect() protoreflect.Message {
-	mi := &file_controller_hostapi_v1_host_proto_msgTypes[3]
+	mi := &file_controller_hostapi_v1_host_proto_msgTypes[4]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -228,7 +272,7 @@ func (x *Disk) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Disk.ProtoReflect.Descriptor instead.
 func (*Disk) Descriptor() ([]byte, []int) {
-	return file_controller_hostapi_v1_host_proto_rawDescGZIP(), []int{3}
+	return file_controller_hostapi_v1_host_proto_rawDescGZIP(), []int{4}
 }
 
 func (x *Disk) GetDirectVolume() uint32 {
@@ -269,7 +313,7 @@ type AttachDisksResponse struct {
 
 func (x *AttachDisksResponse) Reset() {
 	*x = AttachDisksResponse{}
-	mi := &file_controller_hostapi_v1_host_proto_msgTypes[4]
+	mi := &file_controller_hostapi_v1_host_proto_msgTypes[5]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -281,7 +325,7 @@ func (x *AttachDisksResponse) String() string {
 func (*AttachDisksResponse) ProtoMessage() {}
 
 func (x *AttachDisksResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_controller_hostapi_v1_host_proto_msgTypes[4]
+	mi := &file_controller_hostapi_v1_host_proto_msgTypes[5]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -294,7 +338,7 @@ func (x *AttachDisksResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AttachDisksResponse.ProtoReflect.Descriptor instead.
 func (*AttachDisksResponse) Descriptor() ([]byte, []int) {
-	return file_controller_hostapi_v1_host_proto_rawDescGZIP(), []int{4}
+	return file_controller_hostapi_v1_host_proto_rawDescGZIP(), []int{5}
 }
 
 func (x *AttachDisksResponse) GetSerials() []string {
@@ -314,7 +358,7 @@ type DetachDisksRequest struct {
 
 func (x *DetachDisksRequest) Reset() {
 	*x = DetachDisksRequest{}
-	mi := &file_controller_hostapi_v1_host_proto_msgTypes[5]
+	mi := &file_controller_hostapi_v1_host_proto_msgTypes[6]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -326,7 +370,7 @@ func (x *DetachDisksRequest) String() string {
 func (*DetachDisksRequest) ProtoMessage() {}
 
 func (x *DetachDisksRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_controller_hostapi_v1_host_proto_msgTypes[5]
+	mi := &file_controller_hostapi_v1_host_proto_msgTypes[6]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -339,7 +383,7 @@ func (x *DetachDisksRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DetachDisksRequest.ProtoReflect.Descriptor instead.
 func (*DetachDisksRequest) Descriptor() ([]byte, []int) {
-	return file_controller_hostapi_v1_host_proto_rawDescGZIP(), []int{5}
+	return file_controller_hostapi_v1_host_proto_rawDescGZIP(), []int{6}
 }
 
 func (x *DetachDisksRequest) GetSandboxId() string {
@@ -371,7 +415,7 @@ type ResizeRequest struct {
 
 func (x *ResizeRequest) Reset() {
 	*x = ResizeRequest{}
-	mi := &file_controller_hostapi_v1_host_proto_msgTypes[6]
+	mi := &file_controller_hostapi_v1_host_proto_msgTypes[7]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -383,7 +427,7 @@ func (x *ResizeRequest) String() string {
 func (*ResizeRequest) ProtoMessage() {}
 
 func (x *ResizeRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_controller_hostapi_v1_host_proto_msgTypes[6]
+	mi := &file_controller_hostapi_v1_host_proto_msgTypes[7]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -396,7 +440,7 @@ func (x *ResizeRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ResizeRequest.ProtoReflect.Descriptor instead.
 func (*ResizeRequest) Descriptor() ([]byte, []int) {
-	return file_controller_hostapi_v1_host_proto_rawDescGZIP(), []int{6}
+	return file_controller_hostapi_v1_host_proto_rawDescGZIP(), []int{7}
 }
 
 func (x *ResizeRequest) GetSandboxId() string {
@@ -442,7 +486,7 @@ type Limits struct {
 
 func (x *Limits) Reset() {
 	*x = Limits{}
-	mi := &file_controller_hostapi_v1_host_proto_msgTypes[7]
+	mi := &file_controller_hostapi_v1_host_proto_msgTypes[8]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -454,7 +498,7 @@ func (x *Limits) String() string {
 func (*Limits) ProtoMessage() {}
 
 func (x *Limits) ProtoReflect() protoreflect.Message {
-	mi := &file_controller_hostapi_v1_host_proto_msgTypes[7]
+	mi := &file_controller_hostapi_v1_host_proto_msgTypes[8]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -467,7 +511,7 @@ func (x *Limits) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Limits.ProtoReflect.Descriptor instead.
 func (*Limits) Descriptor() ([]byte, []int) {
-	return file_controller_hostapi_v1_host_proto_rawDescGZIP(), []int{7}
+	return file_controller_hostapi_v1_host_proto_rawDescGZIP(), []int{8}
 }
 
 func (x *Limits) GetContainerId() string {
@@ -516,7 +560,7 @@ type ReportRequest struct {
 
 func (x *ReportRequest) Reset() {
 	*x = ReportRequest{}
-	mi := &file_controller_hostapi_v1_host_proto_msgTypes[8]
+	mi := &file_controller_hostapi_v1_host_proto_msgTypes[9]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -528,7 +572,7 @@ func (x *ReportRequest) String() string {
 func (*ReportRequest) ProtoMessage() {}
 
 func (x *ReportRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_controller_hostapi_v1_host_proto_msgTypes[8]
+	mi := &file_controller_hostapi_v1_host_proto_msgTypes[9]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -541,7 +585,7 @@ func (x *ReportRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReportRequest.ProtoReflect.Descriptor instead.
 func (*ReportRequest) Descriptor() ([]byte, []int) {
-	return file_controller_hostapi_v1_host_proto_rawDescGZIP(), []int{8}
+	return file_controller_hostapi_v1_host_proto_rawDescGZIP(), []int{9}
 }
 
 func (x *ReportRequest) GetSandboxId() string {
@@ -608,7 +652,7 @@ type Part struct {
 
 func (x *Part) Reset() {
 	*x = Part{}
-	mi := &file_controller_hostapi_v1_host_proto_msgTypes[9]
+	mi := &file_controller_hostapi_v1_host_proto_msgTypes[10]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -620,7 +664,7 @@ func (x *Part) String() string {
 func (*Part) ProtoMessage() {}
 
 func (x *Part) ProtoReflect() protoreflect.Message {
-	mi := &file_controller_hostapi_v1_host_proto_msgTypes[9]
+	mi := &file_controller_hostapi_v1_host_proto_msgTypes[10]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -633,7 +677,7 @@ func (x *Part) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Part.ProtoReflect.Descriptor instead.
 func (*Part) Descriptor() ([]byte, []int) {
-	return file_controller_hostapi_v1_host_proto_rawDescGZIP(), []int{9}
+	return file_controller_hostapi_v1_host_proto_rawDescGZIP(), []int{10}
 }
 
 func (x *Part) GetName() string {
@@ -678,7 +722,7 @@ type UsageRequest struct {
 
 func (x *UsageRequest) Reset() {
 	*x = UsageRequest{}
-	mi := &file_controller_hostapi_v1_host_proto_msgTypes[10]
+	mi := &file_controller_hostapi_v1_host_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -690,7 +734,7 @@ func (x *UsageRequest) String() string {
 func (*UsageRequest) ProtoMessage() {}
 
 func (x *UsageRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_controller_hostapi_v1_host_proto_msgTypes[10]
+	mi := &file_controller_hostapi_v1_host_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -703,7 +747,7 @@ func (x *UsageRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UsageRequest.ProtoReflect.Descriptor instead.
 func (*UsageRequest) Descriptor() ([]byte, []int) {
-	return file_controller_hostapi_v1_host_proto_rawDescGZIP(), []int{10}
+	return file_controller_hostapi_v1_host_proto_rawDescGZIP(), []int{11}
 }
 
 func (x *UsageRequest) GetSandboxId() string {
@@ -745,7 +789,10 @@ var File_controller_hostapi_v1_host_proto protoreflect.FileDescriptor
 
 const file_controller_hostapi_v1_host_proto_rawDesc = "" +
 	"\n" +
-	" controller/hostapi/v1/host.proto\x12\x0fcloudhv.host.v1\x1a\x1bgoogle/protobuf/empty.proto\"W\n" +
+	" controller/hostapi/v1/host.proto\x12\x0fcloudhv.host.v1\x1a\x1bgoogle/protobuf/empty.proto\",\n" +
+	"\vLostRequest\x12\x1d\n" +
+	"\n" +
+	"sandbox_id\x18\x01 \x01(\tR\tsandboxId\"W\n" +
 	"\x13AttachRootFSRequest\x12\x1d\n" +
 	"\n" +
 	"sandbox_id\x18\x01 \x01(\tR\tsandboxId\x12!\n" +
@@ -802,14 +849,15 @@ const file_controller_hostapi_v1_host_proto_rawDesc = "" +
 	"\fcontainer_id\x18\x02 \x01(\tR\vcontainerId\x12\x14\n" +
 	"\x05bytes\x18\x03 \x01(\x04R\x05bytes\x12\x16\n" +
 	"\x06inodes\x18\x04 \x01(\x04R\x06inodes\x12\x12\n" +
-	"\x04gone\x18\x05 \x01(\bR\x04gone2\xcd\x03\n" +
+	"\x04gone\x18\x05 \x01(\bR\x04gone2\x8b\x04\n" +
 	"\x04Host\x12[\n" +
 	"\fAttachRootFS\x12$.cloudhv.host.v1.AttachRootFSRequest\x1a%.cloudhv.host.v1.AttachRootFSResponse\x12X\n" +
 	"\vAttachDisks\x12#.cloudhv.host.v1.AttachDisksRequest\x1a$.cloudhv.host.v1.AttachDisksResponse\x12J\n" +
 	"\vDetachDisks\x12#.cloudhv.host.v1.DetachDisksRequest\x1a\x16.google.protobuf.Empty\x12@\n" +
 	"\x06Resize\x12\x1e.cloudhv.host.v1.ResizeRequest\x1a\x16.google.protobuf.Empty\x12@\n" +
 	"\x06Report\x12\x1e.cloudhv.host.v1.ReportRequest\x1a\x16.google.protobuf.Empty\x12>\n" +
-	"\x05Usage\x12\x1d.cloudhv.host.v1.UsageRequest\x1a\x16.google.protobuf.EmptyBDZBgithub.com/cloudhv/containerd-cloudhv/controller/hostapi/v1;hostv1b\x06proto3"
+	"\x05Usage\x12\x1d.cloudhv.host.v1.UsageRequest\x1a\x16.google.protobuf.Empty\x12<\n" +
+	"\x04Lost\x12\x1c.cloudhv.host.v1.LostRequest\x1a\x16.google.protobuf.EmptyBDZBgithub.com/cloudhv/containerd-cloudhv/controller/hostapi/v1;hostv1b\x06proto3"
 
 var (
 	file_controller_hostapi_v1_host_proto_rawDescOnce sync.Once
@@ -823,39 +871,42 @@ func file_controller_hostapi_v1_host_proto_rawDescGZIP() []byte {
 	return file_controller_hostapi_v1_host_proto_rawDescData
 }
 
-var file_controller_hostapi_v1_host_proto_msgTypes = make([]protoimpl.MessageInfo, 11)
+var file_controller_hostapi_v1_host_proto_msgTypes = make([]protoimpl.MessageInfo, 12)
 var file_controller_hostapi_v1_host_proto_goTypes = []any{
-	(*AttachRootFSRequest)(nil),  // 0: cloudhv.host.v1.AttachRootFSRequest
-	(*AttachRootFSResponse)(nil), // 1: cloudhv.host.v1.AttachRootFSResponse
-	(*AttachDisksRequest)(nil),   // 2: cloudhv.host.v1.AttachDisksRequest
-	(*Disk)(nil),                 // 3: cloudhv.host.v1.Disk
-	(*AttachDisksResponse)(nil),  // 4: cloudhv.host.v1.AttachDisksResponse
-	(*DetachDisksRequest)(nil),   // 5: cloudhv.host.v1.DetachDisksRequest
-	(*ResizeRequest)(nil),        // 6: cloudhv.host.v1.ResizeRequest
-	(*Limits)(nil),               // 7: cloudhv.host.v1.Limits
-	(*ReportRequest)(nil),        // 8: cloudhv.host.v1.ReportRequest
-	(*Part)(nil),                 // 9: cloudhv.host.v1.Part
-	(*UsageRequest)(nil),         // 10: cloudhv.host.v1.UsageRequest
-	(*emptypb.Empty)(nil),        // 11: google.protobuf.Empty
+	(*LostRequest)(nil),          // 0: cloudhv.host.v1.LostRequest
+	(*AttachRootFSRequest)(nil),  // 1: cloudhv.host.v1.AttachRootFSRequest
+	(*AttachRootFSResponse)(nil), // 2: cloudhv.host.v1.AttachRootFSResponse
+	(*AttachDisksRequest)(nil),   // 3: cloudhv.host.v1.AttachDisksRequest
+	(*Disk)(nil),                 // 4: cloudhv.host.v1.Disk
+	(*AttachDisksResponse)(nil),  // 5: cloudhv.host.v1.AttachDisksResponse
+	(*DetachDisksRequest)(nil),   // 6: cloudhv.host.v1.DetachDisksRequest
+	(*ResizeRequest)(nil),        // 7: cloudhv.host.v1.ResizeRequest
+	(*Limits)(nil),               // 8: cloudhv.host.v1.Limits
+	(*ReportRequest)(nil),        // 9: cloudhv.host.v1.ReportRequest
+	(*Part)(nil),                 // 10: cloudhv.host.v1.Part
+	(*UsageRequest)(nil),         // 11: cloudhv.host.v1.UsageRequest
+	(*emptypb.Empty)(nil),        // 12: google.protobuf.Empty
 }
 var file_controller_hostapi_v1_host_proto_depIdxs = []int32{
-	3,  // 0: cloudhv.host.v1.AttachDisksRequest.disks:type_name -> cloudhv.host.v1.Disk
-	7,  // 1: cloudhv.host.v1.ResizeRequest.containers:type_name -> cloudhv.host.v1.Limits
-	9,  // 2: cloudhv.host.v1.ReportRequest.parts:type_name -> cloudhv.host.v1.Part
-	0,  // 3: cloudhv.host.v1.Host.AttachRootFS:input_type -> cloudhv.host.v1.AttachRootFSRequest
-	2,  // 4: cloudhv.host.v1.Host.AttachDisks:input_type -> cloudhv.host.v1.AttachDisksRequest
-	5,  // 5: cloudhv.host.v1.Host.DetachDisks:input_type -> cloudhv.host.v1.DetachDisksRequest
-	6,  // 6: cloudhv.host.v1.Host.Resize:input_type -> cloudhv.host.v1.ResizeRequest
-	8,  // 7: cloudhv.host.v1.Host.Report:input_type -> cloudhv.host.v1.ReportRequest
-	10, // 8: cloudhv.host.v1.Host.Usage:input_type -> cloudhv.host.v1.UsageRequest
-	1,  // 9: cloudhv.host.v1.Host.AttachRootFS:output_type -> cloudhv.host.v1.AttachRootFSResponse
-	4,  // 10: cloudhv.host.v1.Host.AttachDisks:output_type -> cloudhv.host.v1.AttachDisksResponse
-	11, // 11: cloudhv.host.v1.Host.DetachDisks:output_type -> google.protobuf.Empty
-	11, // 12: cloudhv.host.v1.Host.Resize:output_type -> google.protobuf.Empty
-	11, // 13: cloudhv.host.v1.Host.Report:output_type -> google.protobuf.Empty
-	11, // 14: cloudhv.host.v1.Host.Usage:output_type -> google.protobuf.Empty
-	9,  // [9:15] is the sub-list for method output_type
-	3,  // [3:9] is the sub-list for method input_type
+	4,  // 0: cloudhv.host.v1.AttachDisksRequest.disks:type_name -> cloudhv.host.v1.Disk
+	8,  // 1: cloudhv.host.v1.ResizeRequest.containers:type_name -> cloudhv.host.v1.Limits
+	10, // 2: cloudhv.host.v1.ReportRequest.parts:type_name -> cloudhv.host.v1.Part
+	1,  // 3: cloudhv.host.v1.Host.AttachRootFS:input_type -> cloudhv.host.v1.AttachRootFSRequest
+	3,  // 4: cloudhv.host.v1.Host.AttachDisks:input_type -> cloudhv.host.v1.AttachDisksRequest
+	6,  // 5: cloudhv.host.v1.Host.DetachDisks:input_type -> cloudhv.host.v1.DetachDisksRequest
+	7,  // 6: cloudhv.host.v1.Host.Resize:input_type -> cloudhv.host.v1.ResizeRequest
+	9,  // 7: cloudhv.host.v1.Host.Report:input_type -> cloudhv.host.v1.ReportRequest
+	11, // 8: cloudhv.host.v1.Host.Usage:input_type -> cloudhv.host.v1.UsageRequest
+	0,  // 9: cloudhv.host.v1.Host.Lost:input_type -> cloudhv.host.v1.LostRequest
+	2,  // 10: cloudhv.host.v1.Host.AttachRootFS:output_type -> cloudhv.host.v1.AttachRootFSResponse
+	5,  // 11: cloudhv.host.v1.Host.AttachDisks:output_type -> cloudhv.host.v1.AttachDisksResponse
+	12, // 12: cloudhv.host.v1.Host.DetachDisks:output_type -> google.protobuf.Empty
+	12, // 13: cloudhv.host.v1.Host.Resize:output_type -> google.protobuf.Empty
+	12, // 14: cloudhv.host.v1.Host.Report:output_type -> google.protobuf.Empty
+	12, // 15: cloudhv.host.v1.Host.Usage:output_type -> google.protobuf.Empty
+	12, // 16: cloudhv.host.v1.Host.Lost:output_type -> google.protobuf.Empty
+	10, // [10:17] is the sub-list for method output_type
+	3,  // [3:10] is the sub-list for method input_type
 	3,  // [3:3] is the sub-list for extension type_name
 	3,  // [3:3] is the sub-list for extension extendee
 	0,  // [0:3] is the sub-list for field type_name
@@ -872,7 +923,7 @@ func file_controller_hostapi_v1_host_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_controller_hostapi_v1_host_proto_rawDesc), len(file_controller_hostapi_v1_host_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   11,
+			NumMessages:   12,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

@@ -15,6 +15,7 @@ type HostService interface {
 	Resize(context.Context, *ResizeRequest) (*emptypb.Empty, error)
 	Report(context.Context, *ReportRequest) (*emptypb.Empty, error)
 	Usage(context.Context, *UsageRequest) (*emptypb.Empty, error)
+	Lost(context.Context, *LostRequest) (*emptypb.Empty, error)
 }
 
 func RegisterHostService(srv *ttrpc.Server, svc HostService) {
@@ -61,6 +62,13 @@ func RegisterHostService(srv *ttrpc.Server, svc HostService) {
 					return nil, err
 				}
 				return svc.Usage(ctx, &req)
+			},
+			"Lost": func(ctx context.Context, unmarshal func(interface{}) error) (interface{}, error) {
+				var req LostRequest
+				if err := unmarshal(&req); err != nil {
+					return nil, err
+				}
+				return svc.Lost(ctx, &req)
 			},
 		},
 	})
@@ -119,6 +127,14 @@ func (c *hostClient) Report(ctx context.Context, req *ReportRequest) (*emptypb.E
 func (c *hostClient) Usage(ctx context.Context, req *UsageRequest) (*emptypb.Empty, error) {
 	var resp emptypb.Empty
 	if err := c.client.Call(ctx, "cloudhv.host.v1.Host", "Usage", req, &resp); err != nil {
+		return nil, err
+	}
+	return &resp, nil
+}
+
+func (c *hostClient) Lost(ctx context.Context, req *LostRequest) (*emptypb.Empty, error) {
+	var resp emptypb.Empty
+	if err := c.client.Call(ctx, "cloudhv.host.v1.Host", "Lost", req, &resp); err != nil {
 		return nil, err
 	}
 	return &resp, nil

@@ -99,6 +99,9 @@ func (c *session) unref(f *fid) {
 		return
 	}
 	c.s.fids.Add(-1)
+	if f.xattr != nil {
+		c.s.xattrs.Add(-f.xattr.held)
+	}
 	if f.node == nil {
 		return
 	}

@@ -106,6 +106,7 @@ func FuzzServe(f *testing.F) {
 		var out bytes.Buffer
 		_ = s.Serve(pipe{bytes.NewReader(in), &out})
 		require.Zero(t, s.fids.Load(), "fids are left")
+		require.Zero(t, s.xattrs.Load(), "bytes of attributes are left")
 		s.Close()
 		require.Zero(t, descriptors(t, dir), "descriptors are left")
 		require.Equal(t, before, fingerprint(t, filepath.Dir(dir), dir), "something outside has changed")

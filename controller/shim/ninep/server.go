@@ -55,6 +55,8 @@ func (l Limits) withDefaults() Limits {
 type Server struct {
 	limits Limits
 	fids   atomic.Int64
+	// xattrs are the bytes of attributes that fids hold.
+	xattrs atomic.Int64
 
 	mu      sync.Mutex
 	exports map[string]*Export

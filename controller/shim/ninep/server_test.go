@@ -374,3 +374,30 @@ func TestManyAtOnce(t *testing.T) {
 	require.NoError(t, err)
 	require.Len(t, entries, 8*50+3)
 }
+
+// TestAttributesAreBounded has a client begin to write attributes that it never ends, as
+// many as it may have fids.
+func TestAttributesAreBounded(t *testing.T) {
+	dir, _ := volume(t)
+	c, s := connect(t, Limits{}, dir)
+	begin := func(id uint32) error {
+		c.must(tWalk, func(e *encoder) { e.u32(0); e.u32(id); e.u16(2); e.string("v"); e.string("a") })
+		_, err := c.call(tXattrcreate, func(e *encoder) { e.u32(id); e.string("user.big"); e.u64(maxXattr); e.u32(0) })
+		return err
+	}
+	const most = maxXattrs / maxXattr
+	for id := range uint32(most) {
+		require.NoError(t, begin(id+1))
+		c.must(tWrite, func(e *encoder) {
+			e.u32(id + 1)
+			e.u64(0)
+			e.u32(maxXattr)
+			e.b = append(e.b, make([]byte, maxXattr)...)
+		})
+	}
+	require.ErrorIs(t, begin(most+1), unix.ENOMEM)
+	require.EqualValues(t, maxXattrs, s.xattrs.Load())
+	// The file system may refuse a value of that size; the room is given back all the same.
+	_, _ = c.call(tClunk, func(e *encoder) { e.u32(1) })
+	require.NoError(t, begin(most+2))
+}

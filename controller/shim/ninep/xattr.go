@@ -10,8 +10,13 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// maxXattr bounds a value, and a list of names, as Linux does.
-const maxXattr = 64 << 10
+const (
+	// maxXattr bounds a value, and a list of names, as Linux does.
+	maxXattr = 64 << 10
+	// maxXattrs bounds what the fids of all attributes hold at a time, in bytes: a client
+	// has one for as long as a call on an attribute takes.
+	maxXattrs = 4 << 20
+)
 
 // xattr is an attribute, or the list of names, in a fid.
 type xattr struct {
@@ -21,6 +26,18 @@ type xattr struct {
 	size  int
 	flags int
 	write bool
+	// held is what it takes of the server's maxXattrs.
+	held int64
+}
+
+// holdXattr takes room for an attribute's bytes. ENOMEM means that too many are held.
+func (s *Server) holdXattr(x *xattr, bytes int) error {
+	if s.xattrs.Add(int64(bytes)) > maxXattrs {
+		s.xattrs.Add(-int64(bytes))
+		return unix.ENOMEM
+	}
+	x.held += int64(bytes)
+	return nil
 }
 
 // carried tells which attributes a guest sees and sets: the users' own, capabilities of
@@ -59,7 +76,12 @@ func (c *session) xattrwalk(r *request, e *encoder) error {
 	if err != nil {
 		return err
 	}
-	if err := c.insert(to, &fid{node: f.node.get(), uid: f.uid, xattr: &xattr{value: value}}); err != nil {
+	x := &xattr{value: value}
+	if err := c.s.holdXattr(x, len(value)); err != nil {
+		return err
+	}
+	if err := c.insert(to, &fid{node: f.node.get(), uid: f.uid, xattr: x}); err != nil {
+		c.s.xattrs.Add(-x.held)
 		return err
 	}
 	e.u64(uint64(len(value)))
@@ -115,7 +137,11 @@ func (c *session) xattrcreate(r *request, _ *encoder) error {
 	if f.file >= 0 || f.xattr != nil {
 		return unix.EBADF
 	}
-	f.xattr = &xattr{name: name, size: int(size), flags: int(flags), write: true}
+	x := &xattr{name: name, size: int(size), flags: int(flags), write: true}
+	if err := c.s.holdXattr(x, int(size)); err != nil {
+		return err
+	}
+	f.xattr = x
 	return nil
 }
 
@@ -125,6 +151,9 @@ func (f *fid) writeXattr(offset int64, data []byte) error {
 	x := f.xattr
 	if !x.write || offset != int64(len(x.value)) || len(x.value)+len(data) > x.size {
 		return unix.EINVAL
+	}
+	if x.value == nil {
+		x.value = make([]byte, 0, x.size)
 	}
 	x.value = append(x.value, data...)
 	return nil

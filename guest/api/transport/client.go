@@ -63,12 +63,19 @@ func WithWriteTimeout(d time.Duration) Option {
 	return func(c *Client) { c.writeTimeout = d }
 }
 
+// WithReader has what the guest sends read by the reader that wrap returns, the handshake
+// too. It serves hosts that read a guest no faster than they mean to.
+func WithReader(wrap func(io.Reader) io.Reader) Option {
+	return func(c *Client) { c.wrap = wrap }
+}
+
 // Client holds the host's end of a transport. Its methods may be called
 // concurrently.
 type Client struct {
 	path         string
 	port         uint32 // of vsock; 0 is a serial port
 	writeTimeout time.Duration
+	wrap         func(io.Reader) io.Reader
 
 	ctx    context.Context // ends with Close
 	cancel context.CancelFunc
@@ -96,6 +103,7 @@ func Open(endpoint string, opts ...Option) (*Client, error) {
 	c := &Client{
 		path: path, port: port, ctx: ctx, cancel: cancel,
 		ready: make(chan struct{}), done: make(chan struct{}), dials: make(chan struct{}, maxDials),
+		wrap: func(r io.Reader) io.Reader { return r },
 	}
 	for _, o := range opts {
 		o(c)
@@ -249,7 +257,12 @@ func (c *Client) connect() (*session, error) {
 		c.mu.Lock()
 		c.last = err
 		c.mu.Unlock()
-		pause := time.NewTimer(max(0, retryPause-time.Since(began)))
+		rest := retryPause - time.Since(began)
+		if errors.Is(err, errNoAnswer) {
+			// A guest that babbles is not read again at once.
+			rest = wait
+		}
+		pause := time.NewTimer(max(0, rest))
 		select {
 		case <-pause.C:
 		case <-c.ctx.Done():
@@ -285,8 +298,16 @@ func (c *Client) attempt(wait time.Duration) (_ *session, retErr error) {
 	if _, err := conn.Write(preamble(n)); err != nil {
 		return nil, fmt.Errorf("begin the handshake: %w", err)
 	}
-	return handshakeOn(conn, n)
+	return handshakeOn(readBy{conn, c.wrap(conn)}, n)
 }
+
+// readBy is a connection that is read by another reader.
+type readBy struct {
+	net.Conn
+	r io.Reader
+}
+
+func (c readBy) Read(p []byte) (int, error) { return c.r.Read(p) }
 
 // session is the host's end of one.
 type session struct {

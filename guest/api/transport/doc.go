@@ -32,8 +32,10 @@
 // guest may do so late, but not without bounds, as each one costs the host memory:
 // of more than maxLingering the host resets the oldest. A guest that then leaves a
 // reset unanswered for half a minute, or that sends more than a window after one,
-// is no agent of ours, and the host ends the session with it. The guest trusts its
-// host and sets no such limits.
+// is no agent of ours, and the host ends the session with it. Frames that bring nothing,
+// such as window updates and data for no stream, the host reads slowly when there are too
+// many of them; WithReader lets it read all that a guest sends no faster than it means to.
+// The guest trusts its host and sets no such limits.
 //
 // # On the wire
 //

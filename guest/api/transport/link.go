@@ -11,6 +11,7 @@ import (
 	"io"
 	"log"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/hashicorp/yamux"
@@ -71,6 +72,10 @@ type link struct {
 	resetWait time.Duration
 	lingering []*Conn     // on the host's side, in the order of their Close
 	overdue   *time.Timer // set while too many of them linger
+
+	// idle is on the host's side, for yamux's reader; sent are the bytes that were written.
+	idle idleFrames
+	sent atomic.Int64
 }
 
 func newLink(r *bufio.Reader, w io.Writer, closeFn func() error, guest bool) *link {
@@ -119,10 +124,20 @@ func (l *link) next() error {
 		return fmt.Errorf("%w: torn", errFrame)
 	}
 	l.pending, l.trailed = headerSize+body, true
+	if !l.allowSYN && (body == 0 || !l.known(id)) {
+		l.idle.one(l.sent.Load())
+	}
 	if flags&(flagFIN|flagRST) != 0 {
 		l.ended(id, flags)
 	}
 	return nil
+}
+
+// known tells whether there is a stream of that number.
+func (l *link) known(id uint32) bool {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.conns[id] != nil
 }
 
 // check returns the length of the frame's body.
@@ -178,7 +193,8 @@ func (l *link) Write(p []byte) (int, error) {
 		return len(p), nil
 	}
 	l.wbuf = append(l.wbuf, trailer)
-	_, err := l.w.Write(l.wbuf)
+	n, err := l.w.Write(l.wbuf)
+	l.sent.Add(int64(n))
 	l.wbuf = l.wbuf[:0]
 	if err != nil {
 		return 0, err

@@ -37,16 +37,13 @@ func connectVsock(conn net.Conn, port uint32) error {
 	// What follows the answer is the guest's already, so not a byte more is read.
 	var answer []byte
 	var b [1]byte
-	for len(answer) < maxVsockAnswer {
+	for b[0] != '\n' && len(answer) < maxVsockAnswer {
 		if _, err := io.ReadFull(conn, b[:]); err != nil {
 			return fmt.Errorf("connect to the guest's vsock port %d: nobody listens yet: %w", port, err)
 		}
-		if b[0] == '\n' {
-			break
-		}
 		answer = append(answer, b[0])
 	}
-	if !strings.HasPrefix(string(answer), "OK ") {
+	if !strings.HasPrefix(string(answer), "OK ") || b[0] != '\n' {
 		return fmt.Errorf("connect to the guest's vsock port %d: the VMM answers %q", port, answer)
 	}
 	return nil

@@ -62,7 +62,7 @@ func (vm *VM) client() (*transport.Client, error) {
 }
 
 func (vm *VM) openGuest() (*transport.Client, error) {
-	return transport.Open(vm.cfg.Guest, transport.WithWriteTimeout(guestWriteLimit))
+	return transport.Open(vm.cfg.Guest, transport.WithWriteTimeout(guestWriteLimit), transport.WithReader(Paced))
 }
 
 // Disconnect ends the connections to the guest and waits for its rest.

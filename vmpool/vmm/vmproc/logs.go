@@ -25,8 +25,8 @@ const (
 	tailBytes = 1 << 10
 	// consoleTail is where a guest's last words are looked for: a panic comes with a stack.
 	consoleTail = 16 << 10
-	// consolePause bounds how often console output is read.
-	consolePause = 5 * time.Millisecond
+	// logPause bounds how often the console and what the VMM prints are read.
+	logPause = 5 * time.Millisecond
 )
 
 // OpenPipe makes the FIFO at path unless it is there, and opens it without waiting.
@@ -44,13 +44,13 @@ func (vm *VM) CopyVMMLog(name string) error {
 	if err != nil {
 		return fmt.Errorf("%s: %w", vm.cfg.Driver, err)
 	}
-	return vm.copyLog(pipe, vmm.VMMLog, vmmLogLimit, 0)
+	return vm.copyLog(pipe, vmm.VMMLog, vmmLogLimit)
 }
 
 // CopyConsole copies the guest's console to its log, which takes at most limit bytes.
 // It closes from in the end.
 func (vm *VM) CopyConsole(from io.ReadCloser, limit int64) error {
-	return vm.copyLog(from, vmm.ConsoleLog, limit, consolePause)
+	return vm.copyLog(from, vmm.ConsoleLog, limit)
 }
 
 // Follow runs read, which ends when from does, until the VM has ended or is let go.
@@ -67,8 +67,9 @@ func (vm *VM) Follow(from io.Closer, read func()) error {
 }
 
 // copyLog copies until there is no more. It pauses after each read, so that a
-// guest that prints without end costs little here; it is the guest that waits.
-func (vm *VM) copyLog(from io.ReadCloser, name string, limit int64, pause time.Duration) error {
+// guest that prints without end, or has its VMM print, costs little here; it is the guest
+// that waits.
+func (vm *VM) copyLog(from io.ReadCloser, name string, limit int64) error {
 	to, err := vmm.OpenLog(vm.Path(name), limit)
 	if err != nil {
 		return errors.Join(fmt.Errorf("%s: open log: %w", vm.cfg.Driver, err), from.Close())
@@ -83,7 +84,7 @@ func (vm *VM) copyLog(from io.ReadCloser, name string, limit int64, pause time.D
 			if err != nil {
 				return
 			}
-			time.Sleep(pause)
+			time.Sleep(logPause)
 		}
 	})
 	if err != nil {

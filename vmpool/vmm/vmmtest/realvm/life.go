@@ -292,12 +292,15 @@ func victim(endpoint string) {
 	}
 }
 
-// throughput measures the transport of a real VM.
+// throughput measures the transport of a real VM, by the shim's way to it. By the other
+// way, which containerd reads, a guest that sends without end is read slowly.
 func (s *Suite) throughput(t *testing.T) {
 	v := s.Boot(t)
 	v.MustRun("cat /proc/version")
+	pod, err := transport.Open(v.PodEndpoint())
+	require.NoError(t, err)
 	const size = 64 << 20
-	source, err := v.Dial(Context(t), PortSource)
+	source, err := pod.Dial(Context(t), PortSource)
 	require.NoError(t, err)
 	began := time.Now()
 	_, err = io.CopyN(io.Discard, source, size)
@@ -305,7 +308,7 @@ func (s *Suite) throughput(t *testing.T) {
 	t.Logf("guest to host: %.0f MB/s", size/1e6/time.Since(began).Seconds())
 	require.NoError(t, source.Close())
 
-	sink, err := v.Dial(Context(t), PortSink)
+	sink, err := pod.Dial(Context(t), PortSink)
 	require.NoError(t, err)
 	began = time.Now()
 	buf := make([]byte, 1<<20)
@@ -314,6 +317,7 @@ func (s *Suite) throughput(t *testing.T) {
 		require.NoError(t, err)
 	}
 	t.Logf("host to guest: %.0f MB/s", size/1e6/time.Since(began).Seconds())
+	require.NoError(t, pod.Close())
 
 	began = time.Now()
 	const dials = 50
@@ -324,4 +328,21 @@ func (s *Suite) throughput(t *testing.T) {
 		require.NoError(t, conn.Close())
 	}
 	t.Logf("a dial takes %v", time.Since(began)/dials)
+	s.paced(t, v)
+}
+
+// paced reads what has no end by containerd's way for a while.
+func (s *Suite) paced(t *testing.T, v *VM) {
+	t.Helper()
+	source, err := v.Dial(Context(t), PortSource)
+	require.NoError(t, err)
+	const wait = 2 * time.Second
+	require.NoError(t, source.SetReadDeadline(time.Now().Add(wait)))
+	n, err := io.Copy(io.Discard, source)
+	require.ErrorIs(t, err, os.ErrDeadlineExceeded)
+	require.Less(t, n, int64(6<<20))
+	require.NoError(t, source.Close())
+	conn, err := v.Dial(Context(t), PortEcho)
+	require.NoError(t, err, "others are served meanwhile")
+	require.NoError(t, conn.Close())
 }
