@@ -25,7 +25,7 @@ import (
 )
 
 func addDisk(ctx context.Context, vm vmm.VM, serial string) error {
-	_, err := vm.AddDisk(ctx, vmm.Disk{Serial: serial, Path: "/dev/null"})
+	_, err := vm.AddDisk(ctx, vmm.Disk{Serial: serial, Path: "/proc/self/exe"})
 	return err
 }
 

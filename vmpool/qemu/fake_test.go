@@ -137,7 +137,7 @@ func (vm *machine) disk(t *testing.T, serial string, within time.Duration) error
 	t.Helper()
 	ctx, cancel := context.WithTimeout(testContext(t), within)
 	defer cancel()
-	_, err := vm.AddDisk(ctx, vmm.Disk{Serial: serial, Path: "/dev/null", ReadOnly: true})
+	_, err := vm.AddDisk(ctx, vmm.Disk{Serial: serial, Path: "/proc/self/exe", ReadOnly: true})
 	return err
 }
 
