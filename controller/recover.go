@@ -51,6 +51,9 @@ func (c *Controller) Recover(ctx context.Context) error {
 		}
 	}
 	c.claimUsers(ctx)
+	if err := c.blockNodes.Clear(); err != nil {
+		log.G(ctx).WithError(err).Warn("cannot remove what an earlier containerd left")
+	}
 	// First, as the ending of a sandbox waits for a VM that it was about to get.
 	if err := c.recoverPool(ctx); err != nil {
 		log.G(ctx).WithError(err).Error("cannot recover the pool of VMs")
