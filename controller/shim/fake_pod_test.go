@@ -53,9 +53,9 @@ type fakeDaemon struct {
 	resizes  []*hostv1.ResizeRequest
 	resize   func(*hostv1.ResizeRequest) error
 	usages   []*hostv1.UsageRequest
+	lost     []string
 	disks    []any // requests to attach and to detach, in order
 	onDisks  func(any) error
-	lost     []string
 }
 
 func newFakeDaemon(t testing.TB, dir string) *fakeDaemon {
@@ -159,6 +159,13 @@ func (d *fakeDaemon) Usage(_ context.Context, r *hostv1.UsageRequest) (*emptypb.
 	return &emptypb.Empty{}, nil
 }
 
+func (d *fakeDaemon) Lost(_ context.Context, r *hostv1.LostRequest) (*emptypb.Empty, error) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	d.lost = append(d.lost, r.SandboxId)
+	return &emptypb.Empty{}, nil
+}
+
 func (d *fakeDaemon) AttachDisks(_ context.Context, r *hostv1.AttachDisksRequest) (*hostv1.AttachDisksResponse, error) {
 	if err := d.noteDisks(r); err != nil {
 		return nil, err
@@ -182,13 +189,6 @@ func (d *fakeDaemon) noteDisks(r any) error {
 		return nil
 	}
 	return errgrpc.ToGRPC(d.onDisks(r))
-}
-
-func (d *fakeDaemon) Lost(_ context.Context, r *hostv1.LostRequest) (*emptypb.Empty, error) {
-	d.mu.Lock()
-	defer d.mu.Unlock()
-	d.lost = append(d.lost, r.SandboxId)
-	return &emptypb.Empty{}, nil
 }
 
 func (d *fakeDaemon) Resize(_ context.Context, r *hostv1.ResizeRequest) (*emptypb.Empty, error) {
