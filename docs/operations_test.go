@@ -242,3 +242,25 @@ func TestOperationsMetrics(t *testing.T) {
 		require.Contains(t, all, name)
 	}
 }
+
+// TestOperationsCommands: a command that the text names is one of those that the
+// document shows, and e2e runs.
+func TestOperationsCommands(t *testing.T) {
+	t.Parallel()
+	text, err := os.ReadFile("operations.md")
+	require.NoError(t, err)
+	var shown, prose strings.Builder
+	for i, part := range strings.Split(string(text), "```") {
+		if i%2 == 1 {
+			shown.WriteString(part)
+		} else {
+			prose.WriteString(part)
+		}
+	}
+	named := regexp.MustCompile("`((?:cat|cloudhvctl|containerd|crictl|ctr|df|du|find|ip|journalctl|kill|ls|ps|rm|systemctl) [^`]+)`")
+	all := named.FindAllStringSubmatch(prose.String(), -1)
+	require.NotEmpty(t, all)
+	for _, m := range all {
+		require.Contains(t, shown.String(), m[1])
+	}
+}

@@ -28,8 +28,8 @@ import (
 
 // operatorsPrograms are all that the operator's commands may use: another one is not found.
 var operatorsPrograms = []string{
-	"awk", "cat", "comm", "curl", "cut", "df", "du", "find", "grep", "install", "ip", "jq", "ls", "nsenter", "pgrep", "rm", "sort",
-	"tail", "timeout", "xargs",
+	"awk", "cat", "comm", "curl", "cut", "df", "du", "find", "grep", "install", "ip", "jq", "ls", "nsenter", "pgrep", "ps", "rm",
+	"sort", "tail", "timeout", "xargs",
 }
 
 // onService are the commands that act on containerd's service, with what they are on
@@ -180,7 +180,7 @@ func newOperator(t *testing.T) *operator {
 		require.NoError(t, err)
 		require.NoError(t, os.Symlink(path, filepath.Join(programs, name)))
 	}
-	for _, name := range []string{"cloudhvctl", "crictl"} {
+	for _, name := range []string{"cloudhvctl", "containerd", "crictl"} {
 		require.NoError(t, os.Symlink(filepath.Join(bin, name), filepath.Join(programs, name)))
 	}
 	require.NoError(t, os.WriteFile(filepath.Join(programs, "journalctl"), fmt.Appendf(nil, journal, n.LogPath()), 0o700)) //nolint:gosec // it is run
