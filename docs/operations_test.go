@@ -257,7 +257,7 @@ func TestOperationsCommands(t *testing.T) {
 			prose.WriteString(part)
 		}
 	}
-	named := regexp.MustCompile("`((?:cat|cloudhvctl|containerd|crictl|ctr|df|du|find|ip|journalctl|kill|ls|ps|rm|systemctl) [^`]+)`")
+	named := regexp.MustCompile("`((?:cat|cloudhvctl|crictl|ctr|df|du|find|ip|journalctl|kill|ls|ps|rm|systemctl) [^`]+)`")
 	all := named.FindAllStringSubmatch(prose.String(), -1)
 	require.NotEmpty(t, all)
 	for _, m := range all {
