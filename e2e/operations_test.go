@@ -29,7 +29,7 @@ import (
 // operatorsPrograms are all that the operator's commands may use: another one is not found.
 var operatorsPrograms = []string{
 	"awk", "cat", "comm", "curl", "cut", "df", "du", "find", "grep", "install", "ip", "jq", "ls", "nsenter", "pgrep", "ps", "rm",
-	"sort", "tail", "timeout", "xargs",
+	"sort", "tail", "timeout", "touch", "xargs",
 }
 
 // onService are the commands that act on containerd's service, with what they are on
@@ -125,6 +125,7 @@ func TestOperations(t *testing.T) {
 		t.Run(fmt.Sprint(name, b.which), func(t *testing.T) {
 			o.t = t
 			o.ensurePod()
+			o.settle()
 			if prepare := before[b.heading]; b.which < len(prepare) {
 				prepare[b.which]()
 			}
@@ -135,6 +136,24 @@ func TestOperations(t *testing.T) {
 		delete(before, b.heading)
 	}
 	require.Empty(t, before, "headings that the document does not have")
+}
+
+// TestOperationsDocument: the commands can be told from the text, and each that acts
+// on the service has what stands for it; nothing stands for none. It needs no node.
+func TestOperationsDocument(t *testing.T) {
+	acts := map[string]bool{}
+	for _, b := range readCommands(t, filepath.Join("..", "docs", "operations.md")) {
+		require.NotEmpty(t, b.commands, b.heading)
+		for _, c := range b.commands {
+			out, err := exec.Command("/bin/bash", "-n", "-c", c.text).CombinedOutput()
+			require.NoError(t, err, "%s: %s", c.text, out)
+			if strings.Contains(c.text, "systemctl") {
+				require.Contains(t, onService, c.text)
+				acts[c.text] = true
+			}
+		}
+	}
+	require.Len(t, acts, len(onService))
 }
 
 // newOperator makes the node, with files of its own in the place of installed ones.
@@ -212,6 +231,17 @@ func (o *operator) ensurePod() {
 	require.NoError(o.t, testnode.Eventually(ctx, func(context.Context) error {
 		if group := p.info().Cgroup; !strings.Contains(group, id) {
 			return fmt.Errorf("the VMM is in the cgroup %q", group)
+		}
+		return nil
+	}))
+}
+
+// settle waits until the pool makes no VM, which is not in all lists yet.
+func (o *operator) settle() {
+	o.t.Helper()
+	require.NoError(o.t, testnode.Eventually(testContext(o.t), func(context.Context) error {
+		if p := ctlJSON[ctlStatus](o.t, o.n, "status").Pool; p.Making > 0 || !p.Drained && p.Ready < p.Target {
+			return fmt.Errorf("the pool has %v of %v VMs, and makes %v", p.Ready, p.Target, p.Making)
 		}
 		return nil
 	}))
@@ -311,14 +341,19 @@ func (o *operator) damageRecord() {
 	require.NoError(o.t, o.n.Start(testContext(o.t)))
 }
 
-// loseState removes all that containerd has written down of pods and VMs, while it is away.
+// loseState removes what it can of the state directory while containerd is away, as
+// rm -rf does, which a mount withstands: then containerd does not trust it any more.
 func (o *operator) loseState() {
 	require.NoError(o.t, o.n.Stop(testContext(o.t)))
 	entries, err := os.ReadDir(o.n.StateDir())
 	require.NoError(o.t, err)
 	for _, e := range entries {
-		if e.IsDir() {
-			require.NoError(o.t, os.RemoveAll(filepath.Join(o.n.StateDir(), e.Name())))
+		if err := os.RemoveAll(filepath.Join(o.n.StateDir(), e.Name())); err != nil {
+			require.ErrorIs(o.t, err, unix.EBUSY)
 		}
 	}
+	require.NoError(o.t, o.n.Start(testContext(o.t)))
+	out, _, err := o.n.Ctl(testContext(o.t), "status")
+	require.Error(o.t, err)
+	require.Contains(o.t, out, "was never this plugin's")
 }
