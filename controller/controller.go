@@ -135,6 +135,9 @@ type Controller struct {
 	// overheads are those of RuntimeClasses that were found too small, and told.
 	overheads sync.Map
 
+	// keeping guards what is kept of damaged records.
+	keeping sync.Mutex
+
 	// mu guards pods, and nothing slow is done under it.
 	mu   sync.Mutex
 	pods map[string]*pod

@@ -58,6 +58,8 @@ type fakeDriver struct {
 	vm       vmFaults
 	boots    int
 	attaches int
+	// onAttach is called by each Attach.
+	onAttach func(context.Context)
 }
 
 // vmFaults make a machine's methods fail.
@@ -133,6 +135,9 @@ func (d *fakeDriver) Attach(ctx context.Context, s vmm.State) (vmm.VM, error) {
 	d.attaches++
 	mute := d.mute
 	d.mu.Unlock()
+	if d.onAttach != nil {
+		d.onAttach(ctx)
+	}
 	if mute {
 		<-ctx.Done()
 		return nil, fmt.Errorf("ask the monitor: %w", ctx.Err())

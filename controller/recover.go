@@ -252,16 +252,39 @@ func (c *Controller) setAside(ctx context.Context, dir string, damage error) err
 			log.G(ctx).WithError(err).Warn("cannot remove the cgroups of a sandbox whose record is damaged")
 		}
 	}
-	if err := os.MkdirAll(keep, 0o700); err != nil {
-		return fmt.Errorf("set damaged record aside: %w", err)
-	}
-	if kept, err := os.ReadDir(keep); err == nil && len(kept) >= maxDamaged {
-		if err := os.Remove(filepath.Join(keep, kept[0].Name())); err != nil {
-			return fmt.Errorf("remove an older damaged record: %w", err)
-		}
-	}
-	if err := os.Rename(filepath.Join(dir, recordFile), to); err != nil {
+	if err := c.keepDamaged(filepath.Join(dir, recordFile), to); err != nil {
 		return fmt.Errorf("set damaged record aside: %w", err)
 	}
 	return errors.Join(os.RemoveAll(dir), removeScratch(c.scratch.path(filepath.Base(dir))))
+}
+
+// keepDamaged moves a record to where damaged ones are kept, of which the oldest goes
+// when there are too many.
+func (c *Controller) keepDamaged(from, to string) error {
+	c.keeping.Lock() // several sandboxes are recovered at a time
+	defer c.keeping.Unlock()
+	keep := filepath.Dir(to)
+	if err := os.MkdirAll(keep, 0o700); err != nil {
+		return err
+	}
+	entries, err := os.ReadDir(keep)
+	if err != nil {
+		return err
+	}
+	var oldest fs.FileInfo
+	for _, e := range entries {
+		st, err := e.Info()
+		if err != nil {
+			return err
+		}
+		if oldest == nil || st.ModTime().Before(oldest.ModTime()) {
+			oldest = st
+		}
+	}
+	if len(entries) >= maxDamaged {
+		if err := os.Remove(filepath.Join(keep, oldest.Name())); err != nil {
+			return err
+		}
+	}
+	return os.Rename(from, to)
 }

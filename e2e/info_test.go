@@ -31,6 +31,7 @@ type info struct {
 	VMMPid      int    `json:"vmm_pid"`
 	ShimPid     int    `json:"shim_pid"`
 	VMMLog      string `json:"vmm_log"`
+	Cgroup      string `json:"cgroup"`
 	VCPUs       int    `json:"vcpus"`
 	MemoryBytes int64  `json:"memory_bytes"`
 	// MaxMemoryBytes is up to what the pod may be resized.
