@@ -17,6 +17,7 @@ import (
 	"github.com/containerd/log"
 	"golang.org/x/sync/errgroup"
 
+	"github.com/cloudhv/containerd-cloudhv/vmpool/failpoint"
 	"github.com/cloudhv/containerd-cloudhv/vmpool/vmm"
 )
 
@@ -73,7 +74,7 @@ func (c *Controller) Recover(ctx context.Context) error {
 	if c.pool != nil {
 		c.pool.Run()
 	}
-	return err
+	return errors.Join(err, failpoint.At(ctx, failpoint.RecoverDone))
 }
 
 // claimUsers takes the users of VMs that live, before any VM is made.
@@ -103,6 +104,9 @@ type found struct {
 // find makes the sandbox in dir known and takes hold of its processes. It waits
 // for nobody.
 func (c *Controller) find(ctx context.Context, dir string) *found {
+	if err := failpoint.At(ctx, failpoint.RecoverFind); err != nil {
+		return &found{dir: dir, err: err}
+	}
 	rec, err := loadRecord(dir)
 	if err != nil {
 		return &found{dir: dir, err: err}
@@ -115,7 +119,9 @@ func (c *Controller) find(ctx context.Context, dir string) *found {
 	for key := range rec.Images {
 		p.pins[key] = c.images.Pin(key)
 	}
-	err = p.hold()
+	if err = failpoint.At(ctx, failpoint.RecoverHold); err == nil {
+		err = p.hold()
+	}
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	switch rec.State {
@@ -157,6 +163,9 @@ func (c *Controller) recoverOne(ctx context.Context, f *found) (string, error) {
 	case f.pod != nil:
 	case errdefs.IsNotFound(f.err):
 		// Create ended before it had recorded anything.
+		if err := failpoint.At(ctx, failpoint.RecoverNone); err != nil {
+			return "", err
+		}
 		return "removed", os.RemoveAll(f.dir)
 	case errdefs.IsDataLoss(f.err):
 		return "damaged", c.setAside(ctx, f.dir, f.err)
@@ -188,6 +197,9 @@ func (c *Controller) endOrphan(ctx context.Context, p *pod) error {
 	log.G(ctx).Warn("removing a sandbox that containerd does not know")
 	ctx, cancel := c.cleanup(ctx)
 	defer cancel()
+	if err := failpoint.At(ctx, failpoint.RecoverOrphan); err != nil {
+		return err
+	}
 	if err := c.endAndWait(ctx, p, "containerd does not know the sandbox"); err != nil {
 		return err
 	}
@@ -196,6 +208,9 @@ func (c *Controller) endOrphan(ctx context.Context, p *pod) error {
 
 // endAndWait ends a sandbox that was found.
 func (c *Controller) endAndWait(ctx context.Context, p *pod, cause string) error {
+	if err := failpoint.At(ctx, failpoint.RecoverEnd); err != nil {
+		return err
+	}
 	e := c.end(ctx, p, endReason{cause: cause, label: "recovery", status: exitKilled})
 	select {
 	case <-e.done:
@@ -242,6 +257,9 @@ func (c *Controller) setAside(ctx context.Context, dir string, damage error) err
 	to := filepath.Join(keep, filepath.Base(dir)+".json")
 	log.G(ctx).WithError(damage).WithField("kept", to).Error("a sandbox's record is damaged; its pod is ended")
 	id, group := filepath.Base(dir), linkedGroup(dir)
+	if err := failpoint.At(ctx, failpoint.RecoverAside); err != nil {
+		return err
+	}
 	c.killStrays(ctx, dir, c.scratch.path(id))
 	if group != "" {
 		err := errors.Join(vmm.OpenCgroup(group).Remove(ctx), c.removeShimGroups(ctx, id, group))

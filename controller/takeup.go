@@ -5,12 +5,14 @@ package controller
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"time"
 
 	"github.com/containerd/errdefs"
 	"github.com/containerd/log"
 
+	"github.com/cloudhv/containerd-cloudhv/vmpool/failpoint"
 	"github.com/cloudhv/containerd-cloudhv/vmpool/vmm"
 )
 
@@ -91,7 +93,11 @@ func (c *Controller) attach(ctx context.Context, p *pod) error {
 	if driver == nil {
 		return fmt.Errorf("it is %s's, which this build does not know: %w", state.Driver, errdefs.ErrNotImplemented)
 	}
-	vm, err := driver.Attach(ctx, *state)
+	err := failpoint.At(ctx, failpoint.RecoverAttach)
+	var vm vmm.VM
+	if err == nil {
+		vm, err = driver.Attach(ctx, *state)
+	}
 	if err != nil {
 		if ctx.Err() != nil && !isContextError(err) {
 			err = fmt.Errorf("%w: %w", context.Cause(ctx), err)
@@ -100,6 +106,9 @@ func (c *Controller) attach(ctx context.Context, p *pod) error {
 		defer p.mu.Unlock()
 		p.pending = printable(err.Error(), maxCause)
 		return err
+	}
+	if err := failpoint.At(ctx, failpoint.RecoverAdopt); err != nil {
+		return errors.Join(err, vm.Close())
 	}
 	return c.adopt(ctx, p, vm)
 }
