@@ -40,7 +40,8 @@ build() {
 if [[ ${1:-} == failpoints ]]; then
 	step "Binaries with failpoints, for tests"
 	mkdir -p "$bin/failpoints"
-	export GOFLAGS="${GOFLAGS/-tags=/-tags=failpoints,}"
+	export GOFLAGS="${GOFLAGS:--tags=}"
+	GOFLAGS="${GOFLAGS/-tags=/-tags=failpoints,}"
 	[[ $GOFLAGS == *failpoints* ]] || GOFLAGS+=" -tags=failpoints"
 	build failpoints/containerd ./containerd-build/containerd
 	build failpoints/containerd-shim-cloudhv-v1 ./containerd-build/containerd-shim-cloudhv-v1

@@ -42,6 +42,14 @@ func (c Census) Diff(before Census) []string {
 	return lines
 }
 
+// DiffAnyProcess is Diff, and compares containerd's own files and goroutines also with those
+// of another process: both have to be at rest, and to have done much the same.
+func (c Census) DiffAnyProcess(before Census) []string {
+	lines := append(diff(before.Items, c.Items), diff(before.Own, c.Own)...)
+	slices.Sort(lines)
+	return lines
+}
+
 func diff(before, after map[string]int) []string {
 	var lines []string
 	for k, v := range after {

@@ -164,7 +164,7 @@ func (n *Node) mountTmpfs() error {
 // withDefaults fills in what was left empty.
 func (o Options) withDefaults() (Options, error) {
 	if o.Repo == "" {
-		root, err := findRepo()
+		root, err := FindRepo()
 		if err != nil {
 			return o, err
 		}
@@ -216,8 +216,8 @@ func Missing(opts Options) ([]string, error) {
 	return missing, nil
 }
 
-// findRepo returns the closest directory above that holds go.mod.
-func findRepo() (string, error) {
+// FindRepo returns the closest directory above that holds go.mod.
+func FindRepo() (string, error) {
 	dir, err := os.Getwd()
 	if err != nil {
 		return "", err

@@ -216,6 +216,17 @@ func (n *Node) end(sig syscall.Signal) error {
 	}
 }
 
+// Ended is closed when the containerd that Start has started has ended, by itself too;
+// nil if there is none.
+func (n *Node) Ended() <-chan struct{} {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	if n.proc == nil {
+		return nil
+	}
+	return n.proc.done
+}
+
 // Pid is containerd's process ID, 0 when it does not run.
 func (n *Node) Pid() int {
 	n.mu.Lock()

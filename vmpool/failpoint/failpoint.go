@@ -19,6 +19,7 @@
 // Point.Reached, and the point is an empty function again.
 //
 //   - Fail: At returns an error that wraps ErrInjected.
+//   - Refuse: the same, and the error is an ErrResourceExhausted.
 //   - Panic: At panics, and the process ends, with what is deferred on its way.
 //   - Kill: the process is killed by SIGKILL.
 //   - Hang: At waits until the file Point.Reached is removed, or until its context has
@@ -42,10 +43,11 @@ const DirVariable = "CLOUDHV_FAILPOINTS"
 
 // What a file that arms a point may say.
 const (
-	Fail  = "error"
-	Panic = "panic"
-	Kill  = "kill"
-	Hang  = "hang"
+	Fail   = "error"
+	Refuse = "refuse"
+	Panic  = "panic"
+	Kill   = "kill"
+	Hang   = "hang"
 )
 
 // ErrInjected is what At returns where it was told to fail. It has no class, like most

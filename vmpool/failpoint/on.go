@@ -15,6 +15,7 @@ import (
 	"strings"
 	"time"
 
+	"github.com/containerd/errdefs"
 	"golang.org/x/sys/unix"
 )
 
@@ -41,6 +42,8 @@ func At(ctx context.Context, p Point) error {
 	switch action := strings.TrimSpace(string(data)); action {
 	case Fail:
 		return fmt.Errorf("failpoint %s: %w", p, ErrInjected)
+	case Refuse:
+		return fmt.Errorf("failpoint %s: %w: %w", p, ErrInjected, errdefs.ErrResourceExhausted)
 	case Panic:
 		panic("failpoint " + string(p))
 	case Kill:
@@ -49,7 +52,7 @@ func At(ctx context.Context, p Point) error {
 	case Hang:
 		return hang(ctx, reached, p)
 	default:
-		panic(fmt.Sprintf("failpoint %s: %q: want %s, %s, %s or %s", p, action, Fail, Panic, Kill, Hang))
+		panic(fmt.Sprintf("failpoint %s: %q: want %s, %s, %s, %s or %s", p, action, Fail, Refuse, Panic, Kill, Hang))
 	}
 }
 

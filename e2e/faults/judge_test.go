@@ -1,0 +1,41 @@
+// SPDX-License-Identifier: Apache-2.0
+// Copyright The containerd-cloudhv Authors
+
+package faults
+
+import (
+	"strings"
+
+	"github.com/stretchr/testify/assert"
+
+	"github.com/cloudhv/containerd-cloudhv/vmpool/failpoint"
+)
+
+// judge compares what the calls answered with what they should have.
+func (c *cell) judge(failed []call, pod string, deaths int, from int64) {
+	t := c.t
+	if c.dies() {
+		assert.Equal(t, 1, deaths, "containerds ended")
+	} else {
+		assert.Zero(t, deaths, "containerds ended")
+	}
+	said := "failpoint " + string(c.p)
+	if c.action == failpoint.Fail {
+		told := 0
+		for _, f := range failed {
+			if strings.Contains(f.err.Error(), said) {
+				told++
+			}
+		}
+		logged := strings.Contains(c.logSince(from), said)
+		t.Logf("told %d of %d, logged %v", told, len(failed), logged)
+		assert.True(t, told == 1 || logged, "nobody says what went wrong")
+	}
+	assert.LessOrEqual(t, len(failed), 1+len(c.s.with), "one failure is enough")
+	if !c.s.ends && pod != "" && c.action != killVMM && c.action != killShim && !(inShim(c.p) && (c.action == failpoint.Panic || c.action == failpoint.Kill)) {
+		assert.Equal(t, pod, c.k.pod, "the pod does not live on")
+	}
+}
+
+// chosen tells whether a cell is run.
+func chosen(failpoint.Point, string, scenario) bool { return true }

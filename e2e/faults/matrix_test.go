@@ -1,0 +1,251 @@
+// SPDX-License-Identifier: Apache-2.0
+// Copyright The containerd-cloudhv Authors
+
+package faults
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/containerd/errdefs"
+	"github.com/stretchr/testify/assert"
+	"github.com/stretchr/testify/require"
+	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
+
+	"github.com/cloudhv/containerd-cloudhv/e2e/testnode"
+	"github.com/cloudhv/containerd-cloudhv/vmpool/failpoint"
+	"github.com/cloudhv/containerd-cloudhv/vmpool/failpoint/points"
+)
+
+const (
+	// passes is how often a kubelet tries.
+	passes = 5
+	// comes is how long the point may be come to after the calls, in the background.
+	comes = 5 * time.Second
+	// away is how long after the caller has gone a hanging point goes on.
+	away = 100 * time.Millisecond
+)
+
+// cell is one point, with one thing that happens there, in one scenario.
+type cell struct {
+	w      *world
+	t      *testing.T
+	p      failpoint.Point
+	action string
+	s      scenario
+	k      *kubelet
+	// seen is closed when the point was reached and done was what is done there.
+	seen chan struct{}
+	// vain says why nothing was done.
+	vain error
+
+	lost, restarted, rebuilt bool
+}
+
+// actionsAt are those of a point.
+func actionsAt(p failpoint.Point) []string {
+	list := []string{failpoint.Fail, failpoint.Panic, failpoint.Kill, failpoint.Hang, killVMM}
+	if inShim(p) {
+		return append(list, killContainerd)
+	}
+	return append(list, killShim)
+}
+
+// TestFaults goes through the matrix: each point, what can happen there, and the scenarios
+// that come to it.
+func TestFaults(t *testing.T) {
+	repo, err := testnode.FindRepo()
+	require.NoError(t, err)
+	all, err := points.All(repo)
+	require.NoError(t, err)
+	for _, node := range []struct {
+		name  string
+		ready int
+	}{{"pods", 0}, {"pool", 1}} {
+		t.Run(node.name, func(top *testing.T) {
+			t := top
+			var w *world
+			for _, p := range all {
+				for _, s := range scenariosOf(p.Point) {
+					if s.pool != (node.ready > 0) {
+						continue
+					}
+					for _, action := range actionsAt(p.Point) {
+						name := fmt.Sprintf("%s: %s: %s", strings.ReplaceAll(string(p.Point), "/", "."), action, s.name)
+						t.Run(name, func(t *testing.T) {
+							if !chosen(p.Point, action, s) {
+								t.SkipNow()
+							}
+							if w == nil {
+								w = newWorld(top, node.ready, nil)
+							}
+							(&cell{w: w, t: t, p: p.Point, action: action, s: s}).run()
+						})
+					}
+				}
+			}
+		})
+	}
+}
+
+// run goes through the cell.
+func (c *cell) run() {
+	t, w := c.t, c.w
+	began := time.Now()
+	c.k = newKubelet(w.Node, "cell", w.volume)
+	c.seen = make(chan struct{})
+	from := logSize(w)
+	require.NoError(t, c.retry(c.s.prepare), w.LogTail(4000))
+	before := c.k.pod
+	c.k.calls = nil
+	for p, action := range c.s.with {
+		require.NoError(t, w.arm(p, action))
+	}
+	deaths := w.deaths
+	require.NoError(t, w.arm(c.p, c.action0()))
+	ctx, cancel := context.WithCancel(context.Background())
+	go c.watch(ctx)
+	err := c.retry(c.s.act)
+	if err == nil {
+		c.awaitBackground()
+	}
+	cancel()
+	<-c.seen
+	failed := c.k.failed()
+	for _, f := range failed {
+		t.Log(f)
+	}
+	assert.NoError(t, err, "it does not succeed in the end")
+	if errors.Is(c.vain, errNobody) {
+		t.Logf("%v", c.vain)
+	} else if assert.NoError(t, c.vain) {
+		c.judge(failed, before, w.deaths-deaths, from)
+	}
+	require.NoError(t, w.disarm())
+	require.NoError(t, c.retry(down), w.LogTail(4000))
+	if err := w.clean(); err != nil {
+		assert.NoError(t, err)
+		t.Log(c.logSince(from))
+		w.renew()
+	}
+	t.Logf("%s", time.Since(began).Round(time.Millisecond))
+}
+
+// action0 is what is written into the file: those of our own hang there.
+func (c *cell) action0() string {
+	switch c.action {
+	case killVMM, killShim, killContainerd:
+		return failpoint.Hang
+	}
+	return c.action
+}
+
+// dies tells whether containerd is to end.
+func (c *cell) dies() bool {
+	switch c.action {
+	case failpoint.Panic, failpoint.Kill:
+		return !inShim(c.p)
+	}
+	return c.action == killContainerd
+}
+
+// retry does something until it succeeds, as kubelet would, and starts containerd if it
+// ends.
+func (c *cell) retry(do func(*cell) error) error {
+	var err error
+	for range passes {
+		err = do(c)
+		grace := time.Duration(0)
+		if err != nil && c.dies() && c.w.reached(c.p) {
+			grace = comes
+		}
+		died, healErr := c.w.heal(grace)
+		if healErr != nil {
+			// Recovery may be what is under test.
+			if died, healErr = c.w.heal(0); !died || healErr != nil {
+				return healErr
+			}
+		}
+		if err == nil && !died {
+			return nil
+		}
+	}
+	if err == nil {
+		err = fmt.Errorf("containerd ended %d times: %w", passes, errdefs.ErrUnavailable)
+	}
+	return err
+}
+
+// awaitBackground waits for a point that is come to after the calls, and lets what
+// happens there happen.
+func (c *cell) awaitBackground() {
+	ctx, cancel := limit(comes)
+	defer cancel()
+	if !c.w.await(ctx, c.p) && c.w.armed(c.p) {
+		return
+	}
+	if c.dies() {
+		_, err := c.w.heal(0)
+		assert.NoError(c.t, err)
+	}
+}
+
+// watch does what is to be done while somebody hangs at the point.
+func (c *cell) watch(ctx context.Context) {
+	defer close(c.seen)
+	if !c.w.await(ctx, c.p) {
+		if c.w.armed(c.p) {
+			c.vain = fmt.Errorf("nobody came to %s: %w", c.p, errdefs.ErrNotFound)
+		}
+		return
+	}
+	switch c.action {
+	case failpoint.Hang:
+		c.othersGoOn()
+		c.k.leave()
+		time.Sleep(away)
+		c.vain = c.w.release(c.p)
+	case killVMM, killShim, killContainerd:
+		c.vain = kill(c.w.Node, c.action)
+		c.vain = errors.Join(c.vain, c.w.release(c.p))
+	}
+}
+
+// othersGoOn looks whether the node answers others while one hangs.
+func (c *cell) othersGoOn() {
+	if strings.HasPrefix(string(c.p), "recover/") {
+		return // it is not there yet
+	}
+	ctx, cancel := limit(comes)
+	defer cancel()
+	_, err := c.w.Runtime().ListPodSandbox(ctx, &runtimeapi.ListPodSandboxRequest{})
+	assert.NoError(c.t, err, "a list while one hangs")
+}
+
+func logSize(w *world) int64 {
+	st, err := os.Stat(w.LogPath())
+	if err != nil {
+		return 0
+	}
+	return st.Size()
+}
+
+// logSince is containerd's log from an offset on.
+func (c *cell) logSince(from int64) string {
+	f, err := os.Open(c.w.LogPath())
+	if err != nil {
+		return err.Error()
+	}
+	defer f.Close()
+	data, err := io.ReadAll(io.NewSectionReader(f, from, 1<<20))
+	if err != nil {
+		return err.Error()
+	}
+	return string(data)
+}
