@@ -12,12 +12,12 @@ import (
 )
 
 // judge compares what the calls answered with what they should have.
-func (c *cell) judge(failed []call, pod string, deaths int, from int64) {
+func (c *cell) judge(failed []call, pod string, from int64) {
 	t := c.t
 	if c.dies() {
-		assert.Equal(t, 1, deaths, "containerds ended")
+		assert.Equal(t, 1, c.deaths(), "containerds ended")
 	} else {
-		assert.Zero(t, deaths, "containerds ended")
+		assert.Zero(t, c.deaths(), "containerds ended")
 	}
 	said := "failpoint " + string(c.p)
 	if c.action == failpoint.Fail {
@@ -32,7 +32,7 @@ func (c *cell) judge(failed []call, pod string, deaths int, from int64) {
 		assert.True(t, told == 1 || logged, "nobody says what went wrong")
 	}
 	assert.LessOrEqual(t, len(failed), 1+len(c.s.with), "one failure is enough")
-	if !c.s.ends && pod != "" && c.action != killVMM && c.action != killShim && !(inShim(c.p) && (c.action == failpoint.Panic || c.action == failpoint.Kill)) {
+	if !c.s.ends && pod != "" && !c.endsPod() {
 		assert.Equal(t, pod, c.k.pod, "the pod does not live on")
 	}
 }

@@ -45,6 +45,9 @@ type cell struct {
 	// vain says why nothing was done.
 	vain error
 
+	// died is how many containerds had ended before.
+	died int
+
 	lost, restarted, rebuilt bool
 }
 
@@ -107,7 +110,7 @@ func (c *cell) run() {
 	for p, action := range c.s.with {
 		require.NoError(t, w.arm(p, action))
 	}
-	deaths := w.deaths
+	c.died = w.deaths
 	require.NoError(t, w.arm(c.p, c.action0()))
 	ctx, cancel := context.WithCancel(context.Background())
 	go c.watch(ctx)
@@ -125,7 +128,7 @@ func (c *cell) run() {
 	if errors.Is(c.vain, errNobody) {
 		t.Logf("%v", c.vain)
 	} else if assert.NoError(t, c.vain) {
-		c.judge(failed, before, w.deaths-deaths, from)
+		c.judge(failed, before, from)
 	}
 	require.NoError(t, w.disarm())
 	require.NoError(t, c.retry(down), w.LogTail(4000))
@@ -155,6 +158,46 @@ func (c *cell) dies() bool {
 	return c.action == killContainerd
 }
 
+// endsPod tells whether the pod's VMM or shim is to end.
+func (c *cell) endsPod() bool {
+	switch c.action {
+	case killVMM, killShim:
+		return true
+	case failpoint.Panic, failpoint.Kill:
+		return inShim(c.p)
+	}
+	return false
+}
+
+// done tells whether what is to happen at the point has happened.
+func (c *cell) done() bool {
+	select {
+	case <-c.seen:
+		return true
+	default:
+		return false
+	}
+}
+
+// awaitNotReady waits until CRI tells that the pod has ended, as kubelet does nothing before.
+func (c *cell) awaitNotReady() error {
+	ctx, cancel := limit(comes)
+	defer cancel()
+	id := c.k.pod
+	return testnode.Eventually(ctx, func(ctx context.Context) error {
+		r, err := c.w.Runtime().ListPodSandbox(ctx, &runtimeapi.ListPodSandboxRequest{Filter: &runtimeapi.PodSandboxFilter{Id: id}})
+		if err != nil {
+			return err
+		}
+		for _, p := range r.GetItems() {
+			if id != "" && p.GetState() == runtimeapi.PodSandboxState_SANDBOX_READY {
+				return fmt.Errorf("pod %.13s is ready after its end: %w", id, errdefs.ErrFailedPrecondition)
+			}
+		}
+		return nil
+	})
+}
+
 // retry does something until it succeeds, as kubelet would, and starts containerd if it
 // ends.
 func (c *cell) retry(do func(*cell) error) error {
@@ -175,6 +218,11 @@ func (c *cell) retry(do func(*cell) error) error {
 		if err == nil && !died {
 			return nil
 		}
+		if err != nil && c.endsPod() && c.done() {
+			if err := c.awaitNotReady(); err != nil {
+				return err
+			}
+		}
 	}
 	if err == nil {
 		err = fmt.Errorf("containerd ended %d times: %w", passes, errdefs.ErrUnavailable)
@@ -185,16 +233,21 @@ func (c *cell) retry(do func(*cell) error) error {
 // awaitBackground waits for a point that is come to after the calls, and lets what
 // happens there happen.
 func (c *cell) awaitBackground() {
-	ctx, cancel := limit(comes)
-	defer cancel()
-	if !c.w.await(ctx, c.p) && c.w.armed(c.p) {
+	timer := time.NewTimer(testnode.Scale(comes))
+	defer timer.Stop()
+	select {
+	case <-c.seen:
+	case <-timer.C:
 		return
 	}
-	if c.dies() {
-		_, err := c.w.heal(0)
+	if c.dies() && c.deaths() == 0 {
+		_, err := c.w.heal(testnode.Scale(comes))
 		assert.NoError(c.t, err)
 	}
 }
+
+// deaths is how many containerds have ended since the point was armed.
+func (c *cell) deaths() int { return c.w.deaths - c.died }
 
 // watch does what is to be done while somebody hangs at the point.
 func (c *cell) watch(ctx context.Context) {

@@ -131,14 +131,13 @@ func (d *Driver) start(ctx context.Context, cfg vmm.Config, from *vmm.Snapshot) 
 	if err != nil {
 		return nil, vm.Explain(err)
 	}
-	if from == nil {
-		return vm, failpoint.At(ctx, failpoint.VMMRuns)
-	}
-	if err := failpoint.At(ctx, failpoint.VMMLoad); err != nil {
-		return nil, err
-	}
-	if err := vm.load(ctx, from.Dir); err != nil {
-		return nil, vm.Explain(err)
+	if from != nil {
+		if err := failpoint.At(ctx, failpoint.VMMLoad); err != nil {
+			return nil, err
+		}
+		if err := vm.load(ctx, from.Dir); err != nil {
+			return nil, vm.Explain(err)
+		}
 	}
 	return vm, failpoint.At(ctx, failpoint.VMMRuns)
 }
