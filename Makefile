@@ -27,6 +27,7 @@ SECTIONS ?= start,concurrency,bare,density
 PROCS ?= 4
 SOAK_PODS ?= 1000
 SOAK_MINUTES ?= 30
+CHAOS_MINUTES ?= 30
 STEP := source hack/lib.sh; step
 GOTEST := go test -exec '$(CURDIR)/hack/as-root' -run '$(RUN)' $(TESTFLAGS)
 
@@ -92,8 +93,23 @@ race: build ## The same under the race detector.
 fuzz: ## Each fuzz test for a short while (FUZZTIME=10s).
 	@hack/fuzz.sh $(FUZZTIME)
 
+# For tests only, and never for a node: containerd and the shim with points at which they can be stopped.
+.PHONY: failpoints
+failpoints: build
+	@hack/build.sh failpoints
+
+.PHONY: faults
+faults: failpoints ## The whole fault matrix: error, panic, hang and kill before each side effect (RUN='TestFaults/pods/start', CHAOS_SEED=n: in that order).
+	@$(STEP) 'Fault matrix'
+	@E2E_REQUIRE=1 FAULTS=all go test -exec '$(CURDIR)/hack/as-root' -run '$(if $(filter .,$(RUN)),^TestFaults$$,$(RUN))' $(TESTFLAGS) -v -count=1 -timeout 120m ./e2e/faults
+
+.PHONY: chaos
+chaos: failpoints ## Faults at random on several pods at once (CHAOS_MINUTES=30, CHAOS_SEED=n to have the same again).
+	@$(STEP) 'Chaos'
+	@E2E_REQUIRE=1 CHAOS_MINUTES=$(CHAOS_MINUTES) CHAOS_SEED=$(CHAOS_SEED) go test -exec '$(CURDIR)/hack/as-root' -run '^TestChaos$$' $(TESTFLAGS) -v -count=1 -timeout $$(($(CHAOS_MINUTES) + 30))m ./e2e/faults
+
 .PHONY: e2e
-e2e: build ## Tests through the CRI on a private containerd (RUN=TestName for some of them).
+e2e: failpoints ## Tests through the CRI on a private containerd (RUN=TestName for some of them).
 	@$(STEP) 'End-to-end tests'
 	@E2E_REQUIRE=1 $(GOTEST) -v -p 1 -count=1 -timeout 60m ./e2e/...
 

@@ -36,6 +36,3 @@ func (c *cell) judge(failed []call, pod string, from int64) {
 		assert.Equal(t, pod, c.k.pod, "the pod does not live on")
 	}
 }
-
-// chosen tells whether a cell is run.
-func chosen(failpoint.Point, string, scenario) bool { return true }

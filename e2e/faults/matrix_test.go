@@ -8,7 +8,10 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"math/rand/v2"
 	"os"
+	"slices"
+	"strconv"
 	"strings"
 	"testing"
 	"time"
@@ -61,40 +64,82 @@ func actionsAt(p failpoint.Point) []string {
 }
 
 // TestFaults goes through the matrix: each point, what can happen there, and the scenarios
-// that come to it.
+// that come to it, in an order that a seed gives. Without FAULTS=all each point has one of its
+// cells, another for each seed.
 func TestFaults(t *testing.T) {
-	repo, err := testnode.FindRepo()
-	require.NoError(t, err)
-	all, err := points.All(repo)
-	require.NoError(t, err)
+	cells := plan(t)
+	rng := seeded(t)
 	for _, node := range []struct {
 		name  string
 		ready int
 	}{{"pods", 0}, {"pool", 1}} {
 		t.Run(node.name, func(top *testing.T) {
-			t := top
 			var w *world
-			for _, p := range all {
-				for _, s := range scenariosOf(p.Point) {
-					if s.pool != (node.ready > 0) {
-						continue
+			list := slices.DeleteFunc(slices.Clone(cells), func(c *cell) bool { return c.s.pool != (node.ready > 0) })
+			rng.Shuffle(len(list), func(i, j int) { list[i], list[j] = list[j], list[i] })
+			if os.Getenv("FAULTS") != "all" {
+				seen := map[failpoint.Point]bool{}
+				list = slices.DeleteFunc(list, func(c *cell) bool {
+					had := seen[c.p]
+					seen[c.p] = true
+					return had
+				})
+			}
+			top.Logf("%d cells", len(list))
+			for _, c := range list {
+				top.Run(fmt.Sprintf("%s: %s: %s", strings.ReplaceAll(string(c.p), "/", "."), c.action, c.s.name), func(t *testing.T) {
+					if w == nil {
+						w = newWorld(top, node.ready, nil)
 					}
-					for _, action := range actionsAt(p.Point) {
-						name := fmt.Sprintf("%s: %s: %s", strings.ReplaceAll(string(p.Point), "/", "."), action, s.name)
-						t.Run(name, func(t *testing.T) {
-							if !chosen(p.Point, action, s) {
-								t.SkipNow()
-							}
-							if w == nil {
-								w = newWorld(top, node.ready, nil)
-							}
-							(&cell{w: w, t: t, p: p.Point, action: action, s: s}).run()
-						})
-					}
-				}
+					c.w, c.t = w, t
+					c.run()
+				})
 			}
 		})
 	}
+}
+
+// plan makes the list of all cells from the points that are declared, and fails if one has no
+// scenario.
+func plan(t *testing.T) []*cell {
+	t.Helper()
+	repo, err := testnode.FindRepo()
+	require.NoError(t, err)
+	all, err := points.All(repo)
+	require.NoError(t, err)
+	known := map[failpoint.Point]bool{}
+	var cells []*cell
+	for _, p := range all {
+		known[p.Point] = true
+		list := scenariosOf(p.Point)
+		if unreached[p.Point] != "" {
+			continue
+		}
+		require.NotEmpty(t, list, "no scenario comes to %s: give it one, or a reason for none, in scenario_test.go", p.Point)
+		for _, s := range list {
+			for _, action := range actionsAt(p.Point) {
+				cells = append(cells, &cell{p: p.Point, action: action, s: s})
+			}
+		}
+	}
+	for p := range unreached {
+		require.True(t, known[p], "%s is no point any more", p)
+	}
+	for p := range special {
+		require.True(t, known[p], "%s is no point any more", p)
+	}
+	return cells
+}
+
+// seeded gives random numbers by CHAOS_SEED, or by a seed that the log tells.
+func seeded(t *testing.T) *rand.Rand {
+	t.Helper()
+	seed, err := strconv.ParseUint(os.Getenv("CHAOS_SEED"), 10, 64)
+	if err != nil {
+		seed = uint64(time.Now().UnixNano()) % 1_000_000 //nolint:gosec // any will do
+	}
+	t.Logf("CHAOS_SEED=%d", seed)
+	return rand.New(rand.NewPCG(seed, 0))
 }
 
 // run goes through the cell.
@@ -102,7 +147,6 @@ func (c *cell) run() {
 	t, w := c.t, c.w
 	began := time.Now()
 	c.k = newKubelet(w.Node, "cell", w.volume)
-	c.seen = make(chan struct{})
 	from := logSize(w)
 	require.NoError(t, c.retry(c.s.prepare), w.LogTail(4000))
 	before := c.k.pod
@@ -112,6 +156,7 @@ func (c *cell) run() {
 	}
 	c.died = w.deaths
 	require.NoError(t, w.arm(c.p, c.action0()))
+	c.seen = make(chan struct{})
 	ctx, cancel := context.WithCancel(context.Background())
 	go c.watch(ctx)
 	err := c.retry(c.s.act)
@@ -169,14 +214,14 @@ func (c *cell) endsPod() bool {
 	return false
 }
 
-// done tells whether what is to happen at the point has happened.
-func (c *cell) done() bool {
-	select {
-	case <-c.seen:
-		return true
-	default:
+// comesToPass waits until what is to happen at the point has happened. It returns false if
+// nobody has come there.
+func (c *cell) comesToPass() bool {
+	if c.seen == nil || c.w.armed(c.p) {
 		return false
 	}
+	<-c.seen
+	return true
 }
 
 // awaitNotReady waits until CRI tells that the pod has ended, as kubelet does nothing before.
@@ -218,7 +263,7 @@ func (c *cell) retry(do func(*cell) error) error {
 		if err == nil && !died {
 			return nil
 		}
-		if err != nil && c.endsPod() && c.done() {
+		if err != nil && c.endsPod() && c.comesToPass() {
 			if err := c.awaitNotReady(); err != nil {
 				return err
 			}
