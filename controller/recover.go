@@ -4,6 +4,7 @@
 package controller
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -53,7 +54,7 @@ func (c *Controller) Recover(ctx context.Context) error {
 	}
 	c.claimUsers(ctx)
 	// First, as the ending of a sandbox waits for a VM that it was about to get.
-	if err := c.recoverPool(ctx); err != nil {
+	if err := tryAtOnce(ctx, "recover the pool of VMs", func() error { return c.recoverPool(ctx) }); err != nil {
 		log.G(ctx).WithError(err).Error("cannot recover the pool of VMs")
 	}
 	done := make(chan struct{})
@@ -70,7 +71,7 @@ func (c *Controller) Recover(ctx context.Context) error {
 	}
 	sweepCtx, cancel := c.cleanup(ctx)
 	defer cancel()
-	err = c.sweep(sweepCtx)
+	err = tryAtOnce(ctx, "remove what nobody claims", func() error { return c.sweep(sweepCtx) })
 	if c.pool != nil {
 		c.pool.Run()
 	}
@@ -104,10 +105,7 @@ type found struct {
 // find makes the sandbox in dir known and takes hold of its processes. It waits
 // for nobody.
 func (c *Controller) find(ctx context.Context, dir string) *found {
-	if err := failpoint.At(ctx, failpoint.RecoverFind); err != nil {
-		return &found{dir: dir, err: err}
-	}
-	rec, err := loadRecord(dir)
+	rec, err := readRecord(ctx, dir)
 	if err != nil {
 		return &found{dir: dir, err: err}
 	}
@@ -119,9 +117,12 @@ func (c *Controller) find(ctx context.Context, dir string) *found {
 	for key := range rec.Images {
 		p.pins[key] = c.images.Pin(key)
 	}
-	if err = failpoint.At(ctx, failpoint.RecoverHold); err == nil {
-		err = p.hold()
-	}
+	err = tryAtOnce(ctx, "take hold of a sandbox's processes", func() error {
+		if err := failpoint.At(ctx, failpoint.RecoverHold); err != nil {
+			return err
+		}
+		return p.hold()
+	})
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	switch rec.State {
@@ -137,6 +138,24 @@ func (c *Controller) find(ctx context.Context, dir string) *found {
 	return &found{dir: dir, pod: p, err: err}
 }
 
+// readRecord is loadRecord, and tries again if that says nothing about the record: a sandbox
+// that nobody knows of is ended.
+func readRecord(ctx context.Context, dir string) (rec *record, err error) {
+	var verdict error
+	err = tryAtOnce(ctx, "read the record of a sandbox", func() error {
+		if err := failpoint.At(ctx, failpoint.RecoverFind); err != nil {
+			return err
+		}
+		rec, err = loadRecord(dir)
+		if errdefs.IsNotFound(err) || errdefs.IsDataLoss(err) {
+			verdict = err
+			return nil
+		}
+		return err
+	})
+	return rec, cmp.Or(verdict, err)
+}
+
 // recoverAll goes on with what was found, each within its own limit.
 func (c *Controller) recoverAll(ctx context.Context, all []*found) {
 	var g errgroup.Group
@@ -149,12 +168,28 @@ func (c *Controller) recoverAll(ctx context.Context, all []*found) {
 			if err != nil {
 				log.G(ctx).WithError(err).Error("cannot recover sandbox")
 				result = "error"
+				c.keepTrying(ctx, "recover a sandbox", c.cfg.RecoverTimeout, func(ctx context.Context) error { return c.recoverAgain(ctx, f) })
 			}
 			recoverCounter.WithValues(result).Inc()
 			return nil
 		})
 	}
 	_ = g.Wait()
+}
+
+// recoverAgain goes on with a sandbox with which that has failed. What others have removed
+// meanwhile needs nothing.
+func (c *Controller) recoverAgain(ctx context.Context, f *found) error {
+	if f.pod == nil {
+		if _, err := os.Lstat(f.dir); errors.Is(err, fs.ErrNotExist) {
+			return nil
+		}
+		*f = *c.find(ctx, f.dir)
+	} else if _, err := c.get(f.pod.id); errdefs.IsNotFound(err) {
+		return nil
+	}
+	_, err := c.recoverOne(ctx, f)
+	return err
 }
 
 // recoverOne goes on with a sandbox and tells what became of it.

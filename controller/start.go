@@ -426,9 +426,33 @@ func (c *Controller) becomeReady(ctx context.Context, p *pod, watch *stopwatch) 
 	return nil
 }
 
+// endAgain ends and removes a sandbox of which something was left.
+func (c *Controller) endAgain(ctx context.Context, p *pod, why endReason) error {
+	e := c.end(ctx, p, why)
+	select {
+	case <-e.done:
+	case <-ctx.Done():
+		return context.Cause(ctx)
+	}
+	if e.err != nil {
+		return e.err
+	}
+	return c.remove(ctx, p)
+}
+
 // undoStart removes all that a failed Start and its Create made, and returns
 // why the Start failed together with what could not be undone.
 func (c *Controller) undoStart(ctx context.Context, p *pod, why error) error {
-	err := c.endStart(ctx, p, endReason{cause: "start failed: " + why.Error(), label: "start", status: exitKilled})
-	return errors.Join(why, err, c.remove(ctx, p))
+	reason := endReason{cause: "start failed: " + why.Error(), label: "start", status: exitKilled}
+	err := c.endStart(ctx, p, reason)
+	if err == nil {
+		err = c.remove(ctx, p)
+	}
+	if err != nil {
+		// CRI takes the sandbox for gone, and asks for its end no more.
+		c.keepTrying(ctx, "end a sandbox whose start has failed", c.cfg.CleanupTimeout+c.cfg.PowerOffTimeout, func(ctx context.Context) error {
+			return c.endAgain(ctx, p, reason)
+		})
+	}
+	return errors.Join(why, err)
 }

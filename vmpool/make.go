@@ -85,9 +85,9 @@ func (p *Pool) undo(vm *VM, why error) error {
 	if vm.VM != nil {
 		ctx, cancel := context.WithTimeout(context.Background(), discardLimit)
 		defer cancel()
-		return errors.Join(why, p.Discard(ctx, vm))
+		return errors.Join(why, p.discardSurely(ctx, vm))
 	}
-	return errors.Join(why, p.remove(context.Background(), &vm.rec, vm.Dir))
+	return errors.Join(why, p.discardSurely(context.Background(), vm))
 }
 
 // started completes the record of a VM whose VMM runs.

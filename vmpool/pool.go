@@ -390,7 +390,7 @@ func (p *Pool) discardBad(ctx context.Context, vm *VM, why error) {
 	badCounter.Inc()
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), discardLimit)
 	defer cancel()
-	if err := p.Discard(ctx, vm); err != nil {
+	if err := p.discardSurely(ctx, vm); err != nil {
 		log.G(ctx).WithError(err).WithField("vm", vm.ID()).Error("cannot end a VM")
 	}
 }

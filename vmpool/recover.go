@@ -48,7 +48,17 @@ func (p *Pool) Recover(ctx context.Context, owned func(dir string) bool) error {
 			}
 			continue
 		}
-		g.Go(func() error { return p.recoverVM(ctx, dir) })
+		g.Go(func() error {
+			if p.isReady(dir) {
+				return nil // this is tried again
+			}
+			err := p.recoverVM(ctx, dir)
+			if err != nil {
+				log.G(ctx).WithError(err).WithField("vm", e.Name()).Error("cannot recover a VM of the pool; it is tried again")
+				p.keepTrying(func(ctx context.Context) error { return p.recoverVM(ctx, dir) })
+			}
+			return nil
+		})
 	}
 	err = g.Wait()
 	return errors.Join(err, p.sweep(ctx))

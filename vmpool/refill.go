@@ -209,7 +209,7 @@ func (p *Pool) letGo(vm *VM) {
 		ctx, cancel := context.WithTimeout(context.Background(), discardLimit)
 		defer cancel()
 		log.G(ctx).WithField("vm", vm.ID()).Debug("ending a VM that is not needed")
-		if err := p.Discard(ctx, vm); err != nil {
+		if err := p.discardSurely(ctx, vm); err != nil {
 			log.G(ctx).WithError(err).WithField("vm", vm.ID()).Error("cannot end a VM")
 		}
 		p.mu.Lock()
