@@ -156,6 +156,14 @@ func (k *kubelet) up(to level) error {
 	return k.resize()
 }
 
+// upAndResize resizes a pod without containers.
+func (k *kubelet) upAndResize() error {
+	if err := k.up(podReady); err != nil {
+		return err
+	}
+	return k.resize()
+}
+
 // resize lets pod and container grow, and shrink again.
 func (k *kubelet) resize() error {
 	const mib = 1 << 20

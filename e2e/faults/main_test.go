@@ -236,12 +236,14 @@ func (w *world) clean() error {
 
 // heal starts containerd again if it has ended. It gives one that is about to end time for it.
 func (w *world) heal(grace time.Duration) (died bool, _ error) {
-	timer := time.NewTimer(grace)
-	defer timer.Stop()
-	select {
-	case <-w.Ended():
-	case <-timer.C:
-		return false, nil
+	if w.Pid() != 0 { // else its start has failed
+		timer := time.NewTimer(grace)
+		defer timer.Stop()
+		select {
+		case <-w.Ended():
+		case <-timer.C:
+			return false, nil
+		}
 	}
 	ctx, cancel := limit(restLimit)
 	defer cancel()

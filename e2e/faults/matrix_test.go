@@ -148,7 +148,11 @@ func (c *cell) run() {
 	began := time.Now()
 	c.k = newKubelet(w.Node, "cell", w.volume)
 	from := logSize(w)
-	require.NoError(t, c.retry(c.s.prepare), w.LogTail(4000))
+	if c.s.once {
+		require.NoError(t, c.s.prepare(c), w.LogTail(4000))
+	} else {
+		require.NoError(t, c.retry(c.s.prepare), w.LogTail(4000))
+	}
 	before := c.k.pod
 	c.k.calls = nil
 	for p, action := range c.s.with {
@@ -255,10 +259,11 @@ func (c *cell) retry(do func(*cell) error) error {
 		}
 		died, healErr := c.w.heal(grace)
 		if healErr != nil {
-			// Recovery may be what is under test.
-			if died, healErr = c.w.heal(0); !died || healErr != nil {
-				return healErr
+			// Recovery may be what is under test: the next pass starts it once more.
+			if err == nil {
+				err = healErr
 			}
+			continue
 		}
 		if err == nil && !died {
 			return nil

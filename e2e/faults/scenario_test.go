@@ -12,8 +12,8 @@ import (
 	"strings"
 
 	"github.com/containerd/errdefs"
+	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
-	"github.com/cloudhv/containerd-cloudhv/e2e/testnode"
 	"github.com/cloudhv/containerd-cloudhv/vmpool/failpoint"
 )
 
@@ -25,6 +25,8 @@ type scenario struct {
 	prepare, act func(c *cell) error
 	// with are points that have to do something too, so that the one under test is reached.
 	with map[failpoint.Point]string
+	// once tells that prepare kills containerd, and is not repeated.
+	once bool
 	// ends tells that act ends the pod; it need not outlive containerd then.
 	ends bool
 	// pool tells that a VM is ready on the node.
@@ -45,7 +47,7 @@ var (
 	starts   = scenario{name: "a pod starts", prepare: nothing, act: to(podReady)}
 	boots    = scenario{name: "a pod boots", prepare: ownBoot, act: to(podReady)}
 	ends     = scenario{name: "a pod ends", prepare: to(podReady), act: down, ends: true}
-	resizes  = scenario{name: "a pod is resized", prepare: to(podReady), act: func(c *cell) error { return errors.Join(c.k.up(podReady), c.k.resize()) }}
+	resizes  = scenario{name: "a pod is resized", prepare: to(podReady), act: func(c *cell) error { return c.k.upAndResize() }}
 	runs     = scenario{name: "a container runs", prepare: to(podReady), act: to(containerRuns)}
 	executes = scenario{name: "a process is added", prepare: to(containerRuns), act: to(execDone)}
 	updates  = scenario{name: "a container is updated", prepare: to(containerRuns), act: to(updated)}
@@ -70,14 +72,14 @@ var special = map[failpoint.Point][]scenario{
 	failpoint.AttachUnplug:      {runs.and(map[failpoint.Point]string{failpoint.AttachDone: failpoint.Fail})},
 	failpoint.AttachRefused:     {runs.and(map[failpoint.Point]string{failpoint.AttachDisk: failpoint.Refuse})},
 	failpoint.UpdateTakeBack:    {resizes.and(map[failpoint.Point]string{failpoint.UpdateGuestGrown: failpoint.Fail})},
-	failpoint.UpdateSizing:      {{name: "a pod is resized to what it has", prepare: to(updated), act: to(updated)}},
+	failpoint.UpdateSizing:      {{name: "a pod is limited otherwise, and as large", prepare: quota(100_000), act: quota(90_000)}},
 	failpoint.DiscardKill:       {discards},
 	failpoint.RecoverNone:       {restartsAfter("Create was killed", failpoint.CreateRecord)},
 	failpoint.RecoverEnd:        {restartsAfter("Start was killed", failpoint.StartConfigure)},
 	failpoint.RecoverOrphan:     {{name: "containerd has forgotten a pod", prepare: forgotten, act: restart, ends: true}},
 	failpoint.RecoverAside:      {{name: "a record is damaged", prepare: damaged, act: restart, ends: true}},
 	failpoint.RecoverPoolAttach: {readopts},
-	failpoint.RecoverPoolKill:   {{name: "containerd is restarted with a VM that is half ready", prepare: halfReady, act: restart, pool: true}},
+	failpoint.RecoverPoolKill:   {{name: "containerd is restarted with a VM that is half ready", prepare: halfReady, once: true, act: restart, pool: true}},
 	failpoint.TaskLost:          {loses},
 }
 
@@ -108,6 +110,21 @@ func scenariosOf(p failpoint.Point) []scenario {
 func (s scenario) and(with map[failpoint.Point]string) scenario {
 	s.with = with
 	return s
+}
+
+// quota gives a pod a limit of processor time, in microseconds of 100 ms.
+func quota(usec int64) func(*cell) error {
+	return func(c *cell) error {
+		if err := c.k.up(podReady); err != nil {
+			return err
+		}
+		return c.k.do("limit the pod", func(ctx context.Context) error {
+			_, err := c.w.Runtime().UpdatePodSandboxResources(ctx, &runtimeapi.UpdatePodSandboxResourcesRequest{
+				PodSandboxId: c.k.pod, Resources: &runtimeapi.LinuxContainerResources{CpuQuota: usec, CpuPeriod: 100_000},
+			})
+			return err
+		})
+	}
 }
 
 // ownBoot wants a VM of its own for the pod.
@@ -157,7 +174,7 @@ func restart(c *cell) error {
 
 // restartsAfter restarts after a Create or Start that was killed half-way.
 func restartsAfter(name string, p failpoint.Point) scenario {
-	return scenario{name: "containerd is restarted when " + name, ends: true, act: restart, prepare: func(c *cell) error {
+	return scenario{name: "containerd is restarted when " + name, once: true, ends: true, act: restart, prepare: func(c *cell) error {
 		if err := c.w.arm(p, failpoint.Kill); err != nil {
 			return err
 		}
@@ -232,5 +249,3 @@ func (c *cell) ctl(command string) error {
 		return nil
 	})
 }
-
-var _ = testnode.CloudHV

@@ -14,6 +14,7 @@ import (
 	"regexp"
 	"strconv"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	containerd "github.com/containerd/containerd/v2/client"
@@ -92,6 +93,9 @@ type Node struct {
 	lock *os.File
 	// ownCNI says that the host had no directories of CNI's before.
 	ownCNI bool
+
+	// pid is proc's, also while Start waits for it; 0 if there is none.
+	pid atomic.Int64
 
 	mu   sync.Mutex
 	proc *process
