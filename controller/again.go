@@ -7,6 +7,7 @@ import (
 	"context"
 	"time"
 
+	"github.com/containerd/errdefs"
 	"github.com/containerd/log"
 )
 
@@ -43,14 +44,21 @@ func (c *Controller) tryLater(ctx context.Context, what string, limit, pause tim
 	})
 }
 
-// tryAtOnce does something that others wait for up to three times, as long as it fails.
+// tryAtOnce does something that others wait for up to three times, as long as it fails for
+// a reason that may be one of the moment.
 func tryAtOnce(ctx context.Context, what string, do func() error) error {
 	for n := 1; ; n++ {
 		err := do()
-		if err == nil || n == tries {
+		if err == nil || n == tries || isFinal(err) {
 			return err
 		}
 		log.G(ctx).WithError(err).Warnf("cannot %s; it is tried again", what)
 		time.Sleep(tryPause)
 	}
+}
+
+// isFinal is true for errors that the same attempt would have again.
+func isFinal(err error) bool {
+	return errdefs.IsNotFound(err) || errdefs.IsDataLoss(err) || errdefs.IsInvalidArgument(err) || errdefs.IsNotImplemented(err) ||
+		isContextError(err)
 }

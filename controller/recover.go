@@ -4,7 +4,6 @@
 package controller
 
 import (
-	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -140,20 +139,14 @@ func (c *Controller) find(ctx context.Context, dir string) *found {
 
 // readRecord is loadRecord, and tries again if that says nothing about the record: a sandbox
 // that nobody knows of is ended.
-func readRecord(ctx context.Context, dir string) (rec *record, err error) {
-	var verdict error
-	err = tryAtOnce(ctx, "read the record of a sandbox", func() error {
-		if err := failpoint.At(ctx, failpoint.RecoverFind); err != nil {
-			return err
-		}
-		rec, err = loadRecord(dir)
-		if errdefs.IsNotFound(err) || errdefs.IsDataLoss(err) {
-			verdict = err
-			return nil
+func readRecord(ctx context.Context, dir string) (rec *record, _ error) {
+	err := tryAtOnce(ctx, "read the record of a sandbox", func() (err error) {
+		if err = failpoint.At(ctx, failpoint.RecoverFind); err == nil {
+			rec, err = loadRecord(dir)
 		}
 		return err
 	})
-	return rec, cmp.Or(verdict, err)
+	return rec, err
 }
 
 // recoverAll goes on with what was found, each within its own limit.

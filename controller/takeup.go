@@ -93,11 +93,11 @@ func (c *Controller) attach(ctx context.Context, p *pod) error {
 	if driver == nil {
 		return fmt.Errorf("it is %s's, which this build does not know: %w", state.Driver, errdefs.ErrNotImplemented)
 	}
-	err := failpoint.At(ctx, failpoint.RecoverAttach)
 	var vm vmm.VM
-	if err == nil {
-		vm, err = driver.Attach(ctx, *state)
-	}
+	err := tryAtOnce(ctx, "take up a VM", func() (err error) {
+		vm, err = attachTo(ctx, driver, *state)
+		return err
+	})
 	if err != nil {
 		if ctx.Err() != nil && !isContextError(err) {
 			err = fmt.Errorf("%w: %w", context.Cause(ctx), err)
@@ -107,10 +107,22 @@ func (c *Controller) attach(ctx context.Context, p *pod) error {
 		p.pending = printable(err.Error(), maxCause)
 		return err
 	}
-	if err := failpoint.At(ctx, failpoint.RecoverAdopt); err != nil {
-		return errors.Join(err, vm.Close())
-	}
 	return c.adopt(ctx, p, vm)
+}
+
+// attachTo has the driver take up a VM.
+func attachTo(ctx context.Context, driver vmm.Driver, state vmm.State) (vmm.VM, error) {
+	if err := failpoint.At(ctx, failpoint.RecoverAttach); err != nil {
+		return nil, err
+	}
+	vm, err := driver.Attach(ctx, state)
+	if err != nil {
+		return nil, err
+	}
+	if err := failpoint.At(ctx, failpoint.RecoverAdopt); err != nil {
+		return nil, errors.Join(err, vm.Close())
+	}
+	return vm, nil
 }
 
 // adopt gives the sandbox its VM, which is watched from now on, or lets go of it
