@@ -83,7 +83,7 @@ fix: ## Format the code and let the linters mend what they can.
 unit: build ## Tests of the packages, as root where they need it (PKG=./vmpool/... RUN=TestName TESTFLAGS=-v).
 	@$(STEP) 'Unit tests'
 	@hack/unit.sh $(PKG) -- $(GOTEST) -timeout 20m
-	@go test -tags=failpoints ./vmpool/failpoint
+	@go test -exec '$(CURDIR)/hack/as-root' -tags=failpoints,netgo,osusergo -run 'TestAt|TestEachPointFails' ./vmpool/failpoint ./vmpool ./controller
 
 .PHONY: race
 race: build ## The same under the race detector.

@@ -33,7 +33,7 @@ func (p *Pool) keepTrying(do func(context.Context) error) {
 			if err == nil {
 				return
 			}
-			log.G(p.ctx).WithError(err).WithField("pause", pause).Error("what is left of a VM cannot be removed; it is tried again")
+			log.G(p.ctx).WithError(err).WithField("pause", pause).Error("what the pool has left cannot be removed; it is tried again")
 		}
 	})
 }
@@ -52,6 +52,15 @@ func (p *Pool) discardSurely(ctx context.Context, vm *VM) error {
 		p.keepTrying(discard)
 	}
 	return err
+}
+
+// collect removes the snapshots that nothing wants.
+func (p *Pool) collect() {
+	collect := func(ctx context.Context) error { return p.cfg.Store.Collect(ctx, p.key) }
+	if err := collect(p.ctx); err != nil {
+		log.G(p.ctx).WithError(err).Warn("cannot remove snapshots that nothing wants; it is tried again")
+		p.keepTrying(collect)
+	}
 }
 
 // isReady is true for the directory of a VM that is ready.

@@ -77,8 +77,14 @@ func drain(r *rig) error {
 }
 
 func rebuild(r *rig) error {
-	_, err := r.pool.Rebuild(r.t.Context())
-	return err
+	if _, err := r.pool.Rebuild(r.t.Context()); err != nil {
+		return err
+	}
+	r.eventually("the old one has gone", func(Status) bool {
+		entries, err := os.ReadDir(filepath.Join(r.dir, "snapshots"))
+		return err == nil && len(entries) == 1
+	})
+	return nil
 }
 
 func restart(r *rig) error {

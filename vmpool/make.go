@@ -375,7 +375,5 @@ func (p *Pool) release(rec *record) {
 	if rec.Key == p.cfg.Store.Current(p.key) {
 		return
 	}
-	if err := p.cfg.Store.Collect(p.ctx, p.key); err != nil {
-		log.G(p.ctx).WithError(err).Warn("cannot remove snapshots that nothing wants")
-	}
+	p.collect()
 }

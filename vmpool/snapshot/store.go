@@ -44,6 +44,8 @@ const (
 
 	tmpPrefix     = ".making-"
 	damagedSuffix = ".damaged"
+	// awayPrefix begins the names of what is being removed.
+	awayPrefix = tmpPrefix + "away-"
 	// spare is what must stay free on the file system after a snapshot was made.
 	spare = 64 << 20
 )
@@ -445,6 +447,10 @@ func (s *Store) Collect(ctx context.Context, wanted ...string) error {
 	var errs []error
 	for _, e := range entries {
 		id := e.Name()
+		if strings.HasPrefix(id, awayPrefix) {
+			errs = append(errs, os.RemoveAll(s.path(id))) // it was to go, and did not
+			continue
+		}
 		if !validID.MatchString(id) || slices.Contains(wanted, KeyOf(id)) && s.inUse(id) {
 			continue
 		}
@@ -466,7 +472,7 @@ func (s *Store) discard(ctx context.Context, id string) error {
 		return err
 	}
 	// Under a name that Open removes: what takes long is not done under the lock.
-	trash := filepath.Join(s.dir, tmpPrefix+"away-"+id)
+	trash := s.path(awayPrefix + id)
 	s.mu.Lock()
 	if len(s.users[id]) > 0 || s.making[KeyOf(id)] != nil {
 		s.mu.Unlock()

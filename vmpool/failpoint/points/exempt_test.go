@@ -32,6 +32,7 @@ var exempt = reasons(map[string][]string{
 	"it undoes what has failed": {
 		"controller/create.go Create",
 		"controller/rootfs/store.go removeFile",
+		"vmpool/snapshot/store.go Collect",
 		"controller/shims.go holdShim",
 	},
 	"it follows the end of a process, whatever ended it": {
