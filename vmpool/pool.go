@@ -250,6 +250,7 @@ func (p *Pool) Acquire(ctx context.Context, req Request) (got *VM, retErr error)
 	if err != nil {
 		settled()
 		if ctx.Err() == nil {
+			log.G(ctx).WithError(err).Warn("a VM cannot be restored; the pod's is booted")
 			err = fmt.Errorf("%w: %w", ErrNone, err)
 		}
 		return p.counted(nil, err)

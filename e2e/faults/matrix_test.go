@@ -30,7 +30,7 @@ const (
 	// passes is how often a kubelet tries.
 	passes = 5
 	// comes is how long the point may be come to after the calls, in the background.
-	comes = 5 * time.Second
+	comes = 10 * time.Second
 	// away is how long after the caller has gone a hanging point goes on.
 	away = 100 * time.Millisecond
 )

@@ -222,12 +222,27 @@ func refill(c *cell) error {
 	if err := c.k.up(podReady); err != nil {
 		return err
 	}
-	return c.k.do("refill", c.w.rest)
+	return c.k.do("refill", func(ctx context.Context) error {
+		ctx, cancel := context.WithCancel(ctx)
+		defer cancel()
+		ended := c.w.Ended()
+		go func() {
+			select {
+			case <-ended:
+				cancel()
+			case <-ctx.Done():
+			}
+		}()
+		return c.w.rest(ctx)
+	})
 }
 
 // drain empties the pool, and fills it again.
 func drain(c *cell) error {
-	return errors.Join(c.ctl("drain"), c.ctl("fill"))
+	if err := c.ctl("drain"); err != nil {
+		return err
+	}
+	return c.ctl("fill")
 }
 
 func rebuild(c *cell) error {
