@@ -23,7 +23,7 @@ PKG ?= $$(go list ./... | grep -v /e2e)
 RUN ?= .
 FUZZTIME ?= 10s
 ROUNDS ?= 20
-SECTIONS ?= start,concurrency,bare,density
+SECTIONS ?= start,concurrency,bare,io,density
 PROCS ?= 4
 SOAK_PODS ?= 1000
 SOAK_MINUTES ?= 30
@@ -111,6 +111,7 @@ chaos: failpoints ## Faults at random on several pods at once (CHAOS_MINUTES=30,
 
 .PHONY: e2e
 e2e: failpoints ## Tests through the CRI on a private containerd (RUN=TestName for some of them).
+	@hack/previous.sh
 	@$(STEP) 'End-to-end tests'
 	@E2E_REQUIRE=1 $(GOTEST) -v -p 1 -count=1 -timeout 60m ./e2e/...
 
@@ -126,9 +127,14 @@ node: ## A machine in software emulation whose KVM is real: a shell, or CMD='...
 	@hack/node/run.sh $(if $(value CMD),"$$NODE_COMMAND")
 
 .PHONY: bench
-bench: build ## Compare with runc and the bare VMM; writes build/bench.json (ROUNDS=20 pods each, SECTIONS=start,concurrency,bare,density).
+bench: build ## Compare with runc and the bare VMM; writes build/bench.json (ROUNDS=20 pods each, SECTIONS=start,concurrency,bare,io,density).
 	@go build -o build/bin/bench ./e2e/bench
 	@hack/as-root build/bin/bench -o build/bench.json -n $(ROUNDS) -sections $(SECTIONS)
+
+# What is set on make's command line the script has in its environment; its defaults are smaller than ours.
+.PHONY: bench-kvm
+bench-kvm: build ## The same in the emulated node, on KVM; writes build/bench-kvm-VMM.json (ROUNDS=10, SECTIONS=start,bare, VMM=qemu).
+	@hack/node/bench-kvm.sh
 
 .PHONY: critest
 critest: build ## The CRI validation suite by runc and by ours, compared (FOCUS=regexp, PROCS=4 specs at a time, REAL_IMAGES=1: not our own).

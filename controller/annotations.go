@@ -16,6 +16,7 @@ import (
 
 	"github.com/cloudhv/containerd-cloudhv/controller/annotation"
 	"github.com/cloudhv/containerd-cloudhv/controller/config"
+	"github.com/cloudhv/containerd-cloudhv/controller/directvolume"
 	"github.com/cloudhv/containerd-cloudhv/vmpool/vmm"
 )
 
@@ -29,6 +30,8 @@ type overrides struct {
 	fixedMemory bool
 	// kernelParams are appended to the guest kernel's command line.
 	kernelParams []string
+	// direct are the pod's direct volumes.
+	direct []directvolume.Volume
 	// said are the annotations themselves, by name.
 	said map[string]said
 }
@@ -79,6 +82,7 @@ var annotationParsers = map[string]func(p parsing, o *overrides, value string) e
 		o.kernelParams = strings.Fields(value)
 		return nil
 	},
+	annotation.DirectVolumes: parseDirectVolumes,
 }
 
 func parseMaxMemory(p parsing, o *overrides, value string) (err error) {

@@ -39,6 +39,7 @@ import (
 	"github.com/containerd/log"
 	"golang.org/x/sync/semaphore"
 
+	"github.com/cloudhv/containerd-cloudhv/controller/blockdev"
 	"github.com/cloudhv/containerd-cloudhv/controller/config"
 	"github.com/cloudhv/containerd-cloudhv/controller/network"
 	"github.com/cloudhv/containerd-cloudhv/controller/prebuild"
@@ -113,6 +114,10 @@ type Controller struct {
 	network    Network
 	ttrpc      string
 	scratch    *scratchStore
+	// blockNodes are of block devices that are being plugged in.
+	blockNodes *blockdev.Nodes
+	// directs is held, by sending to it, while a direct volume is plugged in.
+	directs chan struct{}
 	// users are those that VMMs run as; nil if they are not confined.
 	users *confine.Users
 	// boots are the VMs that may start at a time.
@@ -168,6 +173,8 @@ func New(o Options) *Controller {
 		network:    o.Network,
 		ttrpc:      o.TTRPCAddress,
 		scratch:    newScratchStore(o.Settings.CacheDir, o.Settings.ScratchSize),
+		blockNodes: blockdev.NewNodes(filepath.Join(o.Settings.CacheDir, blockNodesDir)),
+		directs:    make(chan struct{}, 1),
 		boots:      semaphore.NewWeighted(bootSlots(o.Settings, o.Host)),
 		turns:      vmpool.NewTurns(),
 		pods:       map[string]*pod{},

@@ -136,7 +136,7 @@ func (c *Controller) plan(ctx context.Context, id, ns string, pc *runtime.PodSan
 		sizeErr = limitErr
 	}
 	start, fileErr := c.podFiles(pc)
-	if err := errors.Join(checkPod(pc), annotErr, sizeErr, fileErr); err != nil {
+	if err := errors.Join(checkPod(pc), annotErr, c.checkVolumes(&overrides), sizeErr, fileErr); err != nil {
 		return record{}, nil, err
 	}
 	c.checkOverhead(ctx, pc.GetLinux().GetOverhead().GetMemoryLimitInBytes())
@@ -153,6 +153,7 @@ func (c *Controller) plan(ctx context.Context, id, ns string, pc *runtime.PodSan
 		Sizing:     &sizing,
 		Hypervisor: c.driver.Name(),
 		Scratch:    c.scratch.path(id),
+		Direct:     overrides.direct,
 	}
 	if sizing.FixedMemory != "" {
 		rec.Max.MemoryBytes = size.MemoryBytes

@@ -182,6 +182,7 @@ type fakeMachine struct {
 	asked      int // how many Resizes there were
 	nics       []string
 	disks      map[string]int
+	added      []vmm.Disk // in order, with the numbers of devices for their paths
 	image      string
 	configured *guestv1.ConfigureRequest
 	resized    []*guestv1.ResizeRequest
@@ -303,11 +304,22 @@ func (v *fakeVM) AddDisk(_ context.Context, disk vmm.Disk) (string, error) {
 		return "", fmt.Errorf("disk %s: %w", disk.Serial, errdefs.ErrAlreadyExists)
 	}
 	v.disks[disk.Serial]++
+	v.added = append(v.added, numbered(disk))
 	if v.driver.vm.imageDisk && v.image == "" {
 		v.image = disk.Serial
 		return vmm.ImageSerial, nil
 	}
 	return disk.Serial, nil
+}
+
+// numbered is a disk of which the path of a block device's node, which is there for the
+// moment, is its number instead.
+func numbered(disk vmm.Disk) vmm.Disk {
+	var st unix.Stat_t
+	if unix.Stat(disk.Path, &st) == nil && st.Mode&unix.S_IFMT == unix.S_IFBLK {
+		disk.Path = fmt.Sprintf("%d:%d", unix.Major(st.Rdev), unix.Minor(st.Rdev))
+	}
+	return disk
 }
 
 func (v *fakeVM) RemoveDisk(_ context.Context, serial string) error {

@@ -10,6 +10,7 @@ import (
 	"maps"
 	"time"
 
+	"github.com/containerd/containerd/v2/core/containers"
 	"github.com/containerd/containerd/v2/pkg/namespaces"
 	"github.com/containerd/errdefs"
 	"github.com/containerd/errdefs/pkg/errgrpc"
@@ -69,13 +70,9 @@ func (c *Controller) attachRootFS(ctx context.Context, sandboxID, containerID st
 		return "", err
 	}
 	ns := p.snapshot().Namespace
-	container, err := c.containers.Get(namespaces.WithNamespace(ctx, ns), containerID)
+	container, err := c.containerOf(ctx, p, containerID)
 	if err != nil {
 		return "", err
-	}
-	if container.SandboxID != sandboxID {
-		return "", fmt.Errorf("container %q is of sandbox %q, not %q: %w",
-			containerID, container.SandboxID, sandboxID, errdefs.ErrInvalidArgument)
 	}
 	if err := failpoint.At(ctx, failpoint.AttachImage); err != nil {
 		return "", err
@@ -99,6 +96,19 @@ func (c *Controller) attachRootFS(ctx context.Context, sandboxID, containerID st
 	case <-ctx.Done():
 		return "", fmt.Errorf("plug in the image: %w", context.Cause(ctx))
 	}
+}
+
+// containerOf finds a container of a sandbox's in containerd.
+func (c *Controller) containerOf(ctx context.Context, p *pod, containerID string) (containers.Container, error) {
+	container, err := c.containers.Get(namespaces.WithNamespace(ctx, p.snapshot().Namespace), containerID)
+	if err != nil {
+		return container, err
+	}
+	if container.SandboxID != p.id {
+		return container, fmt.Errorf("container %q is of sandbox %q, not %q: %w",
+			containerID, container.SandboxID, p.id, errdefs.ErrInvalidArgument)
+	}
+	return container, nil
 }
 
 // plug is the plugging of one image into one VM.

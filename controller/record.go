@@ -10,6 +10,7 @@ import (
 
 	"github.com/containerd/errdefs"
 
+	"github.com/cloudhv/containerd-cloudhv/controller/directvolume"
 	"github.com/cloudhv/containerd-cloudhv/vmpool/durable"
 	"github.com/cloudhv/containerd-cloudhv/vmpool/process"
 	"github.com/cloudhv/containerd-cloudhv/vmpool/vmm"
@@ -67,6 +68,11 @@ type record struct {
 	Images map[string]bool `json:"images,omitempty"`
 	// ImageDisk is which of them the guest finds as vmm.ImageSerial, and not by its own serial.
 	ImageDisk string `json:"image_disk,omitempty"`
+
+	// Direct are the pod's direct volumes, and Disks the VM's disks of the host's block
+	// devices and files, by serial.
+	Direct []directvolume.Volume `json:"direct_volumes,omitempty"`
+	Disks  map[string]hostDisk   `json:"disks,omitempty"`
 
 	// Guest is what the agent told of itself.
 	Guest guestInfo `json:"guest,omitzero"`

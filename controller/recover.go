@@ -52,6 +52,9 @@ func (c *Controller) Recover(ctx context.Context) error {
 		}
 	}
 	c.claimUsers(ctx)
+	if err := c.blockNodes.Clear(); err != nil {
+		log.G(ctx).WithError(err).Warn("cannot remove what an earlier containerd left")
+	}
 	// First, as the ending of a sandbox waits for a VM that it was about to get.
 	if err := tryAtOnce(ctx, "recover the pool of VMs", func() error { return c.recoverPool(ctx) }); err != nil {
 		log.G(ctx).WithError(err).Error("cannot recover the pool of VMs")

@@ -94,8 +94,8 @@ type pod struct {
 	started chan struct{}
 	// exited is closed when the VM is gone and its network with it.
 	exited chan struct{}
-	// resizing and removing are held, by sending to them, by one caller at a time.
-	resizing, removing chan struct{}
+	// resizing, disking and removing are held, by sending to them, by one caller at a time.
+	resizing, disking, removing chan struct{}
 
 	// mu guards what follows. Nothing is waited for under it but the record's
 	// being written.
@@ -132,6 +132,7 @@ func newPod(dir string, rec record) *pod {
 		started:  make(chan struct{}),
 		exited:   make(chan struct{}),
 		resizing: make(chan struct{}, 1),
+		disking:  make(chan struct{}, 1),
 		removing: make(chan struct{}, 1),
 		pins:     map[string]*rootfs.Image{},
 		plugs:    map[string]*plug{},

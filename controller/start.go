@@ -329,6 +329,8 @@ func (c *Controller) launchShim(ctx context.Context, p *pod, vm vmm.VM) error {
 		SandboxPid:    vmmPid(&rec),
 		GuestEndpoint: vm.PodEndpoint(),
 		TTRPCAddress:  c.ttrpc,
+		PodUID:        rec.Pod.UID,
+		DirectVolumes: rec.Direct,
 		Debug:         c.cfg.Debug,
 	}, forward.Listeners)
 	if err != nil {

@@ -151,7 +151,7 @@ func TestRefusedContainers(t *testing.T) {
 		}, []string{"/mnt", "shared"}},
 		{"VFIO", device(deviceNode(t, "vfio7", unix.S_IFCHR, 511, 7), "/dev/vfio/7"), []string{"linux.devices", "/dev/vfio/7 (c 511:7)", "other devices of the host are not in a VM"}},
 		{"GPU", device(deviceNode(t, "nvidia0", unix.S_IFCHR, 195, 0), "/dev/nvidia0"), []string{"linux.devices", "/dev/nvidia0 (c 195:0)", "not in a VM"}},
-		{"disk", device(deviceNode(t, "sda", unix.S_IFBLK, 8, 0), "/dev/sda"), []string{"linux.devices", "/dev/sda (b 8:0)", "not in a VM"}},
+		{"disk that is none", device(deviceNode(t, "sda", unix.S_IFBLK, 4095, 1048575), "/dev/sda"), []string{"block device 4095:1048575", "the host has no such device"}},
 		{"KVM", device(deviceNode(t, "kvm", unix.S_IFCHR, 10, 232), "/dev/kvm"), []string{"linux.devices", "/dev/kvm (c 10:232)"}},
 		{"GPU by CDI", cdiDevice("gpu"), []string{"linux.devices", "/dev/gpu0 (c 195:0)"}},
 		{"hook by CDI", cdiDevice("hook"), []string{"hooks.createContainer", "/usr/bin/device-ctk", "a hook is a program of the host"}},

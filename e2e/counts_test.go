@@ -22,6 +22,8 @@ type counts struct {
 	// IPv6, which differs too little to take as long again in software emulation;
 	// smaller goes where it is only to be seen that they reach each other.
 	bulk, bulk6, smaller int64
+	// files lie in one volume, and operations are done at random with one of them.
+	files, operations int
 }
 
 // count is the column in use: E2E_COUNTS=small chooses the second, for machines that
@@ -33,6 +35,7 @@ var count = map[bool]counts{
 		crowd:       24,
 		outputBytes: 200 << 20, inputBytes: 50 << 20,
 		bulk: 100 << 20, bulk6: 16 << 20, smaller: 4 << 20,
+		files: 100_000, operations: 1000,
 	},
 	true: {
 		churnPods: 6, churnRounds: 2,
@@ -40,5 +43,6 @@ var count = map[bool]counts{
 		crowd:       8,
 		outputBytes: 24 << 20, inputBytes: 8 << 20,
 		bulk: 8 << 20, bulk6: 4 << 20, smaller: 1 << 20,
+		files: 20_000, operations: 200,
 	},
 }[os.Getenv("E2E_COUNTS") == "small"]

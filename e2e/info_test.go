@@ -35,7 +35,9 @@ type info struct {
 	MemoryBytes int64  `json:"memory_bytes"`
 	// MaxMemoryBytes is up to what the pod may be resized.
 	MaxMemoryBytes int64 `json:"max_memory_bytes"`
-	Phases         []struct {
+	// GuestAgent is the version of what runs in the VM.
+	GuestAgent string `json:"guest_agent"`
+	Phases     []struct {
 		Name     string `json:"name"`
 		TookUsec int64  `json:"took_usec"`
 	} `json:"phases"`

@@ -65,15 +65,16 @@ lines() {
 // TestRestart is point 10.
 func TestRestart(t *testing.T) {
 	forHandlers(t, func(t *testing.T, h string) {
-		for name, kill := range map[string]bool{"stop": false, "kill": true} {
-			t.Run(name, func(t *testing.T) { restart(t, h, kill) })
+		n := node(t)
+		for name, end := range map[string]func(context.Context) error{"stop": n.Stop, "kill": n.Kill} {
+			t.Run(name, func(t *testing.T) { restart(newPod(t, h), end) })
 		}
 	})
 }
 
-func restart(t *testing.T, h string, kill bool) {
-	p := newPod(t, h)
-	n := p.n
+// restart ends containerd as said and starts it again, while a pod's containers write, end and idle.
+func restart(p *pod, end func(context.Context) error) {
+	t, n, h := p.t, p.n, p.handler
 	// What containerd has read and not written when it is killed is lost, so nothing
 	// is on its way at that time.
 	away, back := newLatch(t, n), newLatch(t, n)
@@ -91,10 +92,6 @@ func restart(t *testing.T, h string, kill bool) {
 		before = p.info()
 	}
 
-	end := n.Stop
-	if kill {
-		end = n.Kill
-	}
 	require.NoError(t, end(testContext(t)))
 	require.NoError(t, write.Close())
 	meanwhile.leave(t)
@@ -118,7 +115,7 @@ func restart(t *testing.T, h string, kill bool) {
 	require.Equal(t, int32(6), writer.awaitExit().GetExitCode())
 	require.Len(t, readWhole(t, writer), late)
 	require.NoError(t, n.StopContainer(testContext(t), idle.id, 0))
-	newPod(t, h).idle("other").exec("true")
+	podBy(t, n, h).idle("other").exec("true")
 }
 
 // leaver is a container that ends while containerd is away, after its last words.

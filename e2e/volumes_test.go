@@ -139,6 +139,31 @@ func TestVolumeErrors(t *testing.T) {
 	})
 }
 
+// TestHugePages checks that limits of no huge pages, as kubelet has them for every
+// container, cost nothing, and that the host's huge pages are no volume.
+func TestHugePages(t *testing.T) {
+	forHandlers(t, func(t *testing.T, h string) {
+		huge := openDir(t)
+		require.NoError(t, unix.Mount("huge", huge, "hugetlbfs", 0, ""))
+		t.Cleanup(func() { require.NoError(t, unix.Unmount(huge, 0)) })
+		p := newPod(t, h)
+		cfg := idleConfig("none")
+		cfg.Linux.Resources.HugepageLimits = []*runtimeapi.HugepageLimit{{PageSize: "2MB"}, {PageSize: "1GB"}}
+		p.start(cfg).exec("true")
+		id, err := p.n.CreateContainer(testContext(t), p.id, p.cfg, withMounts(idleConfig("c"), &runtimeapi.Mount{ContainerPath: "/huge", HostPath: huge}))
+		if err == nil {
+			err = p.n.StartContainer(testContext(t), id)
+		}
+		if h == testnode.RunC {
+			require.NoError(t, err)
+			return
+		}
+		require.ErrorContains(t, err, "it is of huge pages (medium: HugePages)")
+		require.ErrorContains(t, err, "/huge")
+		require.ErrorContains(t, err, huge)
+	})
+}
+
 // TestVolumeEnd checks that a container's end, or the pod's, lets go of what it mounted,
 // also while files in it are open.
 func TestVolumeEnd(t *testing.T) {

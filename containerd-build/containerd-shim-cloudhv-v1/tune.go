@@ -4,7 +4,9 @@
 package main
 
 import (
+	"errors"
 	"os"
+	"runtime"
 	"runtime/debug"
 	"strings"
 
@@ -32,13 +34,22 @@ const (
 	gcPercent = 50
 )
 
-// tune sets the runtime up. GOMAXPROCS counts from the start only: lowered
-// later, what the other processors have allocated stays. So if whoever started
-// this process has not set it, the process begins again.
+// tune sets the process up, and begins it again if that takes it. GOMAXPROCS counts from the
+// start only: lowered later, what the other processors have allocated stays.
+//
+// CAP_SYS_RESOURCE goes: with it the kernel lets a process write beyond a quota, and into what
+// a file system reserves for root, and the files that this one writes are a pod's volumes.
 func tune() error {
 	debug.SetGCPercent(gcPercent)
 	const name = "GOMAXPROCS"
-	if os.Getenv(name) == maxProcs {
+	// What is dropped from a thread's bounding set its process lacks after exec.
+	runtime.LockOSThread()
+	defer runtime.UnlockOSThread()
+	dropped, err := dropCapability(unix.CAP_SYS_RESOURCE)
+	if err != nil {
+		return err
+	}
+	if os.Getenv(name) == maxProcs && !dropped {
 		return nil
 	}
 	env := []string{name + "=" + maxProcs}
@@ -52,4 +63,18 @@ func tune() error {
 		return err
 	}
 	return unix.Exec(self, os.Args, env)
+}
+
+// dropCapability drops a capability from the thread's bounding set, and tells whether it was
+// there. One that may drop none, as containerd was denied CAP_SETPCAP, keeps it.
+func dropCapability(c uintptr) (dropped bool, _ error) {
+	has, err := unix.PrctlRetInt(unix.PR_CAPBSET_READ, c, 0, 0, 0)
+	if err != nil || has == 0 {
+		return false, err
+	}
+	err = unix.Prctl(unix.PR_CAPBSET_DROP, c, 0, 0, 0)
+	if errors.Is(err, unix.EPERM) {
+		return false, nil
+	}
+	return err == nil, err
 }

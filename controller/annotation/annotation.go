@@ -28,10 +28,12 @@ const (
 	MemoryLimit  = "memory_limit" // another name of MaxMemory
 	KernelParams = "kernel_params"
 	VirtioMem    = "enable_virtio_mem"
+	// DirectVolumes is one of ours only.
+	DirectVolumes = "direct_volumes"
 )
 
 // names are all of them.
-var names = []string{VCPUs, Memory, MaxVCPUs, MaxMemory, MemoryLimit, KernelParams, VirtioMem}
+var names = []string{VCPUs, Memory, MaxVCPUs, MaxMemory, MemoryLimit, KernelParams, VirtioMem, DirectVolumes}
 
 // Names are our annotations, in alphabetical order.
 func Names() []string {

@@ -80,6 +80,10 @@ type Config struct {
 	// Annotations, a list of strings, are the pod annotations that are honoured; a
 	// final * stands for any rest. Others of ours are refused.
 	Annotations Value `toml:"annotations"`
+	// DirectVolumes, a list of strings, are where the block devices and files may be that
+	// pods name as direct volumes: paths, of which each stands for all below too, and a
+	// final * for any rest. Links in what a pod names are followed first.
+	DirectVolumes Value `toml:"direct_volumes"`
 	// EnableUnprivilegedPorts and EnableUnprivilegedICMP set the pod's sysctls as
 	// CRI's options of the same names do for its own pods.
 	EnableUnprivilegedPorts Value `toml:"enable_unprivileged_ports"`
@@ -214,6 +218,7 @@ func Default() *Config {
 		Cgroup:                  true,
 		CgroupParent:            "/cloudhv",
 		Annotations:             []string{"io.cloudhv.*", "io.katacontainers.config.hypervisor.*"},
+		DirectVolumes:           []string{},
 		EnableUnprivilegedPorts: true,
 		EnableUnprivilegedICMP:  true,
 		Debug:                   false,

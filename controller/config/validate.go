@@ -78,6 +78,7 @@ type Settings struct {
 	Cgroup            bool
 	CgroupParent      string
 	Annotations       []string
+	DirectVolumes     []string
 	UnprivilegedPorts bool
 	UnprivilegedICMP  bool
 	Debug             bool
@@ -141,6 +142,7 @@ func (c *Config) Validate(host HostInfo) (*Settings, error) {
 		UnprivilegedICMP:  v.flag("enable_unprivileged_icmp", c.EnableUnprivilegedICMP),
 		Debug:             v.flag("debug", c.Debug),
 		Annotations:       v.annotations(c.Annotations),
+		DirectVolumes:     v.directVolumes(c.DirectVolumes),
 	}
 	v.guest(c, s)
 	v.sizes(c, s, host)
@@ -372,6 +374,21 @@ func (v *validator) annotations(value Value) []string {
 		}
 	}
 	return patterns
+}
+
+func (v *validator) directVolumes(value Value) []string {
+	wrong := len(v.errs)
+	paths := v.texts("direct_volumes", value)
+	if len(v.errs) > wrong {
+		return nil
+	}
+	for _, p := range paths {
+		plain := strings.TrimSuffix(p, "*")
+		if !filepath.IsAbs(plain) || strings.Contains(plain, "*") || strings.ContainsAny(p, "\x00\n") || strings.Contains(plain+"/", "/../") {
+			v.errorf("direct_volumes", p, "an entry is an absolute path without .., or the beginning of one and *, such as %q", "/dev/nvme1n*")
+		}
+	}
+	return paths
 }
 
 // cgroup checks the path of a group below the root of its hierarchy.

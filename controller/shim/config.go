@@ -3,6 +3,8 @@
 
 package shim
 
+import "github.com/cloudhv/containerd-cloudhv/controller/directvolume"
+
 // Config is what the controller hands to a pod's shim, as JSON in a file of the
 // sandbox's directory. The shim is started as
 //
@@ -25,6 +27,9 @@ type Config struct {
 	// Forwards is how many listeners the shim has for port-forwards: TCP sockets to which
 	// the connections to any port are redirected.
 	Forwards int `json:"forwards,omitempty"`
+	// PodUID is what Kubernetes knows the pod by, and DirectVolumes are the pod's.
+	PodUID        string                `json:"pod_uid,omitempty"`
+	DirectVolumes []directvolume.Volume `json:"direct_volumes,omitempty"`
 	// Debug logs every request.
 	Debug bool `json:"debug,omitempty"`
 }

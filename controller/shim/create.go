@@ -51,7 +51,7 @@ func (s *service) Create(ctx context.Context, r *wirev1.CreateTaskRequest) (_ *w
 	}
 	defer func() {
 		if retErr != nil {
-			s.forget(r.Id)
+			s.forget(ctx, r.Id)
 		}
 	}()
 	req, err := s.guestCreate(ctx, r)
@@ -68,7 +68,7 @@ func (s *service) Create(ctx context.Context, r *wirev1.CreateTaskRequest) (_ *w
 			pio.cut()
 		}
 	}()
-	if req.Rootfs, err = s.prepare(ctx, r.Id, pio, rep); err != nil {
+	if err := s.prepare(ctx, req, pio, rep); err != nil {
 		return nil, err
 	}
 	req.Stdio = pio.streams
@@ -92,8 +92,9 @@ func (s *service) reserve(id string) error {
 	return nil
 }
 
-func (s *service) forget(id string) {
-	defer s.volumes.remove(id)
+func (s *service) forget(ctx context.Context, id string) {
+	s.detachDisks(ctx, id)
+	s.volumes.remove(id)
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	delete(s.tasks, id)
@@ -122,7 +123,7 @@ func (s *service) guestCreate(ctx context.Context, r *wirev1.CreateTaskRequest) 
 	if err := failpoint.At(ctx, failpoint.TaskCreateVolumes); err != nil {
 		return nil, err
 	}
-	if err := s.volumes.add(r.Id, c.Spec.Mounts); err != nil {
+	if err := s.addMounts(r.Id, c); err != nil {
 		return nil, fmt.Errorf("container %q cannot run in a VM: %w", r.Id, err)
 	}
 	spec, err := marshalSpec(c.Spec)
@@ -168,26 +169,28 @@ func readSpec(path string) (*specs.Spec, error) {
 	return &spec, nil
 }
 
-// prepare prepares the VM and, meanwhile, connects a container's streams.
-func (s *service) prepare(ctx context.Context, id string, pio *processIO, rep *report) (rootfs *guestv1.RootFS, _ error) {
+// prepare prepares the VM for a container, and completes its request; meanwhile, it
+// connects the streams.
+func (s *service) prepare(ctx context.Context, req *guestv1.CreateRequest, pio *processIO, rep *report) error {
 	g, gctx := errgroup.WithContext(ctx)
 	end := rep.part(PartImage)
 	g.Go(func() (err error) {
 		defer end()
-		rootfs, err = s.prepareVM(gctx, id)
+		req.Rootfs, err = s.prepareVM(gctx, req.Id)
 		return err
 	})
 	g.Go(func() error { return s.connectIO(gctx, pio, rep) })
-	g.Go(func() error { return s.volumes.mount(gctx, id, s.guest) })
+	g.Go(func() error { return s.volumes.mount(gctx, req.Id, s.guest) })
+	g.Go(func() error { return s.attachDisks(gctx, req.Id, req) })
 	began := time.Now()
 	if err := g.Wait(); err != nil {
-		return nil, err
+		return err
 	}
 	if time.Since(began) < s.streamAge {
-		return rootfs, nil
+		return nil
 	}
 	// The image had to be made first, and that took long.
-	return rootfs, s.connectIO(ctx, pio, rep)
+	return s.connectIO(ctx, pio, rep)
 }
 
 // connectIO connects streams, when the agent is there.

@@ -6,6 +6,7 @@ package shim
 import (
 	"context"
 	"encoding/json"
+	"fmt"
 	"io"
 	"net"
 	"os"
@@ -52,6 +53,8 @@ type fakeDaemon struct {
 	resizes  []*hostv1.ResizeRequest
 	resize   func(*hostv1.ResizeRequest) error
 	usages   []*hostv1.UsageRequest
+	disks    []any // requests to attach and to detach, in order
+	onDisks  func(any) error
 }
 
 func newFakeDaemon(t testing.TB, dir string) *fakeDaemon {
@@ -153,6 +156,31 @@ func (d *fakeDaemon) Usage(_ context.Context, r *hostv1.UsageRequest) (*emptypb.
 	defer d.mu.Unlock()
 	d.usages = append(d.usages, r)
 	return &emptypb.Empty{}, nil
+}
+
+func (d *fakeDaemon) AttachDisks(_ context.Context, r *hostv1.AttachDisksRequest) (*hostv1.AttachDisksResponse, error) {
+	if err := d.noteDisks(r); err != nil {
+		return nil, err
+	}
+	resp := &hostv1.AttachDisksResponse{}
+	for i := range r.Disks {
+		resp.Serials = append(resp.Serials, fmt.Sprintf("%s-%d", r.ContainerId, i))
+	}
+	return resp, nil
+}
+
+func (d *fakeDaemon) DetachDisks(_ context.Context, r *hostv1.DetachDisksRequest) (*emptypb.Empty, error) {
+	return &emptypb.Empty{}, d.noteDisks(r)
+}
+
+func (d *fakeDaemon) noteDisks(r any) error {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	d.disks = append(d.disks, r)
+	if d.onDisks == nil {
+		return nil
+	}
+	return errgrpc.ToGRPC(d.onDisks(r))
 }
 
 func (d *fakeDaemon) Resize(_ context.Context, r *hostv1.ResizeRequest) (*emptypb.Empty, error) {

@@ -64,8 +64,9 @@ type service struct {
 	events *publisher
 	// forwards are the pod's port-forwards.
 	forwards *forwarder
-	// volumes are what containers mount of the host.
+	// volumes are what containers mount of the host, and disks its disks that they have.
 	volumes podVolumes
+	disks   podDisks
 
 	// ctx ends with the service. It carries the logger.
 	ctx        context.Context

@@ -56,6 +56,7 @@ func (s *service) Delete(ctx context.Context, r *wirev1.DeleteRequest) (*wirev1.
 	if r.ExecId != "" {
 		p.task.remove(r.ExecId)
 	} else if s.take(p.task) {
+		s.detachDisks(ctx, r.Id)
 		s.volumes.remove(r.Id)
 		// Processes that were exec'd into the container went with it.
 		for _, e := range p.task.processes()[1:] {

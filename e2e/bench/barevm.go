@@ -129,29 +129,36 @@ func (t *template) restore(ctx context.Context) (_ *bareVM, took time.Duration, 
 	return vm, time.Since(began), err
 }
 
-// start starts the VMM in its directory, with these files and a TAP as its descriptors
-// from 3 on. They are closed here.
+// start starts the VMM with a TAP of its own as the last of its files; see launch.
 func (vm *bareVM) start(binary string, args []string, files ...*os.File) error {
-	defer func() {
-		for _, f := range files {
-			_ = f.Close()
-		}
-	}()
-	tap, err := makeTAP()
+	tap, _, err := makeTAP()
 	if err != nil {
+		closeAll(files)
 		return err
 	}
-	files = append(files, tap)
+	return vm.launch(binary, args, append(files, tap)...)
+}
+
+// launch starts the VMM in its directory, with these files as its descriptors from 3 on. They
+// are closed here.
+func (vm *bareVM) launch(binary string, args []string, files ...*os.File) error {
+	defer closeAll(files)
 	vm.cmd = exec.Command(binary, args...)
 	vm.cmd.Dir, vm.cmd.Stderr, vm.cmd.ExtraFiles = vm.dir, os.Stderr, files
 	return vm.cmd.Start()
 }
 
+func closeAll(files []*os.File) {
+	for _, f := range files {
+		_ = f.Close()
+	}
+}
+
 // makeTAP makes one with a name of the kernel's choice, which goes with its last file.
-func makeTAP() (*os.File, error) {
+func makeTAP() (_ *os.File, name string, _ error) {
 	fd, err := unix.Open("/dev/net/tun", unix.O_RDWR|unix.O_CLOEXEC|unix.O_NONBLOCK, 0)
 	if err != nil {
-		return nil, fmt.Errorf("open /dev/net/tun: %w", err)
+		return nil, "", fmt.Errorf("open /dev/net/tun: %w", err)
 	}
 	ifr, err := unix.NewIfreq("chvbare%d")
 	if err == nil {
@@ -159,9 +166,9 @@ func makeTAP() (*os.File, error) {
 		err = unix.IoctlIfreq(fd, unix.TUNSETIFF, ifr)
 	}
 	if err != nil {
-		return nil, errors.Join(fmt.Errorf("make a TAP: %w", err), unix.Close(fd))
+		return nil, "", errors.Join(fmt.Errorf("make a TAP: %w", err), unix.Close(fd))
 	}
-	return os.NewFile(uintptr(fd), "tap"), nil
+	return os.NewFile(uintptr(fd), "tap"), ifr.Name(), nil
 }
 
 // answer waits for the agent.

@@ -7,6 +7,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"net"
 	"os"
 	"path/filepath"
 	"strings"
@@ -69,10 +70,11 @@ func (c *bareCloudHypervisor) restore(ctx context.Context, vm *bareVM, dir strin
 	if err := vm.start(c.binary, []string{"--api-socket", "api.sock", "--restore", restore}); err != nil {
 		return "", err
 	}
-	// It tells nobody that it listens.
+	// It tells nobody that it listens, and the name is there before.
 	socket := filepath.Join(vm.dir, guestSocket)
 	for {
-		if _, err := os.Stat(socket); err == nil {
+		if conn, err := net.Dial("unix", socket); err == nil {
+			_ = conn.Close()
 			return transport.VsockEndpoint(socket, transport.VsockVM), nil
 		}
 		sleep(ctx, time.Millisecond)

@@ -69,7 +69,7 @@ import (
 )
 
 // sections are what there is to measure, in this order.
-var sections = []string{"start", "concurrency", "bare", "density"}
+var sections = []string{"start", "concurrency", "bare", "io", "density"}
 
 // bench is a run.
 type bench struct {
@@ -128,7 +128,7 @@ func (b *bench) run(ctx context.Context, which []string, out string) error {
 			return fmt.Errorf("there is no section %q, only %v: %w", s, sections, errdefs.ErrInvalidArgument)
 		}
 	}
-	do := map[string]func(context.Context) error{"start": b.starts, "concurrency": b.concurrency, "bare": b.bare, "density": b.densities}
+	do := map[string]func(context.Context) error{"start": b.starts, "concurrency": b.concurrency, "bare": b.bare, "io": b.io, "density": b.densities}
 	var errs []error
 	for _, s := range sections {
 		if slices.Contains(which, s) && ctx.Err() == nil {

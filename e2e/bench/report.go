@@ -248,6 +248,19 @@ func (r *report) alias(name, of string) {
 	r.samples[key{name, sideOurs}] = s
 }
 
+// namesOf are those of what a side has given, in order.
+func (r *report) namesOf(side string) (names []string) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	for k := range r.samples {
+		if k.side == side {
+			names = append(names, k.name)
+		}
+	}
+	slices.Sort(names)
+	return names
+}
+
 // tails adds how far the slowest of a result are from its middle, on each side.
 func (r *report) tails(name, of string) {
 	for side, s := range map[string]*sample{sideOurs: r.samples[key{of, sideOurs}], sideRunC: r.ofRunC(of)} {

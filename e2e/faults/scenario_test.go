@@ -91,10 +91,25 @@ var byVerb = map[string][]scenario{
 	"task-create": {runs}, "task-start": {runs}, "exec": {executes}, "task-kill": {stops}, "task-delete": {stops}, "task-update": {updates},
 }
 
+// noDisk is why no scenario comes to the points of disks.
+const noDisk = "no container here has a block device or a direct volume; TestBlockDevices and TestDirectVolumes have"
+
 // unreached are the points to which no scenario here comes, with the reason.
 var unreached = map[failpoint.Point]string{
-	failpoint.StartNIC: "a pod with one interface has no further one; TestNetworks has",
-	failpoint.JoinTAP:  "a pod with one interface has no further one; TestNetworks has",
+	failpoint.StartNIC:        "a pod with one interface has no further one; TestNetworks has",
+	failpoint.JoinTAP:         "a pod with one interface has no further one; TestNetworks has",
+	failpoint.DiskShare:       noDisk,
+	failpoint.DiskRecord:      noDisk,
+	failpoint.DiskUnplug:      noDisk,
+	failpoint.DiskPlug:        noDisk,
+	failpoint.DiskDone:        noDisk,
+	failpoint.DiskForget:      noDisk,
+	failpoint.DiskUnshare:     noDisk,
+	failpoint.DiskRelease:     noDisk,
+	failpoint.DiskRemove:      noDisk,
+	failpoint.DiskRemoved:     noDisk,
+	failpoint.TaskCreateDisks: noDisk,
+	failpoint.TaskDeleteDisks: noDisk,
 }
 
 // scenariosOf are those that come to a point.

@@ -10,6 +10,7 @@ import (
 	"bytes"
 	"debug/elf"
 	"fmt"
+	"io"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -22,6 +23,8 @@ import (
 	"github.com/google/go-containerregistry/pkg/v1/mutate"
 	"github.com/google/go-containerregistry/pkg/v1/static"
 	"github.com/google/go-containerregistry/pkg/v1/types"
+
+	"github.com/cloudhv/containerd-cloudhv/e2e/testimage/pattern"
 )
 
 // References that the images are used under.
@@ -32,6 +35,8 @@ const (
 	ClonesRef  = "localhost/chv/clones:latest"
 	// VolumeRef is Volume.
 	VolumeRef = "localhost/chv/volume:latest"
+	// BigRef is Big.
+	BigRef = "localhost/chv/big:latest"
 )
 
 // HelperPath is where the helper is in the images that have it, CWhoPath where the
@@ -115,6 +120,21 @@ func Helper(helper []byte) (v1.Image, error) {
 // Clones is Helper and the C program of BuildCWho.
 func Clones(helper, cwho []byte) (v1.Image, error) {
 	return withHelper(helper, map[string][]byte{CWhoPath: cwho})
+}
+
+// BigPath is where the large file is in the image Big, BigBytes its size.
+const (
+	BigPath  = "/big"
+	BigBytes = 32 << 20
+)
+
+// Big is Helper with a large file.
+func Big(helper []byte) (v1.Image, error) {
+	data, err := io.ReadAll(pattern.New(1, BigBytes))
+	if err != nil {
+		return nil, err
+	}
+	return withHelper(helper, map[string][]byte{BigPath: data})
 }
 
 // Volume is Helper with a volume at /data, in which the image has a file.

@@ -335,5 +335,8 @@ func (n *Node) LogPath() string { return n.Dir("containerd.log") }
 // Repo is the root of the checkout.
 func (n *Node) Repo() string { return n.opts.Repo }
 
+// GuestDir is where the guest's kernel and image are.
+func (n *Node) GuestDir() string { return n.opts.GuestDir }
+
 // BinDir is Options.BinDir, or what stands for it.
 func (n *Node) BinDir() string { return n.opts.BinDir }

@@ -22,6 +22,7 @@ import (
 	"github.com/cloudhv/containerd-cloudhv/guest/agent/cgroup"
 	"github.com/cloudhv/containerd-cloudhv/guest/agent/crun"
 	"github.com/cloudhv/containerd-cloudhv/guest/agent/disk"
+	"github.com/cloudhv/containerd-cloudhv/guest/agent/diskfs"
 	"github.com/cloudhv/containerd-cloudhv/guest/agent/forward"
 	"github.com/cloudhv/containerd-cloudhv/guest/agent/machine"
 	"github.com/cloudhv/containerd-cloudhv/guest/agent/podns"
@@ -30,6 +31,7 @@ import (
 	"github.com/cloudhv/containerd-cloudhv/guest/agent/rpc"
 	"github.com/cloudhv/containerd-cloudhv/guest/agent/stdio"
 	"github.com/cloudhv/containerd-cloudhv/guest/agent/task"
+	"github.com/cloudhv/containerd-cloudhv/guest/api"
 	guestv1 "github.com/cloudhv/containerd-cloudhv/guest/api/v1"
 )
 
@@ -95,9 +97,10 @@ func run(ctx context.Context, start time.Duration) error {
 		return err
 	}
 	ready := boot.Uptime()
+	volumes := diskfs.NewManager(api.DiskRoot, disk.Finder{})
 	vm := machine.New(machine.Config{
 		Version: version, AgentStart: start, Ready: ready,
-		PodDir: podDir, Memory: memory, System: machine.VM{},
+		PodDir: podDir, Memory: memory, System: machine.VM{Unmount: volumes.Close},
 		Namespaces: func(u *guestv1.UserNamespace) (*podns.Namespaces, error) { return podns.New(self, reaper, u) },
 	})
 	streams := stdio.NewStreams()
@@ -105,7 +108,7 @@ func run(ctx context.Context, start time.Duration) error {
 		Bundles: bundles, CgroupRoot: cgroup.Mountpoint, CgroupParent: boot.PodCgroup,
 		Ready: vm.Configured, Pod: machine.Pod{Dir: podDir}, Namespaces: vm.Namespaces,
 		Runtime: crun.Runtime{Command: crunBinary, Root: crunRoot},
-		Reaper:  reaper, Streams: streams, RootFS: layerManager, Self: self,
+		Reaper:  reaper, Streams: streams, RootFS: layerManager, Volumes: volumes, Self: self,
 	})
 	if err != nil {
 		return err

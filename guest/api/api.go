@@ -7,11 +7,22 @@ package api
 
 // Version is the version of this API. Host and agent refuse each other when
 // theirs differ: both come from the same build.
-const Version = 5
+const Version = 6
 
 // VolumeRoot is where the agent mounts what the shim serves: each of the pod's volumes is
 // an entry of it.
 const VolumeRoot = "/run/volumes"
+
+// DiskRoot is where the agent mounts file systems of disks: each is an entry of it, by the
+// disk's serial.
+const DiskRoot = "/run/disks"
+
+// DiskFileSystems are those of disks that an agent mounts, and DiskMountOptions the options
+// that it knows, beside being read-only.
+var (
+	DiskFileSystems  = []string{"ext4", "xfs", "erofs"}
+	DiskMountOptions = []string{"noatime", "nodiratime", "relatime", "strictatime", "nosuid", "noexec", "sync", "discard"}
+)
 
 // Guest ports. A port is what a stream of the transport is dialled to: a vsock
 // port, or the number in the preamble of a stream over virtio-serial.

@@ -20,8 +20,8 @@ repo=$(cd "$here/../.." && pwd)
 # shellcheck source=hack/lib.sh
 source "$repo/hack/lib.sh"
 cd "$repo"
-
-programs=$repo/build/kvm
+# shellcheck source=hack/node/lib.sh
+source "$here/lib.sh"
 
 # names LIST: the tests that a list names, as a regular expression.
 names() { awk '!/^#/ && NF { printf "%s%s", sep, $1; sep = "|" } END { print "" }' "$here/$1"; }
@@ -38,21 +38,8 @@ compile() {
 	local start=$SECONDS
 	mkdir -p "$programs"
 	go test -c -o "$programs/e2e.test" ./e2e
-	CGO_ENABLED=0 go build -ldflags='-s -w' -o "$programs/helper" ./e2e/testimage/helper
-	gcc -static -O2 -Wall -Werror -o "$programs/cwho" e2e/testimage/cwho/cwho.c
+	compile_images
 	say "the tests compiled in $((SECONDS - start)) s"
-}
-
-# hypervisors: those to test.
-hypervisors() {
-	if [[ ${VMM:-} ]]; then
-		tr ' ' '\n' <<<"$VMM"
-		return
-	fi
-	echo qemu
-	if CLOUD_HYPERVISOR=${CLOUD_HYPERVISOR:-$(command -v cloud-hypervisor)}; then
-		echo cloudhypervisor
-	fi
 }
 
 # out_of_time LOG STATUS: of a subset, what there was no time for is named; it is a failure only if a test

@@ -163,7 +163,7 @@ func attacker() {
 // takenOver opens what the hypervisor would, as that would, and does what it is told.
 func takenOver() error {
 	v := attack.VMM{Memory: -1, Attacks: slices.Concat(attack.Files, attack.Snapshot, attack.Held, attack.Processes, attack.Sockets,
-		ownAttacks, configAttacks, deviceAttacks, needs, restoredNeeds, templateNeeds, deviceNeeds)}
+		ownAttacks, configAttacks, deviceAttacks, blockAttacks, blockNeeds, needs, restoredNeeds, templateNeeds, deviceNeeds)}
 	for name, flag := range map[string]int{rootLink: unix.O_RDONLY, scratchLink: unix.O_RDWR} {
 		if _, err := unix.Open(name, flag|unix.O_CLOEXEC, 0); err != nil {
 			return fmt.Errorf("open %s: %w", name, err)

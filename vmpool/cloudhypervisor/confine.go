@@ -91,6 +91,12 @@ func (vm *machine) lend(disk vmm.Disk) (path string, _ error) {
 	if err := os.Remove(path); err != nil && !errors.Is(err, os.ErrNotExist) {
 		return "", err
 	}
+	if device, err := deviceOf(disk.Path); err != nil || device != nil {
+		if err == nil {
+			err = vm.lendDevice(path, disk.ReadOnly, device.Rdev)
+		}
+		return path, err
+	}
 	err := os.Link(disk.Path, path)
 	if ended := vm.Check(); ended != nil {
 		return "", ended

@@ -8,6 +8,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -217,9 +218,10 @@ func bareClones(t *testing.T, s *realvm.Suite, snap vmm.Snapshot) (sum int64) {
 		defer cmd.Wait()         //nolint:errcheck // killed
 		defer cmd.Process.Kill() //nolint:errcheck
 		pids = append(pids, cmd.Process.Pid)
+		// Its name is there before it is listened on.
 		require.Eventually(t, func() bool {
-			_, err := os.Stat(filepath.Join(own, guestSocket))
-			return err == nil
+			conn, err := net.Dial("unix", filepath.Join(own, guestSocket))
+			return err == nil && conn.Close() == nil
 		}, realvm.Limit, 5*time.Millisecond)
 		guest, err := transport.Open(transport.VsockEndpoint(filepath.Join(own, guestSocket), transport.VsockVM))
 		require.NoError(t, err)

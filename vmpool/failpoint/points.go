@@ -160,6 +160,28 @@ const (
 	AttachRefused Point = "attach/refused"
 )
 
+// Disk: a block device or direct volume of the host's becomes a container's, and is taken away.
+const (
+	// DiskShare is before the record says that another container has a disk that is there.
+	DiskShare Point = "disk/share"
+	// DiskRecord is before the record says that a disk is being plugged in.
+	DiskRecord Point = "disk/record"
+	// DiskUnplug is before a disk is removed of which nobody knows whether it is there.
+	DiskUnplug Point = "disk/unplug"
+	// DiskPlug is before the disk is plugged in, DiskDone before the record says that it is.
+	DiskPlug Point = "disk/plug"
+	DiskDone Point = "disk/done"
+	// DiskForget is before the record says that it is not.
+	DiskForget Point = "disk/forget"
+	// DiskUnshare is before the record says that a container has a disk no more that others have.
+	DiskUnshare Point = "disk/unshare"
+	// DiskRelease is before the record says that a disk is being taken away, DiskRemove before
+	// it is, and DiskRemoved before the record forgets it.
+	DiskRelease Point = "disk/release"
+	DiskRemove  Point = "disk/remove"
+	DiskRemoved Point = "disk/removed"
+)
+
 // Image: the file of an image's layers is made.
 const (
 	// ImageFile is before the file is made that is to be the image.
@@ -326,6 +348,10 @@ const (
 	// TaskCreateGrow and TaskCreateAttach are before the controller is asked.
 	TaskCreateGrow   Point = "task-create/grow"
 	TaskCreateAttach Point = "task-create/attach"
+	// TaskCreateDisks is before the controller is asked for disks of the host's, and
+	// TaskDeleteDisks before it is asked to take them away.
+	TaskCreateDisks Point = "task-create/disks"
+	TaskDeleteDisks Point = "task-delete/disks"
 	// TaskCreateStreams is before the guest's streams are dialled.
 	TaskCreateStreams Point = "task-create/streams"
 	// TaskCreateMount is before the guest mounts the volumes.

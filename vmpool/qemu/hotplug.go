@@ -79,15 +79,18 @@ func (vm *machine) plugDisk(ctx context.Context, disk vmm.Disk) (retErr error) {
 		return err
 	}
 	defer func() { release(retErr) }()
-	if err := vm.addNode(ctx, id, disk); err != nil {
-		return err
-	}
-	defer vm.undoOnError(ctx, &retErr, "blockdev-del", object{"node-name": id})
 	device := object{
 		"driver": "virtio-blk-pci", "id": id, "bus": vm.slotOf(id), "disable-legacy": "on",
 		"drive": id, "serial": disk.Serial,
 		"werror": "report", "rerror": "report",
 	}
+	if err := setBlockSizes(device, disk.Path); err != nil {
+		return err
+	}
+	if err := vm.addNode(ctx, id, disk); err != nil {
+		return err
+	}
+	defer vm.undoOnError(ctx, &retErr, "blockdev-del", object{"node-name": id})
 	return vm.call(ctx, "device_add", device, nil)
 }
 
@@ -116,6 +119,10 @@ func (vm *machine) withFile(ctx context.Context, disk vmm.Disk, use func(file ob
 		return fmt.Errorf("%w: %w", err, errdefs.ErrInvalidArgument)
 	}
 	defer f.Close() //nolint:errcheck // QEMU has its own
+	driver, err := driverOf(f)
+	if err != nil {
+		return err
+	}
 	var set struct {
 		ID int `json:"fdset-id"`
 	}
@@ -124,7 +131,7 @@ func (vm *machine) withFile(ctx context.Context, disk vmm.Disk, use func(file ob
 	}
 	// The node has a file of its own by then, or needs none.
 	defer func() { _ = vm.undo(ctx, "remove-fd", object{"fdset-id": set.ID}) }()
-	return use(object{"driver": "file", "filename": setPath(set.ID), "locking": "off"})
+	return use(object{"driver": driver, "filename": setPath(set.ID), "locking": "off"})
 }
 
 // RemoveDisk empties the image disk, or unplugs a block device.

@@ -6,6 +6,7 @@ package vmm
 import (
 	"errors"
 	"fmt"
+	"io/fs"
 	"os"
 	"path/filepath"
 	"regexp"
@@ -115,8 +116,12 @@ func (d Disk) Validate() error {
 	if !filepath.IsAbs(d.Path) {
 		return fmt.Errorf("disk %s: path %q is not absolute: %w", d.Serial, d.Path, errdefs.ErrInvalidArgument)
 	}
-	if _, err := os.Stat(d.Path); err != nil {
+	info, err := os.Stat(d.Path)
+	if err != nil {
 		return fmt.Errorf("disk %s: %w: %w", d.Serial, err, errdefs.ErrInvalidArgument)
+	}
+	if kind := info.Mode().Type(); kind != 0 && kind != fs.ModeDevice {
+		return fmt.Errorf("disk %s: %s is neither a file nor a block device: %w", d.Serial, d.Path, errdefs.ErrInvalidArgument)
 	}
 	return nil
 }

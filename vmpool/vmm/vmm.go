@@ -191,7 +191,7 @@ type VM interface {
 	// AddDisk makes a disk one of the guest's and returns the serial by which the
 	// guest finds it. A device that is hot-plugged has Disk.Serial. A driver may have
 	// given the machine an empty read-only disk from the start, with ImageSerial, into
-	// which it puts the first disk that fits, as no device has to be found then: the
+	// which it puts the first image file that fits, as no device has to be found then: the
 	// guest then sees a larger disk, whose end cannot be read, and must have kept
 	// nothing of what it read there before.
 	// RemoveDisk takes the disk with that Disk.Serial away. A hot-plugged one the guest
@@ -254,7 +254,8 @@ type Disk struct {
 	// ScratchSerial nor ImageSerial. As a rule it is the virtio-blk serial: see
 	// VM.AddDisk.
 	Serial string
-	// Path of a raw image or block device.
+	// Path of a raw image or block device. The guest sees a block device with the size
+	// and the sizes of blocks that it has; its node on the host stays as it is.
 	Path     string
 	ReadOnly bool
 }

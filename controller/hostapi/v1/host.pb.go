@@ -127,6 +127,235 @@ func (x *AttachRootFSResponse) GetImageSerial() string {
 	return ""
 }
 
+type AttachDisksRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	SandboxId     string                 `protobuf:"bytes,1,opt,name=sandbox_id,json=sandboxId,proto3" json:"sandbox_id,omitempty"`
+	ContainerId   string                 `protobuf:"bytes,2,opt,name=container_id,json=containerId,proto3" json:"container_id,omitempty"`
+	Disks         []*Disk                `protobuf:"bytes,3,rep,name=disks,proto3" json:"disks,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *AttachDisksRequest) Reset() {
+	*x = AttachDisksRequest{}
+	mi := &file_controller_hostapi_v1_host_proto_msgTypes[2]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *AttachDisksRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*AttachDisksRequest) ProtoMessage() {}
+
+func (x *AttachDisksRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_controller_hostapi_v1_host_proto_msgTypes[2]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use AttachDisksRequest.ProtoReflect.Descriptor instead.
+func (*AttachDisksRequest) Descriptor() ([]byte, []int) {
+	return file_controller_hostapi_v1_host_proto_rawDescGZIP(), []int{2}
+}
+
+func (x *AttachDisksRequest) GetSandboxId() string {
+	if x != nil {
+		return x.SandboxId
+	}
+	return ""
+}
+
+func (x *AttachDisksRequest) GetContainerId() string {
+	if x != nil {
+		return x.ContainerId
+	}
+	return ""
+}
+
+func (x *AttachDisksRequest) GetDisks() []*Disk {
+	if x != nil {
+		return x.Disks
+	}
+	return nil
+}
+
+// Disk is one of the host's.
+type Disk struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// direct_volume is the place, from 1 on, of one of the pod's direct volumes. With 0 it
+	// is the block device with these numbers.
+	DirectVolume uint32 `protobuf:"varint,1,opt,name=direct_volume,json=directVolume,proto3" json:"direct_volume,omitempty"`
+	Major        uint32 `protobuf:"varint,2,opt,name=major,proto3" json:"major,omitempty"`
+	Minor        uint32 `protobuf:"varint,3,opt,name=minor,proto3" json:"minor,omitempty"`
+	// read_only is for a block device; a direct volume's is the pod's to say.
+	ReadOnly      bool `protobuf:"varint,4,opt,name=read_only,json=readOnly,proto3" json:"read_only,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Disk) Reset() {
+	*x = Disk{}
+	mi := &file_controller_hostapi_v1_host_proto_msgTypes[3]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Disk) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Disk) ProtoMessage() {}
+
+func (x *Disk) ProtoReflect() protoreflect.Message {
+	mi := &file_controller_hostapi_v1_host_proto_msgTypes[3]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Disk.ProtoReflect.Descriptor instead.
+func (*Disk) Descriptor() ([]byte, []int) {
+	return file_controller_hostapi_v1_host_proto_rawDescGZIP(), []int{3}
+}
+
+func (x *Disk) GetDirectVolume() uint32 {
+	if x != nil {
+		return x.DirectVolume
+	}
+	return 0
+}
+
+func (x *Disk) GetMajor() uint32 {
+	if x != nil {
+		return x.Major
+	}
+	return 0
+}
+
+func (x *Disk) GetMinor() uint32 {
+	if x != nil {
+		return x.Minor
+	}
+	return 0
+}
+
+func (x *Disk) GetReadOnly() bool {
+	if x != nil {
+		return x.ReadOnly
+	}
+	return false
+}
+
+type AttachDisksResponse struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// serials are those under which the guest finds the disks, in the request's order.
+	Serials       []string `protobuf:"bytes,1,rep,name=serials,proto3" json:"serials,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *AttachDisksResponse) Reset() {
+	*x = AttachDisksResponse{}
+	mi := &file_controller_hostapi_v1_host_proto_msgTypes[4]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *AttachDisksResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*AttachDisksResponse) ProtoMessage() {}
+
+func (x *AttachDisksResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_controller_hostapi_v1_host_proto_msgTypes[4]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use AttachDisksResponse.ProtoReflect.Descriptor instead.
+func (*AttachDisksResponse) Descriptor() ([]byte, []int) {
+	return file_controller_hostapi_v1_host_proto_rawDescGZIP(), []int{4}
+}
+
+func (x *AttachDisksResponse) GetSerials() []string {
+	if x != nil {
+		return x.Serials
+	}
+	return nil
+}
+
+type DetachDisksRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	SandboxId     string                 `protobuf:"bytes,1,opt,name=sandbox_id,json=sandboxId,proto3" json:"sandbox_id,omitempty"`
+	ContainerId   string                 `protobuf:"bytes,2,opt,name=container_id,json=containerId,proto3" json:"container_id,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *DetachDisksRequest) Reset() {
+	*x = DetachDisksRequest{}
+	mi := &file_controller_hostapi_v1_host_proto_msgTypes[5]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *DetachDisksRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*DetachDisksRequest) ProtoMessage() {}
+
+func (x *DetachDisksRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_controller_hostapi_v1_host_proto_msgTypes[5]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use DetachDisksRequest.ProtoReflect.Descriptor instead.
+func (*DetachDisksRequest) Descriptor() ([]byte, []int) {
+	return file_controller_hostapi_v1_host_proto_rawDescGZIP(), []int{5}
+}
+
+func (x *DetachDisksRequest) GetSandboxId() string {
+	if x != nil {
+		return x.SandboxId
+	}
+	return ""
+}
+
+func (x *DetachDisksRequest) GetContainerId() string {
+	if x != nil {
+		return x.ContainerId
+	}
+	return ""
+}
+
 type ResizeRequest struct {
 	state     protoimpl.MessageState `protogen:"open.v1"`
 	SandboxId string                 `protobuf:"bytes,1,opt,name=sandbox_id,json=sandboxId,proto3" json:"sandbox_id,omitempty"`
@@ -142,7 +371,7 @@ type ResizeRequest struct {
 
 func (x *ResizeRequest) Reset() {
 	*x = ResizeRequest{}
-	mi := &file_controller_hostapi_v1_host_proto_msgTypes[2]
+	mi := &file_controller_hostapi_v1_host_proto_msgTypes[6]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -154,7 +383,7 @@ func (x *ResizeRequest) String() string {
 func (*ResizeRequest) ProtoMessage() {}
 
 func (x *ResizeRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_controller_hostapi_v1_host_proto_msgTypes[2]
+	mi := &file_controller_hostapi_v1_host_proto_msgTypes[6]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -167,7 +396,7 @@ func (x *ResizeRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ResizeRequest.ProtoReflect.Descriptor instead.
 func (*ResizeRequest) Descriptor() ([]byte, []int) {
-	return file_controller_hostapi_v1_host_proto_rawDescGZIP(), []int{2}
+	return file_controller_hostapi_v1_host_proto_rawDescGZIP(), []int{6}
 }
 
 func (x *ResizeRequest) GetSandboxId() string {
@@ -213,7 +442,7 @@ type Limits struct {
 
 func (x *Limits) Reset() {
 	*x = Limits{}
-	mi := &file_controller_hostapi_v1_host_proto_msgTypes[3]
+	mi := &file_controller_hostapi_v1_host_proto_msgTypes[7]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -225,7 +454,7 @@ func (x *Limits) String() string {
 func (*Limits) ProtoMessage() {}
 
 func (x *Limits) ProtoReflect() protoreflect.Message {
-	mi := &file_controller_hostapi_v1_host_proto_msgTypes[3]
+	mi := &file_controller_hostapi_v1_host_proto_msgTypes[7]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -238,7 +467,7 @@ func (x *Limits) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Limits.ProtoReflect.Descriptor instead.
 func (*Limits) Descriptor() ([]byte, []int) {
-	return file_controller_hostapi_v1_host_proto_rawDescGZIP(), []int{3}
+	return file_controller_hostapi_v1_host_proto_rawDescGZIP(), []int{7}
 }
 
 func (x *Limits) GetContainerId() string {
@@ -287,7 +516,7 @@ type ReportRequest struct {
 
 func (x *ReportRequest) Reset() {
 	*x = ReportRequest{}
-	mi := &file_controller_hostapi_v1_host_proto_msgTypes[4]
+	mi := &file_controller_hostapi_v1_host_proto_msgTypes[8]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -299,7 +528,7 @@ func (x *ReportRequest) String() string {
 func (*ReportRequest) ProtoMessage() {}
 
 func (x *ReportRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_controller_hostapi_v1_host_proto_msgTypes[4]
+	mi := &file_controller_hostapi_v1_host_proto_msgTypes[8]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -312,7 +541,7 @@ func (x *ReportRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReportRequest.ProtoReflect.Descriptor instead.
 func (*ReportRequest) Descriptor() ([]byte, []int) {
-	return file_controller_hostapi_v1_host_proto_rawDescGZIP(), []int{4}
+	return file_controller_hostapi_v1_host_proto_rawDescGZIP(), []int{8}
 }
 
 func (x *ReportRequest) GetSandboxId() string {
@@ -379,7 +608,7 @@ type Part struct {
 
 func (x *Part) Reset() {
 	*x = Part{}
-	mi := &file_controller_hostapi_v1_host_proto_msgTypes[5]
+	mi := &file_controller_hostapi_v1_host_proto_msgTypes[9]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -391,7 +620,7 @@ func (x *Part) String() string {
 func (*Part) ProtoMessage() {}
 
 func (x *Part) ProtoReflect() protoreflect.Message {
-	mi := &file_controller_hostapi_v1_host_proto_msgTypes[5]
+	mi := &file_controller_hostapi_v1_host_proto_msgTypes[9]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -404,7 +633,7 @@ func (x *Part) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Part.ProtoReflect.Descriptor instead.
 func (*Part) Descriptor() ([]byte, []int) {
-	return file_controller_hostapi_v1_host_proto_rawDescGZIP(), []int{5}
+	return file_controller_hostapi_v1_host_proto_rawDescGZIP(), []int{9}
 }
 
 func (x *Part) GetName() string {
@@ -449,7 +678,7 @@ type UsageRequest struct {
 
 func (x *UsageRequest) Reset() {
 	*x = UsageRequest{}
-	mi := &file_controller_hostapi_v1_host_proto_msgTypes[6]
+	mi := &file_controller_hostapi_v1_host_proto_msgTypes[10]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -461,7 +690,7 @@ func (x *UsageRequest) String() string {
 func (*UsageRequest) ProtoMessage() {}
 
 func (x *UsageRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_controller_hostapi_v1_host_proto_msgTypes[6]
+	mi := &file_controller_hostapi_v1_host_proto_msgTypes[10]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -474,7 +703,7 @@ func (x *UsageRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UsageRequest.ProtoReflect.Descriptor instead.
 func (*UsageRequest) Descriptor() ([]byte, []int) {
-	return file_controller_hostapi_v1_host_proto_rawDescGZIP(), []int{6}
+	return file_controller_hostapi_v1_host_proto_rawDescGZIP(), []int{10}
 }
 
 func (x *UsageRequest) GetSandboxId() string {
@@ -522,7 +751,23 @@ const file_controller_hostapi_v1_host_proto_rawDesc = "" +
 	"sandbox_id\x18\x01 \x01(\tR\tsandboxId\x12!\n" +
 	"\fcontainer_id\x18\x02 \x01(\tR\vcontainerId\"9\n" +
 	"\x14AttachRootFSResponse\x12!\n" +
-	"\fimage_serial\x18\x01 \x01(\tR\vimageSerial\"\xaf\x01\n" +
+	"\fimage_serial\x18\x01 \x01(\tR\vimageSerial\"\x83\x01\n" +
+	"\x12AttachDisksRequest\x12\x1d\n" +
+	"\n" +
+	"sandbox_id\x18\x01 \x01(\tR\tsandboxId\x12!\n" +
+	"\fcontainer_id\x18\x02 \x01(\tR\vcontainerId\x12+\n" +
+	"\x05disks\x18\x03 \x03(\v2\x15.cloudhv.host.v1.DiskR\x05disks\"t\n" +
+	"\x04Disk\x12#\n" +
+	"\rdirect_volume\x18\x01 \x01(\rR\fdirectVolume\x12\x14\n" +
+	"\x05major\x18\x02 \x01(\rR\x05major\x12\x14\n" +
+	"\x05minor\x18\x03 \x01(\rR\x05minor\x12\x1b\n" +
+	"\tread_only\x18\x04 \x01(\bR\breadOnly\"/\n" +
+	"\x13AttachDisksResponse\x12\x18\n" +
+	"\aserials\x18\x01 \x03(\tR\aserials\"V\n" +
+	"\x12DetachDisksRequest\x12\x1d\n" +
+	"\n" +
+	"sandbox_id\x18\x01 \x01(\tR\tsandboxId\x12!\n" +
+	"\fcontainer_id\x18\x02 \x01(\tR\vcontainerId\"\xaf\x01\n" +
 	"\rResizeRequest\x12\x1d\n" +
 	"\n" +
 	"sandbox_id\x18\x01 \x01(\tR\tsandboxId\x127\n" +
@@ -557,9 +802,11 @@ const file_controller_hostapi_v1_host_proto_rawDesc = "" +
 	"\fcontainer_id\x18\x02 \x01(\tR\vcontainerId\x12\x14\n" +
 	"\x05bytes\x18\x03 \x01(\x04R\x05bytes\x12\x16\n" +
 	"\x06inodes\x18\x04 \x01(\x04R\x06inodes\x12\x12\n" +
-	"\x04gone\x18\x05 \x01(\bR\x04gone2\xa7\x02\n" +
+	"\x04gone\x18\x05 \x01(\bR\x04gone2\xcd\x03\n" +
 	"\x04Host\x12[\n" +
-	"\fAttachRootFS\x12$.cloudhv.host.v1.AttachRootFSRequest\x1a%.cloudhv.host.v1.AttachRootFSResponse\x12@\n" +
+	"\fAttachRootFS\x12$.cloudhv.host.v1.AttachRootFSRequest\x1a%.cloudhv.host.v1.AttachRootFSResponse\x12X\n" +
+	"\vAttachDisks\x12#.cloudhv.host.v1.AttachDisksRequest\x1a$.cloudhv.host.v1.AttachDisksResponse\x12J\n" +
+	"\vDetachDisks\x12#.cloudhv.host.v1.DetachDisksRequest\x1a\x16.google.protobuf.Empty\x12@\n" +
 	"\x06Resize\x12\x1e.cloudhv.host.v1.ResizeRequest\x1a\x16.google.protobuf.Empty\x12@\n" +
 	"\x06Report\x12\x1e.cloudhv.host.v1.ReportRequest\x1a\x16.google.protobuf.Empty\x12>\n" +
 	"\x05Usage\x12\x1d.cloudhv.host.v1.UsageRequest\x1a\x16.google.protobuf.EmptyBDZBgithub.com/cloudhv/containerd-cloudhv/controller/hostapi/v1;hostv1b\x06proto3"
@@ -576,33 +823,42 @@ func file_controller_hostapi_v1_host_proto_rawDescGZIP() []byte {
 	return file_controller_hostapi_v1_host_proto_rawDescData
 }
 
-var file_controller_hostapi_v1_host_proto_msgTypes = make([]protoimpl.MessageInfo, 7)
+var file_controller_hostapi_v1_host_proto_msgTypes = make([]protoimpl.MessageInfo, 11)
 var file_controller_hostapi_v1_host_proto_goTypes = []any{
 	(*AttachRootFSRequest)(nil),  // 0: cloudhv.host.v1.AttachRootFSRequest
 	(*AttachRootFSResponse)(nil), // 1: cloudhv.host.v1.AttachRootFSResponse
-	(*ResizeRequest)(nil),        // 2: cloudhv.host.v1.ResizeRequest
-	(*Limits)(nil),               // 3: cloudhv.host.v1.Limits
-	(*ReportRequest)(nil),        // 4: cloudhv.host.v1.ReportRequest
-	(*Part)(nil),                 // 5: cloudhv.host.v1.Part
-	(*UsageRequest)(nil),         // 6: cloudhv.host.v1.UsageRequest
-	(*emptypb.Empty)(nil),        // 7: google.protobuf.Empty
+	(*AttachDisksRequest)(nil),   // 2: cloudhv.host.v1.AttachDisksRequest
+	(*Disk)(nil),                 // 3: cloudhv.host.v1.Disk
+	(*AttachDisksResponse)(nil),  // 4: cloudhv.host.v1.AttachDisksResponse
+	(*DetachDisksRequest)(nil),   // 5: cloudhv.host.v1.DetachDisksRequest
+	(*ResizeRequest)(nil),        // 6: cloudhv.host.v1.ResizeRequest
+	(*Limits)(nil),               // 7: cloudhv.host.v1.Limits
+	(*ReportRequest)(nil),        // 8: cloudhv.host.v1.ReportRequest
+	(*Part)(nil),                 // 9: cloudhv.host.v1.Part
+	(*UsageRequest)(nil),         // 10: cloudhv.host.v1.UsageRequest
+	(*emptypb.Empty)(nil),        // 11: google.protobuf.Empty
 }
 var file_controller_hostapi_v1_host_proto_depIdxs = []int32{
-	3, // 0: cloudhv.host.v1.ResizeRequest.containers:type_name -> cloudhv.host.v1.Limits
-	5, // 1: cloudhv.host.v1.ReportRequest.parts:type_name -> cloudhv.host.v1.Part
-	0, // 2: cloudhv.host.v1.Host.AttachRootFS:input_type -> cloudhv.host.v1.AttachRootFSRequest
-	2, // 3: cloudhv.host.v1.Host.Resize:input_type -> cloudhv.host.v1.ResizeRequest
-	4, // 4: cloudhv.host.v1.Host.Report:input_type -> cloudhv.host.v1.ReportRequest
-	6, // 5: cloudhv.host.v1.Host.Usage:input_type -> cloudhv.host.v1.UsageRequest
-	1, // 6: cloudhv.host.v1.Host.AttachRootFS:output_type -> cloudhv.host.v1.AttachRootFSResponse
-	7, // 7: cloudhv.host.v1.Host.Resize:output_type -> google.protobuf.Empty
-	7, // 8: cloudhv.host.v1.Host.Report:output_type -> google.protobuf.Empty
-	7, // 9: cloudhv.host.v1.Host.Usage:output_type -> google.protobuf.Empty
-	6, // [6:10] is the sub-list for method output_type
-	2, // [2:6] is the sub-list for method input_type
-	2, // [2:2] is the sub-list for extension type_name
-	2, // [2:2] is the sub-list for extension extendee
-	0, // [0:2] is the sub-list for field type_name
+	3,  // 0: cloudhv.host.v1.AttachDisksRequest.disks:type_name -> cloudhv.host.v1.Disk
+	7,  // 1: cloudhv.host.v1.ResizeRequest.containers:type_name -> cloudhv.host.v1.Limits
+	9,  // 2: cloudhv.host.v1.ReportRequest.parts:type_name -> cloudhv.host.v1.Part
+	0,  // 3: cloudhv.host.v1.Host.AttachRootFS:input_type -> cloudhv.host.v1.AttachRootFSRequest
+	2,  // 4: cloudhv.host.v1.Host.AttachDisks:input_type -> cloudhv.host.v1.AttachDisksRequest
+	5,  // 5: cloudhv.host.v1.Host.DetachDisks:input_type -> cloudhv.host.v1.DetachDisksRequest
+	6,  // 6: cloudhv.host.v1.Host.Resize:input_type -> cloudhv.host.v1.ResizeRequest
+	8,  // 7: cloudhv.host.v1.Host.Report:input_type -> cloudhv.host.v1.ReportRequest
+	10, // 8: cloudhv.host.v1.Host.Usage:input_type -> cloudhv.host.v1.UsageRequest
+	1,  // 9: cloudhv.host.v1.Host.AttachRootFS:output_type -> cloudhv.host.v1.AttachRootFSResponse
+	4,  // 10: cloudhv.host.v1.Host.AttachDisks:output_type -> cloudhv.host.v1.AttachDisksResponse
+	11, // 11: cloudhv.host.v1.Host.DetachDisks:output_type -> google.protobuf.Empty
+	11, // 12: cloudhv.host.v1.Host.Resize:output_type -> google.protobuf.Empty
+	11, // 13: cloudhv.host.v1.Host.Report:output_type -> google.protobuf.Empty
+	11, // 14: cloudhv.host.v1.Host.Usage:output_type -> google.protobuf.Empty
+	9,  // [9:15] is the sub-list for method output_type
+	3,  // [3:9] is the sub-list for method input_type
+	3,  // [3:3] is the sub-list for extension type_name
+	3,  // [3:3] is the sub-list for extension extendee
+	0,  // [0:3] is the sub-list for field type_name
 }
 
 func init() { file_controller_hostapi_v1_host_proto_init() }
@@ -616,7 +872,7 @@ func file_controller_hostapi_v1_host_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_controller_hostapi_v1_host_proto_rawDesc), len(file_controller_hostapi_v1_host_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   7,
+			NumMessages:   11,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

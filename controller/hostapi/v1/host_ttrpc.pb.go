@@ -10,6 +10,8 @@ import (
 
 type HostService interface {
 	AttachRootFS(context.Context, *AttachRootFSRequest) (*AttachRootFSResponse, error)
+	AttachDisks(context.Context, *AttachDisksRequest) (*AttachDisksResponse, error)
+	DetachDisks(context.Context, *DetachDisksRequest) (*emptypb.Empty, error)
 	Resize(context.Context, *ResizeRequest) (*emptypb.Empty, error)
 	Report(context.Context, *ReportRequest) (*emptypb.Empty, error)
 	Usage(context.Context, *UsageRequest) (*emptypb.Empty, error)
@@ -24,6 +26,20 @@ func RegisterHostService(srv *ttrpc.Server, svc HostService) {
 					return nil, err
 				}
 				return svc.AttachRootFS(ctx, &req)
+			},
+			"AttachDisks": func(ctx context.Context, unmarshal func(interface{}) error) (interface{}, error) {
+				var req AttachDisksRequest
+				if err := unmarshal(&req); err != nil {
+					return nil, err
+				}
+				return svc.AttachDisks(ctx, &req)
+			},
+			"DetachDisks": func(ctx context.Context, unmarshal func(interface{}) error) (interface{}, error) {
+				var req DetachDisksRequest
+				if err := unmarshal(&req); err != nil {
+					return nil, err
+				}
+				return svc.DetachDisks(ctx, &req)
 			},
 			"Resize": func(ctx context.Context, unmarshal func(interface{}) error) (interface{}, error) {
 				var req ResizeRequest
@@ -63,6 +79,22 @@ func NewHostClient(client *ttrpc.Client) HostService {
 func (c *hostClient) AttachRootFS(ctx context.Context, req *AttachRootFSRequest) (*AttachRootFSResponse, error) {
 	var resp AttachRootFSResponse
 	if err := c.client.Call(ctx, "cloudhv.host.v1.Host", "AttachRootFS", req, &resp); err != nil {
+		return nil, err
+	}
+	return &resp, nil
+}
+
+func (c *hostClient) AttachDisks(ctx context.Context, req *AttachDisksRequest) (*AttachDisksResponse, error) {
+	var resp AttachDisksResponse
+	if err := c.client.Call(ctx, "cloudhv.host.v1.Host", "AttachDisks", req, &resp); err != nil {
+		return nil, err
+	}
+	return &resp, nil
+}
+
+func (c *hostClient) DetachDisks(ctx context.Context, req *DetachDisksRequest) (*emptypb.Empty, error) {
+	var resp emptypb.Empty
+	if err := c.client.Call(ctx, "cloudhv.host.v1.Host", "DetachDisks", req, &resp); err != nil {
 		return nil, err
 	}
 	return &resp, nil

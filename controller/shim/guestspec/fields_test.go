@@ -64,7 +64,7 @@ var fate = map[string]string{
 	"LinuxPersonality.Domain": passed, "LinuxPersonality.Flags": refused,
 
 	"LinuxResources.Devices": inside, "LinuxResources.Memory": inside, "LinuxResources.CPU": inside, "LinuxResources.Pids": inside,
-	"LinuxResources.BlockIO": inside, "LinuxResources.HugepageLimits": inside, "LinuxResources.Network": refused,
+	"LinuxResources.BlockIO": inside, "LinuxResources.HugepageLimits": refused, "LinuxResources.Network": refused,
 	"LinuxResources.Rdma": refused, "LinuxResources.Unified": passed,
 	"LinuxDeviceCgroup.Allow": passed, "LinuxDeviceCgroup.Type": passed, "LinuxDeviceCgroup.Major": passed,
 	"LinuxDeviceCgroup.Minor": passed, "LinuxDeviceCgroup.Access": passed,
@@ -78,13 +78,12 @@ var fate = map[string]string{
 	"LinuxBlockIO.Weight": refused, "LinuxBlockIO.LeafWeight": refused, "LinuxBlockIO.WeightDevice": refused,
 	"LinuxBlockIO.ThrottleReadBpsDevice": refused, "LinuxBlockIO.ThrottleWriteBpsDevice": refused,
 	"LinuxBlockIO.ThrottleReadIOPSDevice": refused, "LinuxBlockIO.ThrottleWriteIOPSDevice": refused,
-	"LinuxHugepageLimit.Pagesize": passed, "LinuxHugepageLimit.Limit": passed,
 }
 
 // fullSpec sets what a field of fate can be found in.
 func fullSpec() *specs.Spec {
 	one, mode, null := int64(1), os.FileMode(0o666), int64(3)
-	id, limit, no := uint32(0), uint64(1), false
+	id, no := uint32(0), false
 	return &specs.Spec{
 		Version: "1.3.0",
 		Process: &specs.Process{
@@ -110,7 +109,7 @@ func fullSpec() *specs.Spec {
 				CPU:            &specs.LinuxCPU{},
 				Pids:           &specs.LinuxPids{},
 				BlockIO:        &specs.LinuxBlockIO{},
-				HugepageLimits: []specs.LinuxHugepageLimit{{Pagesize: "2MB", Limit: limit}},
+				HugepageLimits: []specs.LinuxHugepageLimit{{Pagesize: "2MB"}, {Pagesize: "1GB"}},
 			},
 		},
 	}
@@ -136,7 +135,7 @@ var samples = map[string]any{
 	"Process.Cwd": "/other", "LinuxDevice.Type": "u", "LinuxDevice.Minor": int64(5), "LinuxDevice.Major": int64(5),
 	"LinuxDeviceCgroup.Allow": false, "LinuxDeviceCgroup.Type": "c", "Mount.Destination": "/other", "Mount.Type": "proc",
 	"LinuxDeviceCgroup.Major": int64(5), "LinuxDeviceCgroup.Minor": int64(5), "LinuxSeccomp.DefaultAction": specs.ActAllow,
-	"LinuxResources.Unified": map[string]string{"memory.high": "1"}, "Root.Path": "other", "LinuxSyscall.Action": specs.ActErrno,
+	"LinuxResources.Unified": map[string]string{"memory.high": "1"}, "LinuxResources.HugepageLimits": []specs.LinuxHugepageLimit{{Pagesize: "1GB"}, {Pagesize: "2MB", Limit: 1}}, "Root.Path": "other", "LinuxSyscall.Action": specs.ActErrno,
 	"Linux.CgroupsPath": "/other",
 }
 

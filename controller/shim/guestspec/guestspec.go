@@ -60,6 +60,9 @@ type Container struct {
 	TargetPid    uint32
 	// PrivateShm is true if Spec brings a /dev/shm of its own.
 	PrivateShm bool
+	// Disks are the host's block devices, which Spec lacks: they have other numbers in the
+	// VM.
+	Disks []Disk
 }
 
 // Translate makes the container id's guest spec out of CRI's host spec, which it

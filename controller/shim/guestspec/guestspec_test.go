@@ -227,7 +227,7 @@ func TestMounts(t *testing.T) {
 func TestRefusals(t *testing.T) {
 	t.Parallel()
 	host := fullSpec()
-	host.Linux.Devices = append(host.Linux.Devices, specs.LinuxDevice{Path: "/dev/sda", Type: "b", Major: 8})
+	host.Linux.Devices = append(host.Linux.Devices, specs.LinuxDevice{Path: "/dev/sg0", Type: "c", Major: 21})
 	major := int64(8)
 	host.Linux.Resources.Devices = append(host.Linux.Resources.Devices,
 		specs.LinuxDeviceCgroup{Allow: true, Type: "b", Major: &major, Access: "rwm"},
@@ -238,7 +238,7 @@ func TestRefusals(t *testing.T) {
 	host.Annotations = map[string]string{"x": strings.Repeat("y", maxAnnotationBytes), "io.cloudhv.no_such": "1", "io.cloudhv.default_vcpus": "1"}
 	_, err := Translate(host, "c", Pod{SandboxPid: testPid})
 	require.Error(t, err)
-	for _, want := range []string{"/dev/sda", "b 8:*", "io.max", "SCMP_ACT_NOTIFY", "process.cwd", "process.args", "annotations", "annotations.io.cloudhv.no_such"} {
+	for _, want := range []string{"/dev/sg0", "b 8:*", "io.max", "SCMP_ACT_NOTIFY", "process.cwd", "process.args", "annotations", "annotations.io.cloudhv.no_such"} {
 		assert.ErrorContains(t, err, want)
 	}
 	assert.NotContains(t, err.Error(), "cpuset")

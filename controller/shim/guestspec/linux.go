@@ -19,7 +19,7 @@ func (t *translation) linux(in *specs.Linux, id string) *specs.Linux {
 	out := &specs.Linux{
 		CgroupsPath:       cgroupParent + id,
 		Namespaces:        t.namespaces(in.Namespaces),
-		Devices:           t.devices(in.Devices),
+		Devices:           t.devices(in),
 		Seccomp:           t.seccomp(in.Seccomp),
 		RootfsPropagation: in.RootfsPropagation,
 		MaskedPaths:       in.MaskedPaths,
@@ -96,11 +96,15 @@ var guestDevices = map[charDevice]bool{
 	{10, 229}: true, // fuse
 }
 
-const wantDevice = "one of null, zero, full, random, urandom, tty, ptmx, net/tun and fuse, as other devices of the host are not in a VM"
+const wantDevice = "a block device or one of null, zero, full, random, urandom, tty, ptmx, net/tun and fuse, as other devices of the host are not in a VM"
 
-func (t *translation) devices(in []specs.LinuxDevice) []specs.LinuxDevice {
+func (t *translation) devices(in *specs.Linux) []specs.LinuxDevice {
 	var out []specs.LinuxDevice
-	for _, d := range in {
+	for _, d := range in.Devices {
+		if d.Type == "b" {
+			t.disk(d, len(in.UIDMappings)+len(in.GIDMappings) > 0)
+			continue
+		}
 		if (d.Type != "c" && d.Type != "u") || !guestDevices[charDevice{d.Major, d.Minor}] {
 			t.refuse("linux.devices", fmt.Sprintf("%s (%s %d:%d)", d.Path, d.Type, d.Major, d.Minor), wantDevice)
 			continue

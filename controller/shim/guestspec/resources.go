@@ -24,8 +24,10 @@ func (t *translation) resources(in *specs.LinuxResources) *specs.LinuxResources 
 	if in.Pids != nil {
 		out.Pids = &specs.LinuxPids{Limit: in.Pids.Limit}
 	}
+	// Those of 0, which kubelet has for all sizes that the host knows, are dropped.
 	for _, l := range in.HugepageLimits {
-		out.HugepageLimits = append(out.HugepageLimits, specs.LinuxHugepageLimit{Pagesize: l.Pagesize, Limit: l.Limit})
+		t.refuseIf(l.Limit > 0, field+"hugepageLimits", fmt.Sprintf("%s: %d", l.Pagesize, l.Limit),
+			"0, as a VM's memory is of the host's ordinary pages, and counts as such")
 	}
 	return out
 }
@@ -41,14 +43,19 @@ func emptyBlockIO(in *specs.LinuxBlockIO) bool {
 func (t *translation) deviceRules(in []specs.LinuxDeviceCgroup) []specs.LinuxDeviceCgroup {
 	var out []specs.LinuxDeviceCgroup
 	for _, r := range in {
+		if t.allowDisk(r) {
+			continue
+		}
 		if r.Allow && (r.Major != nil || r.Minor != nil) && !knownRule(r) {
-			t.refuse("linux.resources.devices", fmt.Sprintf("%s %s:%s", r.Type, number(r.Major), number(r.Minor)), wantDevice)
+			t.refuse("linux.resources.devices", fmt.Sprintf("%s %s:%s", r.Type, number(r.Major), number(r.Minor)), wantRule)
 			continue
 		}
 		out = append(out, specs.LinuxDeviceCgroup{Allow: r.Allow, Type: r.Type, Major: r.Major, Minor: r.Minor, Access: r.Access})
 	}
 	return out
 }
+
+const wantRule = "a device that the container has; " + wantDevice
 
 func knownRule(r specs.LinuxDeviceCgroup) bool {
 	if r.Type != "c" || r.Major == nil {

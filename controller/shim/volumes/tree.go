@@ -116,7 +116,7 @@ func checkSource(source string) error {
 	}
 	switch st.Mode & unix.S_IFMT {
 	case unix.S_IFREG, unix.S_IFDIR:
-		return nil
+		return checkPages(source)
 	case unix.S_IFSOCK:
 		return refused("a socket", "nobody in the VM could connect to it")
 	case unix.S_IFIFO:
@@ -125,6 +125,18 @@ func checkSource(source string) error {
 		return refused("a block device", "it is the host's")
 	}
 	return refused("a character device", "it is the host's")
+}
+
+// checkPages refuses files that are huge pages of the host's, which can only be mapped.
+func checkPages(source string) error {
+	var st unix.Statfs_t
+	if err := unix.Statfs(source, &st); err != nil {
+		return &fs.PathError{Op: "statfs", Path: source, Err: err}
+	}
+	if st.Type == unix.HUGETLBFS_MAGIC {
+		return fmt.Errorf("it is of huge pages (medium: HugePages): want another medium, as the host's huge pages are not in a VM: %w", errdefs.ErrInvalidArgument)
+	}
+	return nil
 }
 
 func refused(what, why string) error {

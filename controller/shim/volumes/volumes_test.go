@@ -164,6 +164,22 @@ func TestRefused(t *testing.T) {
 	s.Server.Close()
 }
 
+// TestHugePages checks that the host's huge pages, which 9p cannot map, are no volume.
+func TestHugePages(t *testing.T) {
+	dir := mounted(t)
+	huge := filepath.Join(dir, "huge")
+	require.NoError(t, os.Mkdir(huge, 0o700))
+	if err := unix.Mount("nodev", huge, "hugetlbfs", 0, ""); err != nil {
+		t.Skipf("no hugetlbfs: %v", err)
+	}
+	defer func() { require.NoError(t, unix.Unmount(huge, 0)) }()
+	s := NewSet()
+	err := s.Add("a", []specs.Mount{bind(huge)})
+	require.ErrorIs(t, err, errdefs.ErrInvalidArgument)
+	require.ErrorContains(t, err, "it is of huge pages (medium: HugePages)")
+	s.Server.Close()
+}
+
 func openPath(t *testing.T, path string) int {
 	t.Helper()
 	fd, err := unix.Open(path, unix.O_PATH|unix.O_CLOEXEC, 0)

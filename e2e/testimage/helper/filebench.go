@@ -13,13 +13,15 @@ import (
 	"time"
 )
 
+// pieceBytes are read or written at a time, where nothing else is said.
+const pieceBytes = 1 << 20
+
 // filebench measures a file system, in a directory that it may write to: a file of so many
 // MiB, and so many small files.
 func filebench(args []string) (int, error) {
 	if len(args) != 3 {
 		return 64, errors.New("want a directory, MiB and a number of files")
 	}
-	dir := args[0]
 	mib, err := strconv.Atoi(args[1])
 	if err != nil {
 		return 64, err
@@ -28,6 +30,12 @@ func filebench(args []string) (int, error) {
 	if err != nil {
 		return 64, err
 	}
+	return 0, measureFiles(os.Stdout, args[0], mib, many)
+}
+
+// measureFiles prints lines of a name, a number and "MiB/s" or "/s". What is written has
+// reached the disk, but for create's.
+func measureFiles(w io.Writer, dir string, mib, many int) error {
 	big := filepath.Join(dir, "big")
 	each := func(f func(path string) error) func() error {
 		return func() error {
@@ -45,24 +53,50 @@ func filebench(args []string) (int, error) {
 		n    int
 		unit string
 	}{
-		{"write 1 MiB at a time", func() error { return writeBig(big, mib<<20, 1<<20) }, mib, "MiB/s"},
-		{"read 1 MiB at a time", func() error { return readBig(big, 1<<20) }, mib, "MiB/s"},
-		{"write 4 KiB at a time", func() error { return writeBig(big, mib<<16, 4<<10) }, mib << 16 / (4 << 10), "/s"},
-		{"read 4 KiB at a time", func() error { return readBig(big, 4<<10) }, mib << 16 / (4 << 10), "/s"},
-		{"create and write 1 KiB", each(func(p string) error { return os.WriteFile(p, make([]byte, 1<<10), 0o644) }), many, "/s"},
+		{"write", func() error { return writeBig(big, mib<<20, pieceBytes) }, mib, "MiB/s"},
+		{"read", func() error { return readBig(big, pieceBytes) }, mib, "MiB/s"},
+		{"write_4k", func() error { return writeBig(big, mib<<16, 4<<10) }, mib << 16 / (4 << 10), "/s"},
+		{"read_4k", func() error { return readBig(big, 4<<10) }, mib << 16 / (4 << 10), "/s"},
+		{"create", each(func(p string) error { return os.WriteFile(p, make([]byte, 1<<10), 0o644) }), many, "/s"},
 		{"stat", each(func(p string) error { _, err := os.Stat(p); return err }), many, "/s"},
-		{"open and read 1 KiB", each(func(p string) error { _, err := os.ReadFile(p); return err }), many, "/s"},
+		{"open_read", each(func(p string) error { _, err := os.ReadFile(p); return err }), many, "/s"},
+		{"fsync", each(func(p string) error { return writeBig(p, 1<<10, 1<<10) }), many, "/s"},
 		{"remove", each(os.Remove), many, "/s"},
 	} {
-		began := time.Now()
-		if err := m.run(); err != nil {
-			return 1, fmt.Errorf("%s: %w", m.name, err)
+		if err := printRate(w, m.name, float64(m.n), m.unit, m.run); err != nil {
+			return err
 		}
-		fmt.Printf("%-24s %10.1f %s\n", m.name, float64(m.n)/time.Since(began).Seconds(), m.unit)
 	}
-	return 0, os.Remove(big)
+	return os.Remove(big)
 }
 
+// readbench measures how a file is read that nobody may have read before.
+func readbench(args []string) (int, error) {
+	if len(args) != 1 {
+		return 64, errors.New("want a file")
+	}
+	return 0, measureRead(os.Stdout, args[0])
+}
+
+func measureRead(w io.Writer, path string) error {
+	info, err := os.Stat(path)
+	if err != nil {
+		return err
+	}
+	return printRate(w, "read", float64(info.Size())/(1<<20), "MiB/s", func() error { return readBig(path, pieceBytes) })
+}
+
+// printRate runs it, and prints how much of n was done in a second.
+func printRate(w io.Writer, name string, n float64, unit string, run func() error) error {
+	began := time.Now()
+	if err := run(); err != nil {
+		return fmt.Errorf("%s: %w", name, err)
+	}
+	_, err := fmt.Fprintf(w, "%s %.2f %s\n", name, n/time.Since(began).Seconds(), unit)
+	return err
+}
+
+// writeBig writes a file, which has reached the disk when it returns.
 func writeBig(path string, size, piece int) error {
 	f, err := os.OpenFile(path, os.O_WRONLY|os.O_CREATE|os.O_TRUNC, 0o644)
 	if err != nil {
@@ -75,7 +109,7 @@ func writeBig(path string, size, piece int) error {
 			return err
 		}
 	}
-	return f.Close()
+	return errors.Join(f.Sync(), f.Close())
 }
 
 func readBig(path string, piece int) error {

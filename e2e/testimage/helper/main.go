@@ -38,6 +38,9 @@ func commands() map[string]command {
 		"files":     {"files DIR: checks what the file system of DIR does", files},
 		"mkfiles":   {"mkfiles DIR: makes files, as an ordinary user", mkfiles},
 		"filebench": {"filebench DIR MIB FILES: measures the file system of DIR", filebench},
+		"fsx":       {"fsx FILE OPERATIONS SEED: does what the seed says with a file and a copy in memory", fsx},
+		"readbench": {"readbench FILE: measures reading it", readbench},
+		"machine":   {"machine ADDR/BITS TCP UDP BENCH: with these ports, a VM's first process, for measurements", machine},
 		"hold":      {"hold BYTES: touches so much memory, prints ok and waits for stdin's end", hold},
 	}
 }

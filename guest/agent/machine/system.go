@@ -4,6 +4,7 @@
 package machine
 
 import (
+	"context"
 	"encoding/binary"
 	"errors"
 	"fmt"
@@ -19,7 +20,10 @@ import (
 )
 
 // VM is the System of a real one.
-type VM struct{}
+type VM struct {
+	// Unmount unmounts what was mounted of disks of the host's; nil if nothing can be.
+	Unmount func(context.Context) error
+}
 
 var _ System = VM{}
 
@@ -53,14 +57,15 @@ func entropyArg(b []byte) []byte {
 	return append(arg, b...)
 }
 
-// syncLimit bounds the writing back.
-const syncLimit = time.Second
+// syncLimit bounds the writing back. It is less than what the host waits for by default
+// (timeouts.power_off).
+const syncLimit = 4 * time.Second
 
 var errNotFirst = errors.New("not the first process of a VM")
 
 // Quiesce kills everything and writes back what outlives the machine: it can be ended
 // without a loss.
-func (VM) Quiesce() error {
+func (v VM) Quiesce() error {
 	if os.Getpid() != 1 {
 		return errNotFirst
 	}
@@ -71,14 +76,21 @@ func (VM) Quiesce() error {
 	if !outlived() {
 		return err
 	}
-	synced := make(chan struct{})
+	ctx, cancel := context.WithTimeout(context.Background(), syncLimit)
+	defer cancel()
+	synced := make(chan error, 1)
 	go func() {
 		unix.Sync()
+		if v.Unmount != nil {
+			synced <- v.Unmount(ctx)
+		}
 		close(synced)
 	}()
 	select {
-	case <-synced:
-	case <-time.After(syncLimit):
+	case unmountErr := <-synced:
+		err = errors.Join(err, unmountErr)
+	case <-ctx.Done():
+		err = errors.Join(err, fmt.Errorf("disks of the host's were not written back within %v: %w", syncLimit, ctx.Err()))
 	}
 	return err
 }

@@ -172,6 +172,9 @@ func (c *container) destroy(ctx context.Context) error {
 	if c.layer != nil {
 		errs = append(errs, c.layer.Remove())
 	}
+	if c.s.cfg.Volumes != nil {
+		errs = append(errs, c.s.cfg.Volumes.Release(ctx, c.id))
+	}
 	if err := errors.Join(errs...); err != nil {
 		return fmt.Errorf("remove container %s: %w", c.id, err)
 	}

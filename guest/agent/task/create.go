@@ -92,7 +92,7 @@ func checkCreate(r *guestv1.CreateRequest) (*specs.Spec, error) {
 	if err := json.Unmarshal(r.GetSpec(), spec); err != nil {
 		return nil, fmt.Errorf("spec: %w: %w", errdefs.ErrInvalidArgument, err)
 	}
-	if err := checkSpec(spec); err != nil {
+	if err := errors.Join(checkSpec(spec), checkDisks(r)); err != nil {
 		return nil, err
 	}
 	return spec, nil
@@ -128,6 +128,12 @@ func (c *container) create(ctx context.Context, r *guestv1.CreateRequest, spec *
 			return c.s.cfg.RootFS.Image(ctx, r.GetRootfs().GetImageSerial(), c.s.cfg.Namespaces().File())
 		}},
 		{"rootfs", func() error { return c.mountRootFS(ctx, r) }},
+		{"disks", func() error {
+			if err := c.mountVolumes(ctx, r.GetVolumes(), spec); err != nil {
+				return err
+			}
+			return c.addDevices(ctx, r.GetDevices(), spec)
+		}},
 		{"bundle", func() error {
 			c.prefetch(spec)
 			return c.writeBundle(r, spec, pidns)

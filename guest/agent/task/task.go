@@ -16,6 +16,8 @@ import (
 
 	"github.com/cloudhv/containerd-cloudhv/guest/agent/cgroup"
 	"github.com/cloudhv/containerd-cloudhv/guest/agent/crun"
+	"github.com/cloudhv/containerd-cloudhv/guest/agent/disk"
+	"github.com/cloudhv/containerd-cloudhv/guest/agent/diskfs"
 	"github.com/cloudhv/containerd-cloudhv/guest/agent/machine"
 	"github.com/cloudhv/containerd-cloudhv/guest/agent/pause"
 	"github.com/cloudhv/containerd-cloudhv/guest/agent/podns"
@@ -49,6 +51,10 @@ type Config struct {
 	Reaper     *reap.Reaper
 	Streams    *stdio.Streams
 	RootFS     *rootfs.Manager
+	// Disks finds the disks that containers have as devices, and Volumes has those with
+	// file systems.
+	Disks   disk.Finder
+	Volumes *diskfs.Manager
 	// Self is the path of this binary, for the pause process.
 	Self string
 }

@@ -76,7 +76,7 @@ func TestFakeObeys(t *testing.T) {
 		}
 		return nil
 	})
-	disk := vmm.Disk{Serial: "a", Path: os.DevNull}
+	disk := vmm.Disk{Serial: "a", Path: config(t).Kernel}
 	_, err = vm.AddDisk(ctx, disk)
 	require.ErrorIs(t, err, broken)
 	d.Fail(OpAddDisk, nil)

@@ -209,7 +209,8 @@ func (v *vm) AddDisk(ctx context.Context, disk vmm.Disk) (string, error) {
 		return "", fmt.Errorf("disk %s: %w", disk.Serial, errdefs.ErrAlreadyExists)
 	}
 	v.disks[disk.Serial] = disk
-	if !disk.ReadOnly || v.image != "" {
+	info, err := os.Stat(disk.Path)
+	if err != nil || !disk.ReadOnly || !info.Mode().IsRegular() || v.image != "" {
 		return disk.Serial, nil
 	}
 	v.image = disk.Serial

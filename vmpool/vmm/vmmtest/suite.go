@@ -47,6 +47,7 @@ func Run(t *testing.T, s Suite) {
 	t.Run("refuses a wrong configuration", s.wrongConfig)
 	t.Run("lives", s.lives)
 	t.Run("hot-plugs", s.hotplug)
+	t.Run("hot-plugs block devices", s.blockDevices)
 	t.Run("resizes", s.resize)
 	t.Run("pauses", s.pause)
 	t.Run("attaches", s.attach)
