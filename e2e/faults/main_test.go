@@ -214,8 +214,8 @@ func (w *world) clean() error {
 	if err != nil {
 		return err
 	}
-	for _, dir := range aside {
-		err = errors.Join(err, os.RemoveAll(dir)) // one is kept for people
+	for _, dir := range append(aside, filepath.Join(w.StateDir(), "damaged")) {
+		err = errors.Join(err, os.RemoveAll(dir)) // they are kept for people
 	}
 	if err != nil {
 		return err
