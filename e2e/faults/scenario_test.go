@@ -76,7 +76,6 @@ var special = map[failpoint.Point][]scenario{
 	failpoint.DiscardKill:       {discards},
 	failpoint.RecoverNone:       {restartsAfter("Create was killed", failpoint.CreateRecord)},
 	failpoint.RecoverEnd:        {restartsAfter("Start was killed", failpoint.StartConfigure)},
-	failpoint.RecoverOrphan:     {{name: "containerd has forgotten a pod", prepare: forgotten, act: restart, ends: true}},
 	failpoint.RecoverAside:      {{name: "a record is damaged", prepare: damaged, act: restart, ends: true}},
 	failpoint.RecoverPoolAttach: {readopts},
 	failpoint.RecoverPoolKill:   {{name: "containerd is restarted with a VM that is half ready", prepare: halfReady, once: true, act: restart, pool: true}},
@@ -96,6 +95,7 @@ const noDisk = "no container here has a block device or a direct volume; TestBlo
 
 // unreached are the points to which no scenario here comes, with the reason.
 var unreached = map[failpoint.Point]string{
+	failpoint.RecoverOrphan:   "CRI would have to forget a pod, and with it what it has made itself; TestEachPointFails comes to it",
 	failpoint.StartNIC:        "a pod with one interface has no further one; TestNetworks has",
 	failpoint.JoinTAP:         "a pod with one interface has no further one; TestNetworks has",
 	failpoint.DiskShare:       noDisk,
@@ -200,16 +200,6 @@ func restartsAfter(name string, p failpoint.Point) scenario {
 		<-c.w.Ended()
 		return c.w.release(p)
 	}}
-}
-
-// forgotten lets containerd forget a pod.
-func forgotten(c *cell) error {
-	if err := c.k.up(containerRuns); err != nil {
-		return err
-	}
-	ctx, cancel := limit(restLimit)
-	defer cancel()
-	return c.w.Containerd().SandboxStore().Delete(c.w.Context(ctx), c.k.pod)
 }
 
 // damaged spoils the record of a pod.
