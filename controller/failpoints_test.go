@@ -6,7 +6,9 @@
 package controller
 
 import (
+	"errors"
 	"fmt"
+	"io/fs"
 	"os"
 	"path/filepath"
 	"strings"
@@ -75,6 +77,10 @@ func TestEachPointFails(t *testing.T) {
 				return err == nil
 			}, 5*time.Second, 10*time.Millisecond, "%v", err)
 			n.awaitForgotten("a")
+			require.Eventually(t, func() bool {
+				_, err := os.Lstat(filepath.Join(n.cfg.StateDir, "a"))
+				return errors.Is(err, fs.ErrNotExist)
+			}, 5*time.Second, 10*time.Millisecond, "the directory")
 			n.requireNothing()
 		})
 	}
