@@ -86,22 +86,12 @@ func TestEachPointFails(t *testing.T) {
 	}
 }
 
+// Damaged and missing records are for e2e/faults: here the old watchers would write them anew.
+//
 // recoversFrom are what leads to points of recovery.
 var recoversFrom = map[failpoint.Point]func(n *node){
 	failpoint.RecoverOrphan: func(n *node) { n.sandboxes.known = map[string]bool{} },
 	failpoint.RecoverEnd:    func(n *node) { rewrite(n, "a", func(r *record) { r.State = StateStarting }) },
-	failpoint.RecoverAside: func(n *node) {
-		n.letGo()
-		time.Sleep(50 * time.Millisecond) // for its watchers, who would write the record
-		require.NoError(n.t, os.WriteFile(filepath.Join(n.cfg.StateDir, "a", recordFile), []byte("{"), 0o600))
-		n.driver.only(n.t).die("a fake one is no stray", false)
-	},
-	failpoint.RecoverNone: func(n *node) {
-		n.letGo()
-		time.Sleep(50 * time.Millisecond) // for its watchers, who would write the record
-		require.NoError(n.t, os.Remove(filepath.Join(n.cfg.StateDir, "a", recordFile)))
-		n.driver.only(n.t).die("a fake one is no stray", false)
-	},
 }
 
 // failsFirst are the points that fail first, so that others are come to.
