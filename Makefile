@@ -28,6 +28,7 @@ SECTIONS ?= start,concurrency,bare,io,density
 PROCS ?= 4
 SOAK_PODS ?= 1000
 SOAK_MINUTES ?= 30
+CHAOS_MINUTES ?= 30
 STEP := source hack/lib.sh; step
 GOTEST := go test -exec '$(CURDIR)/hack/as-root' -run '$(RUN)' $(TESTFLAGS)
 
@@ -83,6 +84,7 @@ fix: ## Format the code and let the linters mend what they can.
 unit: build ## Tests of the packages, as root where they need it (PKG=./vmpool/... RUN=TestName TESTFLAGS=-v).
 	@$(STEP) 'Unit tests'
 	@hack/unit.sh $(PKG) -- $(GOTEST) -timeout 20m
+	@go test -exec '$(CURDIR)/hack/as-root' -tags=failpoints,netgo,osusergo -run 'TestAt|TestEachPointFails' ./vmpool/failpoint ./vmpool ./controller
 
 .PHONY: race
 race: build ## The same under the race detector.
@@ -97,8 +99,23 @@ fuzz: ## Each fuzz test for a while (FUZZTIME=10s, 5m, 2h).
 fuzz-all: ## All fuzz tests together in a minute (FUZZALL=1m), besides what compiling them takes. CI runs this.
 	@hack/fuzz.sh all $(FUZZALL)
 
+# For tests only, and never for a node: containerd and the shim with points at which they can be stopped.
+.PHONY: failpoints
+failpoints: build
+	@hack/build.sh failpoints
+
+.PHONY: faults
+faults: failpoints ## The whole fault matrix: error, panic, hang and kill before each side effect (RUN='TestFaults/pods/start', CHAOS_SEED=n: in that order).
+	@$(STEP) 'Fault matrix'
+	@E2E_REQUIRE=1 FAULTS=all go test -exec '$(CURDIR)/hack/as-root' -run '$(if $(filter .,$(RUN)),^TestFaults$$,$(RUN))' $(TESTFLAGS) -v -count=1 -timeout 120m ./e2e/faults
+
+.PHONY: chaos
+chaos: failpoints ## Faults at random on several pods at once (CHAOS_MINUTES=30, CHAOS_SEED=n to have the same again).
+	@$(STEP) 'Chaos'
+	@E2E_REQUIRE=1 CHAOS_MINUTES=$(CHAOS_MINUTES) CHAOS_SEED=$(CHAOS_SEED) go test -exec '$(CURDIR)/hack/as-root' -run '^TestChaos$$' $(TESTFLAGS) -v -count=1 -timeout $$(($(CHAOS_MINUTES) + 30))m ./e2e/faults
+
 .PHONY: e2e
-e2e: build ## Tests through the CRI on a private containerd (RUN=TestName for some of them).
+e2e: failpoints ## Tests through the CRI on a private containerd (RUN=TestName for some of them).
 	@hack/previous.sh
 	@$(STEP) 'End-to-end tests'
 	@E2E_REQUIRE=1 $(GOTEST) -v -p 1 -count=1 -timeout 60m ./e2e/...

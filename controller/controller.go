@@ -31,6 +31,7 @@ import (
 	"path/filepath"
 	"runtime"
 	"sync"
+	"sync/atomic"
 
 	"github.com/containerd/containerd/v2/core/containers"
 	"github.com/containerd/containerd/v2/core/sandbox"
@@ -129,6 +130,8 @@ type Controller struct {
 	// none that could be.
 	pool    *vmpool.Pool
 	poolErr error
+	// closed is true when nothing is tried again any more.
+	closed atomic.Bool
 	// clocks ends the keeping of the guests' clocks; nil if they are not kept.
 	clocks func()
 
@@ -232,6 +235,7 @@ func (c *Controller) OpenPrebuild(ctx context.Context, cfg prebuild.Config) {
 // background.
 func (c *Controller) Close() error {
 	var errs []error
+	c.closed.Store(true)
 	if c.clocks != nil {
 		c.clocks()
 	}

@@ -21,6 +21,7 @@ import (
 	runtime "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	guestv1 "github.com/cloudhv/containerd-cloudhv/guest/api/v1"
+	"github.com/cloudhv/containerd-cloudhv/vmpool/failpoint"
 )
 
 // sandboxID is what may name a directory whose sockets' paths fit the kernel.
@@ -85,19 +86,27 @@ func (c *Controller) Create(ctx context.Context, info sandbox.Sandbox, opts ...s
 			c.drop(p)
 		}
 	}()
-	if err := p.makeDir(); err != nil {
+	if err := p.makeDir(ctx); err != nil {
 		return sentinel(err, errdefs.ErrInternal)
 	}
-	if err := p.update(func(*record) {}); err != nil {
-		return errors.Join(err, os.RemoveAll(p.dir))
-	}
-	if err := p.linkGroup(); err != nil {
+	if err := p.fill(ctx); err != nil {
 		return errors.Join(sentinel(err, errdefs.ErrInternal), os.RemoveAll(p.dir))
 	}
 	log.G(ctx).WithFields(log.Fields{
 		"vcpus": rec.Size.VCPUs, "memory": rec.Size.MemoryBytes, "netns": rec.NetNS,
 	}).Debug("created sandbox")
 	return nil
+}
+
+// fill writes what a sandbox's directory has before it is started.
+func (p *pod) fill(ctx context.Context) error {
+	if err := p.update(ctx, failpoint.CreateRecord, func(*record) {}); err != nil {
+		return err
+	}
+	if err := p.linkGroup(ctx); err != nil {
+		return err
+	}
+	return failpoint.At(ctx, failpoint.CreateDone)
 }
 
 // podConfig reads the configuration that CRI passes.

@@ -58,7 +58,7 @@ func (c *Controller) attachVolume(ctx context.Context, p *pod, container string,
 		return "", fmt.Errorf("direct volume %d: the pod has %d: %w", place, len(volumes), errdefs.ErrInvalidArgument)
 	}
 	v, serial := volumes[place-1], directvolume.Serial(place)
-	if has, err := p.shareDisk(serial, container); has || err != nil {
+	if has, err := p.shareDisk(ctx, serial, container); has || err != nil {
 		return serial, err
 	}
 	if err := c.plugVolume(ctx, p, container, place, v); err != nil {
@@ -82,7 +82,7 @@ func (c *Controller) plugVolume(ctx context.Context, p *pod, container string, p
 	}
 	source, err := c.openVolume(found, want.ReadOnly)
 	if err != nil {
-		return errors.Join(err, p.forgetDisk(serial, want, unsure))
+		return errors.Join(err, p.forgetDisk(ctx, serial, want, unsure))
 	}
 	defer c.closeSource(ctx, source)
 	return c.plugDisk(ctx, p, container, serial, want, source, unsure)
@@ -98,7 +98,7 @@ func (c *Controller) claimVolume(ctx context.Context, p *pod, serial, container 
 	if err := c.checkAlone(p, want); err != nil {
 		return false, err
 	}
-	return p.expectDisk(serial, container, want)
+	return p.expectDisk(ctx, serial, container, want)
 }
 
 // openVolume makes a disk's source of what a direct volume is on.

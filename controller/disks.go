@@ -17,6 +17,7 @@ import (
 
 	"github.com/cloudhv/containerd-cloudhv/controller/blockdev"
 	hostv1 "github.com/cloudhv/containerd-cloudhv/controller/hostapi/v1"
+	"github.com/cloudhv/containerd-cloudhv/vmpool/failpoint"
 	"github.com/cloudhv/containerd-cloudhv/vmpool/vmm"
 )
 
@@ -129,10 +130,10 @@ func (c *Controller) attachDisk(ctx context.Context, p *pod, container string, d
 	defer c.closeSource(ctx, source)
 	want := hostDisk{ReadOnly: d.GetReadOnly() || source.ReadOnly}
 	serial := deviceSerial(source.Number, want.ReadOnly)
-	if has, err := p.shareDisk(serial, container); has || err != nil {
+	if has, err := p.shareDisk(ctx, serial, container); has || err != nil {
 		return serial, err
 	}
-	unsure, err := p.expectDisk(serial, container, want)
+	unsure, err := p.expectDisk(ctx, serial, container, want)
 	if err != nil {
 		return "", err
 	}
@@ -149,7 +150,7 @@ func (c *Controller) closeSource(ctx context.Context, s *blockdev.Source) {
 }
 
 // shareDisk gives a container a disk that is plugged in, and reports whether it is.
-func (p *pod) shareDisk(serial, container string) (bool, error) {
+func (p *pod) shareDisk(ctx context.Context, serial, container string) (bool, error) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	have := p.rec.Disks[serial]
@@ -159,22 +160,22 @@ func (p *pod) shareDisk(serial, container string) (bool, error) {
 	if have.has(container) {
 		return true, nil
 	}
-	return true, p.updateLocked(func(r *record) { r.setDisk(serial, have.with(container)) })
+	return true, p.updateLocked(ctx, failpoint.DiskShare, func(r *record) { r.setDisk(serial, have.with(container)) })
 }
 
 // expectDisk records that a container is about to get a disk. It reports whether the VM may
 // have that already, as an earlier attempt did not end well.
-func (p *pod) expectDisk(serial, container string, want hostDisk) (unsure bool, _ error) {
+func (p *pod) expectDisk(ctx context.Context, serial, container string, want hostDisk) (unsure bool, _ error) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	_, unsure = p.rec.Disks[serial]
-	return unsure, p.updateLocked(func(r *record) { r.setDisk(serial, want.with(container)) })
+	return unsure, p.updateLocked(ctx, failpoint.DiskRecord, func(r *record) { r.setDisk(serial, want.with(container)) })
 }
 
 // forgetDisk records that a container has not got a disk, which the VM does not have
 // either, or may have.
-func (p *pod) forgetDisk(serial string, want hostDisk, unsure bool) error {
-	return p.update(func(r *record) {
+func (p *pod) forgetDisk(ctx context.Context, serial string, want hostDisk, unsure bool) error {
+	return p.update(ctx, failpoint.DiskForget, func(r *record) {
 		if unsure {
 			r.setDisk(serial, want)
 		} else {
@@ -188,18 +189,23 @@ func (p *pod) forgetDisk(serial string, want hostDisk, unsure bool) error {
 func (c *Controller) plugDisk(ctx context.Context, p *pod, container, serial string, want hostDisk, source *blockdev.Source, unsure bool) error {
 	vm, err := p.machine()
 	if err == nil && unsure {
-		err = vm.RemoveDisk(ctx, serial)
+		if err = failpoint.At(ctx, failpoint.DiskUnplug); err == nil {
+			err = vm.RemoveDisk(ctx, serial)
+		}
 		unsure = err != nil
+	}
+	if err == nil {
+		err = failpoint.At(ctx, failpoint.DiskPlug)
 	}
 	if err == nil {
 		_, err = vm.AddDisk(ctx, vmm.Disk{Serial: serial, Path: source.Path, ReadOnly: want.ReadOnly})
 		unsure = err != nil && !isRefusal(err)
 	}
 	if err != nil {
-		return errors.Join(err, p.forgetDisk(serial, want, unsure))
+		return errors.Join(err, p.forgetDisk(ctx, serial, want, unsure))
 	}
 	want.Plugged = true
-	return p.update(func(r *record) {
+	return p.update(ctx, failpoint.DiskDone, func(r *record) {
 		r.setDisk(serial, want.with(container))
 		r.VM = stateOf(vm)
 	})
@@ -237,7 +243,7 @@ func (c *Controller) detachDisks(ctx context.Context, sandboxID, container strin
 // releaseDisk records who has a disk still, and unplugs it if nobody does.
 func (p *pod) releaseDisk(ctx context.Context, serial string, left hostDisk) error {
 	if len(left.Containers) > 0 {
-		return p.update(func(r *record) { r.setDisk(serial, left) })
+		return p.update(ctx, failpoint.DiskUnshare, func(r *record) { r.setDisk(serial, left) })
 	}
 	vm, err := p.machine()
 	if p.isEnding() {
@@ -247,13 +253,16 @@ func (p *pod) releaseDisk(ctx context.Context, serial string, left hostDisk) err
 		return err
 	}
 	left.Plugged = false
-	if err := p.update(func(r *record) { r.setDisk(serial, left) }); err != nil {
+	if err := p.update(ctx, failpoint.DiskRelease, func(r *record) { r.setDisk(serial, left) }); err != nil {
+		return err
+	}
+	if err := failpoint.At(ctx, failpoint.DiskRemove); err != nil {
 		return err
 	}
 	if err := vm.RemoveDisk(ctx, serial); err != nil {
 		return err
 	}
-	return p.update(func(r *record) {
+	return p.update(ctx, failpoint.DiskRemoved, func(r *record) {
 		r.dropDisk(serial)
 		r.VM = stateOf(vm)
 	})

@@ -14,6 +14,7 @@ import (
 	"github.com/containerd/errdefs"
 	"github.com/containerd/log"
 
+	"github.com/cloudhv/containerd-cloudhv/vmpool/failpoint"
 	"github.com/cloudhv/containerd-cloudhv/vmpool/vmm"
 )
 
@@ -101,7 +102,7 @@ func (c *Controller) endNow(ctx context.Context, p *pod, why endReason) (retErr 
 	ctx, watch := begin(ctx, endVerb, p.id)
 	defer func() { watch.end(ctx, retErr) }()
 	why.cause = printable(p.withLoss(ctx, why.cause), maxCause)
-	p.force(ctx, func(r *record) {
+	p.force(ctx, failpoint.EndRecord, func(r *record) {
 		r.State = StateStopping
 		if r.Cause == "" {
 			r.Cause, r.ExitStatus = why.cause, why.status
@@ -112,11 +113,14 @@ func (c *Controller) endNow(ctx context.Context, p *pod, why endReason) (retErr 
 	left := c.shimLeaves(ctx, p, rec.Cgroup)
 	vm, gone, err := c.endVM(ctx, p, why.graceful, watch)
 	errs := []error{err, watch.time(ctx, "network", func(ctx context.Context) error {
+		if err := failpoint.At(ctx, failpoint.EndNetwork); err != nil {
+			return err
+		}
 		return c.network.Disconnect(ctx, rec.NetNS)
 	})}
 	if gone {
 		errs = append(errs, watch.time(ctx, "files", func(ctx context.Context) error {
-			return errors.Join(removeScratch(rec.Scratch), leavePod(ctx, rec.Cgroup, <-left))
+			return errors.Join(c.removeScratch(ctx, rec.Scratch), leavePod(ctx, rec.Cgroup, <-left))
 		}))
 	}
 	if err := errors.Join(errs...); err != nil || !gone {
@@ -125,7 +129,7 @@ func (c *Controller) endNow(ctx context.Context, p *pod, why endReason) (retErr 
 		}
 		return sentinel(fmt.Errorf("end sandbox %q: %w", p.id, errors.Join(err, notGone(gone))), errdefs.ErrInternal)
 	}
-	p.force(ctx, func(r *record) {
+	p.force(ctx, failpoint.EndStopped, func(r *record) {
 		r.State = StateStopped
 		r.ExitedAt = exitTime(vm)
 	})
@@ -135,7 +139,7 @@ func (c *Controller) endNow(ctx context.Context, p *pod, why endReason) (retErr 
 	}
 	p.markExited()
 	c.noteEnd(ctx, p, why, watch)
-	return err
+	return errors.Join(err, failpoint.At(ctx, failpoint.EndDone))
 }
 
 // withLoss adds to a cause why the shim gave up the guest before, as that is what
@@ -167,12 +171,22 @@ func (c *Controller) endVM(ctx context.Context, p *pod, graceful bool, watch *st
 	}
 	vm := p.handle()
 	if graceful && vm != nil && !isClosed(vm.Done()) {
-		err := watch.time(ctx, "power_off", func(ctx context.Context) error { return c.powerOff(ctx, vm) })
+		err := watch.time(ctx, "power_off", func(ctx context.Context) error {
+			if err := failpoint.At(ctx, failpoint.EndPowerOff); err != nil {
+				return err
+			}
+			return c.powerOff(ctx, vm)
+		})
 		if err != nil {
 			log.G(ctx).WithError(err).Warn("the guest did not turn itself off in time")
 		}
 	}
-	err = watch.time(ctx, "kill", proc.Kill)
+	err = watch.time(ctx, "kill", func(ctx context.Context) error {
+		if err := failpoint.At(ctx, failpoint.EndKill); err != nil {
+			return err
+		}
+		return proc.Kill(ctx)
+	})
 	return proc, isClosed(proc.Done()), err
 }
 
@@ -205,14 +219,14 @@ func (c *Controller) noteEnd(ctx context.Context, p *pod, why endReason, watch *
 // force changes the record also if it cannot be written, as on a full disk: what
 // has ended has ended, recovery finds that out from an older record too, and
 // only when the sandbox is removed does the disk get room.
-func (p *pod) force(ctx context.Context, change func(*record)) {
+func (p *pod) force(ctx context.Context, point failpoint.Point, change func(*record)) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	if p.removed {
 		return
 	}
 	change(&p.rec)
-	if err := p.rec.save(p.dir); err != nil {
+	if err := p.save(ctx, point); err != nil {
 		log.G(ctx).WithError(err).WithField("state", p.rec.State).Error("cannot record what became of a sandbox")
 	}
 }
@@ -287,24 +301,14 @@ func (c *Controller) remove(ctx context.Context, p *pod) error {
 	if rec.State != StateStopped {
 		return fmt.Errorf("remove sandbox %q: it has not ended: %w", p.id, errdefs.ErrFailedPrecondition)
 	}
-	if err := endShim(ctx, s, rec.Shim); err != nil {
-		return fmt.Errorf("remove sandbox %q: %w", p.id, err)
-	}
-	if err := c.removeShimGroups(ctx, p.id, rec.Cgroup); err != nil {
-		return fmt.Errorf("remove sandbox %q: %w", p.id, err)
-	}
-	// By CRI it has gone with its namespace.
-	if err := c.network.Clear(ctx, rec.NetNS); err != nil {
-		return fmt.Errorf("remove sandbox %q: %w", p.id, err)
-	}
-	if err := c.forgetVM(&rec); err != nil {
+	if err := c.removeParts(ctx, p, s, &rec); err != nil {
 		return fmt.Errorf("remove sandbox %q: %w", p.id, err)
 	}
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	p.shim = nil
-	if err := os.RemoveAll(p.dir); err != nil {
-		return fmt.Errorf("remove sandbox %q: %w: %w", p.id, err, errdefs.ErrInternal)
+	if err := p.removeDir(ctx); err != nil {
+		return fmt.Errorf("remove sandbox %q: %w", p.id, sentinel(err, errdefs.ErrInternal))
 	}
 	p.removed = true
 	for key, img := range p.pins {
@@ -312,5 +316,35 @@ func (c *Controller) remove(ctx context.Context, p *pod) error {
 		delete(p.pins, key)
 	}
 	c.drop(p)
+	return failpoint.At(ctx, failpoint.RemoveDone)
+}
+
+// removeParts removes what a sandbox that has ended still has outside of its directory.
+func (c *Controller) removeParts(ctx context.Context, p *pod, s *shim, rec *record) error {
+	for _, part := range []struct {
+		before failpoint.Point
+		remove func() error
+	}{
+		{failpoint.RemoveShim, func() error { return endShim(ctx, s, rec.Shim) }},
+		{failpoint.RemoveGroups, func() error { return c.removeShimGroups(ctx, p.id, rec.Cgroup) }},
+		// By CRI it has gone with its namespace.
+		{failpoint.RemoveNetwork, func() error { return c.network.Clear(ctx, rec.NetNS) }},
+		{failpoint.RemoveVM, func() error { return c.forgetVM(ctx, rec) }},
+	} {
+		if err := failpoint.At(ctx, part.before); err != nil {
+			return err
+		}
+		if err := part.remove(); err != nil {
+			return err
+		}
+	}
 	return nil
+}
+
+// removeDir removes the sandbox's directory, and with it the record.
+func (p *pod) removeDir(ctx context.Context) error {
+	if err := failpoint.At(ctx, failpoint.RemoveDir); err != nil {
+		return err
+	}
+	return os.RemoveAll(p.dir)
 }

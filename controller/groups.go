@@ -15,6 +15,7 @@ import (
 	"github.com/containerd/errdefs"
 	"github.com/containerd/log"
 
+	"github.com/cloudhv/containerd-cloudhv/vmpool/failpoint"
 	"github.com/cloudhv/containerd-cloudhv/vmpool/vmm"
 )
 
@@ -49,7 +50,10 @@ func (c *Controller) restGroup(id string) string {
 }
 
 // linkGroup writes down which cgroup the sandbox's VMM is to have.
-func (p *pod) linkGroup() error {
+func (p *pod) linkGroup(ctx context.Context) error {
+	if err := failpoint.At(ctx, failpoint.CreateGroupLink); err != nil {
+		return err
+	}
 	if p.rec.Cgroup == "" {
 		return nil
 	}
@@ -94,13 +98,19 @@ func (c *Controller) enterPod(ctx context.Context, p *pod) {
 // move moves both processes and records where the VMM is now.
 func (p *pod) move(ctx context.Context, vm vmm.VM, s *shim) error {
 	group := p.snapshot().Cgroup
+	if err := failpoint.At(ctx, failpoint.MoveVMM); err != nil {
+		return err
+	}
 	if err := vm.SetCgroup(ctx, group); err != nil {
+		return err
+	}
+	if err := failpoint.At(ctx, failpoint.MoveShim); err != nil {
 		return err
 	}
 	if err := putInto(shimGroup(group), s.id.Pid); err != nil {
 		return fmt.Errorf("shim: %w", err)
 	}
-	return p.update(func(r *record) { r.VM = stateOf(vm) })
+	return p.update(ctx, failpoint.MoveRecord, func(r *record) { r.VM = stateOf(vm) })
 }
 
 // putInto moves a shim into a group, which it makes and limits.
@@ -139,7 +149,10 @@ func (c *Controller) shimLeaves(ctx context.Context, p *pod, group string) <-cha
 		return left
 	}
 	go func() {
-		err := putInto(c.restGroup(p.id), s.id.Pid)
+		err := failpoint.At(ctx, failpoint.EndShimLeaves)
+		if err == nil {
+			err = putInto(c.restGroup(p.id), s.id.Pid)
+		}
 		if err == nil || isClosed(s.done()) {
 			left <- true
 			return
@@ -153,6 +166,9 @@ func (c *Controller) shimLeaves(ctx context.Context, p *pod, group string) <-cha
 // leavePod removes a sandbox's groups from its pod's cgroup: the VMM has ended, and the
 // shim has left if left says so. It would be killed otherwise.
 func leavePod(ctx context.Context, group string, left bool) error {
+	if err := failpoint.At(ctx, failpoint.EndGroups); err != nil {
+		return err
+	}
 	err := vmm.OpenCgroup(group).Remove(ctx)
 	if shims := vmm.OpenCgroup(shimGroup(group)); left && shims.Exists() {
 		err = errors.Join(err, shims.Remove(ctx))

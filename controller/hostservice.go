@@ -18,6 +18,7 @@ import (
 
 	hostv1 "github.com/cloudhv/containerd-cloudhv/controller/hostapi/v1"
 	"github.com/cloudhv/containerd-cloudhv/controller/rootfs"
+	"github.com/cloudhv/containerd-cloudhv/vmpool/failpoint"
 	"github.com/cloudhv/containerd-cloudhv/vmpool/vmm"
 )
 
@@ -71,6 +72,9 @@ func (c *Controller) attachRootFS(ctx context.Context, sandboxID, containerID st
 	ns := p.snapshot().Namespace
 	container, err := c.containerOf(ctx, p, containerID)
 	if err != nil {
+		return "", err
+	}
+	if err := failpoint.At(ctx, failpoint.AttachImage); err != nil {
 		return "", err
 	}
 	img, err := c.images.Get(ctx, rootfs.Source{
@@ -137,7 +141,7 @@ func (c *Controller) plugImage(ctx context.Context, p *pod, img *rootfs.Image) (
 		img.Release()
 		return nil, err
 	}
-	if err := p.updateLocked(func(r *record) { r.Images = with(r.Images, img.Key, false) }); err != nil {
+	if err := p.updateLocked(ctx, failpoint.AttachRecord, func(r *record) { r.Images = with(r.Images, img.Key, false) }); err != nil {
 		img.Release()
 		return nil, err
 	}
@@ -161,8 +165,13 @@ func (c *Controller) plugImage(ctx context.Context, p *pod, img *rootfs.Image) (
 // first. It returns the serial by which the guest finds it.
 func (c *Controller) addImage(ctx context.Context, p *pod, vm vmm.VM, img *rootfs.Image, unsure bool) (serial string, err error) {
 	if unsure {
-		err = vm.RemoveDisk(ctx, img.Serial)
+		if err = failpoint.At(ctx, failpoint.AttachUnplug); err == nil {
+			err = vm.RemoveDisk(ctx, img.Serial)
+		}
 		unsure = err != nil
+	}
+	if err == nil {
+		err = failpoint.At(ctx, failpoint.AttachDisk)
 	}
 	if err == nil {
 		serial, err = vm.AddDisk(ctx, vmm.Disk{Serial: img.Serial, Path: img.Path, ReadOnly: true})
@@ -178,10 +187,10 @@ func (c *Controller) addImage(ctx context.Context, p *pod, vm vmm.VM, img *rootf
 	if err != nil {
 		delete(p.pins, img.Key)
 		img.Release()
-		undo := p.updateLocked(func(r *record) { r.Images = without(r.Images, img.Key) })
+		undo := p.updateLocked(ctx, failpoint.AttachRefused, func(r *record) { r.Images = without(r.Images, img.Key) })
 		return "", errors.Join(fmt.Errorf("plug in the image: %w", err), undo)
 	}
-	return serial, p.updateLocked(func(r *record) {
+	return serial, p.updateLocked(ctx, failpoint.AttachDone, func(r *record) {
 		r.Images = with(r.Images, img.Key, true)
 		switch {
 		case serial == vmm.ImageSerial:

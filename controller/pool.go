@@ -26,6 +26,7 @@ import (
 	"github.com/cloudhv/containerd-cloudhv/controller/shim/guestspec"
 	guestv1 "github.com/cloudhv/containerd-cloudhv/guest/api/v1"
 	"github.com/cloudhv/containerd-cloudhv/vmpool"
+	"github.com/cloudhv/containerd-cloudhv/vmpool/failpoint"
 	"github.com/cloudhv/containerd-cloudhv/vmpool/snapshot"
 	"github.com/cloudhv/containerd-cloudhv/vmpool/sparse"
 	"github.com/cloudhv/containerd-cloudhv/vmpool/vmm"
@@ -238,7 +239,7 @@ func (c *Controller) acquire(ctx context.Context, p *pod, watch *stopwatch) (boo
 	if err != nil {
 		return false, err
 	}
-	err = p.update(func(r *record) {
+	err = p.update(ctx, failpoint.StartAcquired, func(r *record) {
 		r.VM, r.Scratch, r.Outcome, r.Snapshot = stateOf(vm), vm.Scratch, string(vm.Outcome), vm.Key()
 		if info != nil {
 			r.Guest = guestOfInfo(info)
@@ -283,11 +284,11 @@ func (c *Controller) takeTurn() (release func()) {
 const startGrace = time.Second
 
 // forgetVM removes what the pool knows of a sandbox's VM that has ended.
-func (c *Controller) forgetVM(rec *record) error {
+func (c *Controller) forgetVM(ctx context.Context, rec *record) error {
 	if c.pool == nil {
 		return nil
 	}
-	return c.pool.Forget(rec.VM)
+	return c.pool.Forget(ctx, rec.VM)
 }
 
 // recoverPool takes up the pool's VMs, once those of sandboxes are known. VMMs that
@@ -298,6 +299,9 @@ func (c *Controller) recoverPool(ctx context.Context) error {
 	}
 	ctx, cancel := context.WithTimeout(ctx, c.cfg.RecoverTimeout)
 	defer cancel()
+	if err := failpoint.At(ctx, failpoint.RecoverPool); err != nil {
+		return err
+	}
 	if unrecorded := c.pool.Unrecorded(); len(unrecorded) > 0 {
 		c.killStrays(ctx, unrecorded...)
 	}

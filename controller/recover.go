@@ -17,6 +17,7 @@ import (
 	"github.com/containerd/log"
 	"golang.org/x/sync/errgroup"
 
+	"github.com/cloudhv/containerd-cloudhv/vmpool/failpoint"
 	"github.com/cloudhv/containerd-cloudhv/vmpool/vmm"
 )
 
@@ -55,7 +56,7 @@ func (c *Controller) Recover(ctx context.Context) error {
 		log.G(ctx).WithError(err).Warn("cannot remove what an earlier containerd left")
 	}
 	// First, as the ending of a sandbox waits for a VM that it was about to get.
-	if err := c.recoverPool(ctx); err != nil {
+	if err := tryAtOnce(ctx, "recover the pool of VMs", func() error { return c.recoverPool(ctx) }); err != nil {
 		log.G(ctx).WithError(err).Error("cannot recover the pool of VMs")
 	}
 	done := make(chan struct{})
@@ -72,11 +73,11 @@ func (c *Controller) Recover(ctx context.Context) error {
 	}
 	sweepCtx, cancel := c.cleanup(ctx)
 	defer cancel()
-	err = c.sweep(sweepCtx)
+	err = tryAtOnce(ctx, "remove what nobody claims", func() error { return c.sweep(sweepCtx) })
 	if c.pool != nil {
 		c.pool.Run()
 	}
-	return err
+	return errors.Join(err, failpoint.At(ctx, failpoint.RecoverDone))
 }
 
 // claimUsers takes the users of VMs that live, before any VM is made.
@@ -106,7 +107,7 @@ type found struct {
 // find makes the sandbox in dir known and takes hold of its processes. It waits
 // for nobody.
 func (c *Controller) find(ctx context.Context, dir string) *found {
-	rec, err := loadRecord(dir)
+	rec, err := readRecord(ctx, dir)
 	if err != nil {
 		return &found{dir: dir, err: err}
 	}
@@ -118,7 +119,12 @@ func (c *Controller) find(ctx context.Context, dir string) *found {
 	for key := range rec.Images {
 		p.pins[key] = c.images.Pin(key)
 	}
-	err = p.hold()
+	err = tryAtOnce(ctx, "take hold of a sandbox's processes", func() error {
+		if err := failpoint.At(ctx, failpoint.RecoverHold); err != nil {
+			return err
+		}
+		return p.hold()
+	})
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	switch rec.State {
@@ -134,6 +140,18 @@ func (c *Controller) find(ctx context.Context, dir string) *found {
 	return &found{dir: dir, pod: p, err: err}
 }
 
+// readRecord is loadRecord, and tries again if that says nothing about the record: a sandbox
+// that nobody knows of is ended.
+func readRecord(ctx context.Context, dir string) (rec *record, _ error) {
+	err := tryAtOnce(ctx, "read the record of a sandbox", func() (err error) {
+		if err = failpoint.At(ctx, failpoint.RecoverFind); err == nil {
+			rec, err = loadRecord(dir)
+		}
+		return err
+	})
+	return rec, err
+}
+
 // recoverAll goes on with what was found, each within its own limit.
 func (c *Controller) recoverAll(ctx context.Context, all []*found) {
 	var g errgroup.Group
@@ -146,6 +164,7 @@ func (c *Controller) recoverAll(ctx context.Context, all []*found) {
 			if err != nil {
 				log.G(ctx).WithError(err).Error("cannot recover sandbox")
 				result = "error"
+				c.keepTrying(ctx, "recover a sandbox", c.cfg.RecoverTimeout, func(ctx context.Context) error { return c.recoverAgain(ctx, f) })
 			}
 			recoverCounter.WithValues(result).Inc()
 			return nil
@@ -154,12 +173,30 @@ func (c *Controller) recoverAll(ctx context.Context, all []*found) {
 	_ = g.Wait()
 }
 
+// recoverAgain goes on with a sandbox with which that has failed. What others have removed
+// meanwhile needs nothing.
+func (c *Controller) recoverAgain(ctx context.Context, f *found) error {
+	if f.pod == nil {
+		if _, err := os.Lstat(f.dir); errors.Is(err, fs.ErrNotExist) {
+			return nil
+		}
+		*f = *c.find(ctx, f.dir)
+	} else if _, err := c.get(f.pod.id); errdefs.IsNotFound(err) {
+		return nil
+	}
+	_, err := c.recoverOne(ctx, f)
+	return err
+}
+
 // recoverOne goes on with a sandbox and tells what became of it.
 func (c *Controller) recoverOne(ctx context.Context, f *found) (string, error) {
 	switch {
 	case f.pod != nil:
 	case errdefs.IsNotFound(f.err):
 		// Create ended before it had recorded anything.
+		if err := failpoint.At(ctx, failpoint.RecoverNone); err != nil {
+			return "", err
+		}
 		return "removed", os.RemoveAll(f.dir)
 	case errdefs.IsDataLoss(f.err):
 		return "damaged", c.setAside(ctx, f.dir, f.err)
@@ -191,6 +228,9 @@ func (c *Controller) endOrphan(ctx context.Context, p *pod) error {
 	log.G(ctx).Warn("removing a sandbox that containerd does not know")
 	ctx, cancel := c.cleanup(ctx)
 	defer cancel()
+	if err := failpoint.At(ctx, failpoint.RecoverOrphan); err != nil {
+		return err
+	}
 	if err := c.endAndWait(ctx, p, "containerd does not know the sandbox"); err != nil {
 		return err
 	}
@@ -199,6 +239,9 @@ func (c *Controller) endOrphan(ctx context.Context, p *pod) error {
 
 // endAndWait ends a sandbox that was found.
 func (c *Controller) endAndWait(ctx context.Context, p *pod, cause string) error {
+	if err := failpoint.At(ctx, failpoint.RecoverEnd); err != nil {
+		return err
+	}
 	e := c.end(ctx, p, endReason{cause: cause, label: "recovery", status: exitKilled})
 	select {
 	case <-e.done:
@@ -245,6 +288,9 @@ func (c *Controller) setAside(ctx context.Context, dir string, damage error) err
 	to := filepath.Join(keep, filepath.Base(dir)+".json")
 	log.G(ctx).WithError(damage).WithField("kept", to).Error("a sandbox's record is damaged; its pod is ended")
 	id, group := filepath.Base(dir), linkedGroup(dir)
+	if err := failpoint.At(ctx, failpoint.RecoverAside); err != nil {
+		return err
+	}
 	c.killStrays(ctx, dir, c.scratch.path(id))
 	if group != "" {
 		err := errors.Join(vmm.OpenCgroup(group).Remove(ctx), c.removeShimGroups(ctx, id, group))

@@ -15,6 +15,7 @@ import (
 	"github.com/containerd/errdefs"
 
 	"github.com/cloudhv/containerd-cloudhv/controller/rootfs"
+	"github.com/cloudhv/containerd-cloudhv/vmpool/failpoint"
 	"github.com/cloudhv/containerd-cloudhv/vmpool/vmm"
 )
 
@@ -139,14 +140,14 @@ func newPod(dir string, rec record) *pod {
 }
 
 // update changes the record under the lock and writes it; if it cannot be
-// written the change is taken back.
-func (p *pod) update(change func(*record)) error {
+// written the change is taken back. Point is where tests may let that fail.
+func (p *pod) update(ctx context.Context, point failpoint.Point, change func(*record)) error {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	return p.updateLocked(change)
+	return p.updateLocked(ctx, point, change)
 }
 
-func (p *pod) updateLocked(change func(*record)) error {
+func (p *pod) updateLocked(ctx context.Context, point failpoint.Point, change func(*record)) error {
 	if p.removed {
 		return fmt.Errorf("sandbox %q: %w", p.id, errdefs.ErrNotFound)
 	}
@@ -156,11 +157,19 @@ func (p *pod) updateLocked(change func(*record)) error {
 		p.rec = before
 		return fmt.Errorf("sandbox %q: %w", p.id, err)
 	}
-	if err := p.rec.save(p.dir); err != nil {
+	if err := p.save(ctx, point); err != nil {
 		p.rec = before
 		return fmt.Errorf("sandbox %q: %w: %w", p.id, err, errdefs.ErrInternal)
 	}
 	return nil
+}
+
+// save writes the record as it is, under the lock.
+func (p *pod) save(ctx context.Context, point failpoint.Point) error {
+	if err := failpoint.At(ctx, point); err != nil {
+		return err
+	}
+	return p.rec.save(p.dir)
 }
 
 // snapshot copies the record.
@@ -228,7 +237,10 @@ func lockChan(ctx context.Context, ch chan struct{}) error {
 }
 
 // makeDir makes the sandbox's directory, which must not be there yet.
-func (p *pod) makeDir() error {
+func (p *pod) makeDir(ctx context.Context) error {
+	if err := failpoint.At(ctx, failpoint.CreateDir); err != nil {
+		return err
+	}
 	if err := os.MkdirAll(filepath.Dir(p.dir), 0o711); err != nil {
 		return fmt.Errorf("make state directory: %w", err)
 	}

@@ -19,6 +19,7 @@ import (
 	"github.com/containerd/errdefs"
 	"golang.org/x/sys/unix"
 
+	"github.com/cloudhv/containerd-cloudhv/vmpool/failpoint"
 	"github.com/cloudhv/containerd-cloudhv/vmpool/sparse"
 	"github.com/cloudhv/containerd-cloudhv/vmpool/vmm"
 )
@@ -123,6 +124,14 @@ func (s *scratchStore) makeTemplate(ctx context.Context, path string) (retErr er
 		return fmt.Errorf("make scratch template: %w", err)
 	}
 	return nil
+}
+
+// removeScratch removes the disk of a sandbox that has ended.
+func (c *Controller) removeScratch(ctx context.Context, path string) error {
+	if err := failpoint.At(ctx, failpoint.EndScratch); err != nil {
+		return err
+	}
+	return removeScratch(path)
 }
 
 // removeScratch removes a disk; one that is gone is no error.

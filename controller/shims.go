@@ -23,6 +23,7 @@ import (
 	"github.com/containerd/log"
 
 	shimapi "github.com/cloudhv/containerd-cloudhv/controller/shim"
+	"github.com/cloudhv/containerd-cloudhv/vmpool/failpoint"
 	"github.com/cloudhv/containerd-cloudhv/vmpool/process"
 )
 
@@ -74,14 +75,23 @@ func startShim(ctx context.Context, p *pod, program string, cfg shimapi.Config, 
 	if err != nil {
 		return nil, fmt.Errorf("encode shim configuration: %w", err)
 	}
+	if err := failpoint.At(ctx, failpoint.StartShimConfig); err != nil {
+		return nil, err
+	}
 	if err := os.WriteFile(p.file(shimapi.ConfigFile), data, 0o600); err != nil {
 		return nil, fmt.Errorf("write shim configuration: %w", err)
+	}
+	if err := failpoint.At(ctx, failpoint.StartShimSocket); err != nil {
+		return nil, err
 	}
 	socket, err := listenFile(p.file(shimapi.SocketFile))
 	if err != nil {
 		return nil, err
 	}
 	defer socket.Close()
+	if err := failpoint.At(ctx, failpoint.StartShimLog); err != nil {
+		return nil, err
+	}
 	logFile, err := os.OpenFile(p.file(shimapi.LogFile), os.O_CREATE|os.O_WRONLY|os.O_APPEND, 0o600)
 	if err != nil {
 		return nil, fmt.Errorf("open shim log: %w", err)
@@ -90,10 +100,13 @@ func startShim(ctx context.Context, p *pod, program string, cfg shimapi.Config, 
 
 	cmd := exec.Command(program, "-sandbox", p.dir)
 	// The runtime reads GOMAXPROCS before main; the shim's tune.go says why one.
-	cmd.Env = []string{"PATH=" + os.Getenv("PATH"), "GOMAXPROCS=1"}
+	cmd.Env = append([]string{"PATH=" + os.Getenv("PATH"), "GOMAXPROCS=1"}, failpoint.Env()...)
 	cmd.Stdout, cmd.Stderr = logFile, logFile
 	cmd.ExtraFiles = append([]*os.File{socket}, forwards...) // from shimapi.ListenFD on
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true}
+	if err := failpoint.At(ctx, failpoint.StartShim); err != nil {
+		return nil, err
+	}
 	if err := cmd.Start(); err != nil {
 		return nil, fmt.Errorf("start shim: %w: %w", err, errdefs.ErrFailedPrecondition)
 	}

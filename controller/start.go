@@ -16,6 +16,7 @@ import (
 
 	"github.com/cloudhv/containerd-cloudhv/controller/network"
 	shimapi "github.com/cloudhv/containerd-cloudhv/controller/shim"
+	"github.com/cloudhv/containerd-cloudhv/vmpool/failpoint"
 	"github.com/cloudhv/containerd-cloudhv/vmpool/vmm"
 )
 
@@ -32,7 +33,7 @@ func (c *Controller) Start(ctx context.Context, id string) (_ sandbox.Controller
 	}
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
-	mine, err := p.beginStart(cancel)
+	mine, err := p.beginStart(ctx, cancel)
 	if !mine {
 		if err != nil {
 			return sandbox.ControllerInstance{}, err
@@ -62,6 +63,9 @@ func (c *Controller) Start(ctx context.Context, id string) (_ sandbox.Controller
 	if err := c.becomeReady(ctx, p, watch); err != nil {
 		return sandbox.ControllerInstance{}, err
 	}
+	if err := failpoint.At(ctx, failpoint.StartDone); err != nil {
+		return sandbox.ControllerInstance{}, err
+	}
 	c.enterPod(ctx, p)
 	return p.instance(), nil
 }
@@ -69,7 +73,7 @@ func (c *Controller) Start(ctx context.Context, id string) (_ sandbox.Controller
 // beginStart makes the sandbox starting. It returns false if another Start
 // runs or has succeeded, and for a sandbox that cannot be started. With true the
 // caller has a Start to undo, also after an error.
-func (p *pod) beginStart(cancel context.CancelCauseFunc) (bool, error) {
+func (p *pod) beginStart(ctx context.Context, cancel context.CancelCauseFunc) (bool, error) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	switch s := p.rec.State; {
@@ -83,7 +87,7 @@ func (p *pod) beginStart(cancel context.CancelCauseFunc) (bool, error) {
 		return false, fmt.Errorf("sandbox %q: %w", p.id, s.to(StateStarting))
 	}
 	p.cancelStart = cancel
-	return true, p.updateLocked(func(r *record) { r.State = StateStarting })
+	return true, p.updateLocked(ctx, failpoint.StartRecord, func(r *record) { r.State = StateStarting })
 }
 
 // joinStart waits for another Start and answers as that does.
@@ -173,7 +177,7 @@ func (c *Controller) fitOut(ctx context.Context, p *pod, n *network.Network, wat
 	if err := g.Wait(); err != nil {
 		return err
 	}
-	return p.update(func(r *record) { r.VM = stateOf(vm) })
+	return p.update(ctx, failpoint.StartVMRecord, func(r *record) { r.VM = stateOf(vm) })
 }
 
 // handle is the VM, nil before it boots.
@@ -204,6 +208,9 @@ func (c *Controller) readNetwork(ctx context.Context, p *pod) (*network.Network,
 // does not have yet.
 func (c *Controller) joinNetwork(ctx context.Context, p *pod, vm vmm.VM, n *network.Network) error {
 	if len(n.Interfaces) > 0 {
+		if err := failpoint.At(ctx, failpoint.StartJoin); err != nil {
+			return err
+		}
 		if err := c.network.Join(ctx, p.snapshot().NetNS, n, vm.ID()); err != nil {
 			return fmt.Errorf("pod network: %w", err)
 		}
@@ -211,6 +218,9 @@ func (c *Controller) joinNetwork(ctx context.Context, p *pod, vm vmm.VM, n *netw
 	ctx, cancel := context.WithTimeout(ctx, c.cfg.HotPlugTimeout)
 	defer cancel()
 	for _, nic := range n.NICs {
+		if err := failpoint.At(ctx, failpoint.StartNIC); err != nil {
+			return err
+		}
 		if err := vm.AddNIC(ctx, nic); err != nil {
 			return fmt.Errorf("plug in network interface %s: %w", nic.ID, err)
 		}
@@ -230,33 +240,50 @@ func (c *Controller) boot(ctx context.Context, p *pod, watch *stopwatch) (booted
 	if err != nil {
 		return booted, fmt.Errorf("start the VM: %w", err)
 	}
-	if err := p.update(func(r *record) { r.UID = uid }); err != nil {
+	if err := p.update(ctx, failpoint.BootUser, func(r *record) { r.UID = uid }); err != nil {
 		return booted, err
 	}
 	rec := p.snapshot()
-	err = watch.time(ctx, "scratch", func(ctx context.Context) error { return c.scratch.make(ctx, rec.Scratch) })
+	err = watch.time(ctx, "scratch", func(ctx context.Context) error { return c.makeScratch(ctx, rec.Scratch) })
 	if err != nil {
 		return booted, err
 	}
-	return booted, watch.time(ctx, "boot", func(ctx context.Context) error {
-		ctx, cancel := context.WithTimeout(ctx, c.cfg.BootTimeout)
-		defer cancel()
-		tap, err := c.network.MakeTAP(p.id)
-		if err != nil {
-			return fmt.Errorf("start the VM: %w", err)
-		}
-		defer tap.Close() //nolint:errcheck // the VMM has its own
-		cfg := c.vmConfig(p, &rec)
-		cfg.TAP = tap
-		vm, err := c.driver.Boot(ctx, cfg)
-		if err != nil {
-			return fmt.Errorf("start the VM: %w", err)
-		}
-		p.mu.Lock()
-		defer p.mu.Unlock()
-		p.vm = vm
-		return p.updateLocked(func(r *record) { r.VM = stateOf(vm) })
-	})
+	return booted, watch.time(ctx, "boot", func(ctx context.Context) error { return c.bootNow(ctx, p, &rec) })
+}
+
+// makeScratch makes a sandbox's writable disk.
+func (c *Controller) makeScratch(ctx context.Context, path string) error {
+	if err := failpoint.At(ctx, failpoint.BootScratch); err != nil {
+		return err
+	}
+	return c.scratch.make(ctx, path)
+}
+
+// bootNow starts the VM, with its TAP.
+func (c *Controller) bootNow(ctx context.Context, p *pod, rec *record) error {
+	ctx, cancel := context.WithTimeout(ctx, c.cfg.BootTimeout)
+	defer cancel()
+	if err := failpoint.At(ctx, failpoint.BootTAP); err != nil {
+		return err
+	}
+	tap, err := c.network.MakeTAP(p.id)
+	if err != nil {
+		return fmt.Errorf("start the VM: %w", err)
+	}
+	defer tap.Close() //nolint:errcheck // the VMM has its own
+	cfg := c.vmConfig(p, rec)
+	cfg.TAP = tap
+	if err := failpoint.At(ctx, failpoint.BootVMM); err != nil {
+		return err
+	}
+	vm, err := c.driver.Boot(ctx, cfg)
+	if err != nil {
+		return fmt.Errorf("start the VM: %w", err)
+	}
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.vm = vm
+	return p.updateLocked(ctx, failpoint.BootRecord, func(r *record) { r.VM = stateOf(vm) })
 }
 
 // vmConfig is that of a VM that is booted for the sandbox. It has no virtio-mem if
@@ -312,7 +339,7 @@ func (c *Controller) launchShim(ctx context.Context, p *pod, vm vmm.VM) error {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	p.shim = s
-	return p.updateLocked(func(r *record) { r.Shim = &s.id })
+	return p.updateLocked(ctx, failpoint.StartShimRecord, func(r *record) { r.Shim = &s.id })
 }
 
 // listenForForwards makes the near end of the pod's port-forwards. A pod whose host
@@ -321,7 +348,11 @@ func (c *Controller) listenForForwards(ctx context.Context, netns string) *netwo
 	if netns == "" {
 		return &network.Forward{}
 	}
-	forward, err := c.network.Listen(ctx, netns)
+	err := failpoint.At(ctx, failpoint.StartForwards)
+	var forward *network.Forward
+	if err == nil {
+		forward, err = c.network.Listen(ctx, netns)
+	}
 	if err != nil {
 		log.G(ctx).WithError(err).Warn("port-forward to this pod is not possible")
 		return &network.Forward{}
@@ -333,19 +364,25 @@ func (c *Controller) listenForForwards(ctx context.Context, netns string) *netwo
 func (c *Controller) prepareGuest(ctx context.Context, p *pod, vm vmm.VM, n *network.Network, watch *stopwatch) error {
 	var guest guestInfo
 	err := watch.time(ctx, "guest", func(ctx context.Context) (err error) {
+		if err := failpoint.At(ctx, failpoint.StartGuest); err != nil {
+			return err
+		}
 		guest, err = c.waitForGuest(ctx, p, vm, watch)
 		return err
 	})
 	if err != nil {
 		return err
 	}
-	if err := p.update(func(r *record) { r.Guest = guest }); err != nil {
+	if err := p.update(ctx, failpoint.StartGuestRecord, func(r *record) { r.Guest = guest }); err != nil {
 		return err
 	}
 	rec := p.snapshot()
 	err = watch.time(ctx, "resize", func(ctx context.Context) error {
 		ctx, cancel := context.WithTimeout(ctx, c.cfg.HotPlugTimeout)
 		defer cancel()
+		if err := failpoint.At(ctx, failpoint.StartResize); err != nil {
+			return err
+		}
 		if err := vm.Resize(ctx, rec.Size); err != nil {
 			return fmt.Errorf("make the VM as large as the pod: %w", err)
 		}
@@ -357,6 +394,9 @@ func (c *Controller) prepareGuest(ctx context.Context, p *pod, vm vmm.VM, n *net
 	return watch.time(ctx, "configure", func(ctx context.Context) error {
 		req, err := configureRequest(&rec, p.start, n)
 		if err != nil {
+			return err
+		}
+		if err := failpoint.At(ctx, failpoint.StartConfigure); err != nil {
 			return err
 		}
 		return c.configureGuest(ctx, vm, req, watch)
@@ -371,7 +411,7 @@ func (c *Controller) becomeReady(ctx context.Context, p *pod, watch *stopwatch) 
 		return err
 	}
 	vm, s := p.vm, p.shim
-	err := p.updateLocked(func(r *record) {
+	err := p.updateLocked(ctx, failpoint.StartReady, func(r *record) {
 		r.State = StateReady
 		r.VM = stateOf(vm)
 		r.Phases = watch.list()
@@ -388,9 +428,33 @@ func (c *Controller) becomeReady(ctx context.Context, p *pod, watch *stopwatch) 
 	return nil
 }
 
+// endAgain ends and removes a sandbox of which something was left.
+func (c *Controller) endAgain(ctx context.Context, p *pod, why endReason) error {
+	e := c.end(ctx, p, why)
+	select {
+	case <-e.done:
+	case <-ctx.Done():
+		return context.Cause(ctx)
+	}
+	if e.err != nil {
+		return e.err
+	}
+	return c.remove(ctx, p)
+}
+
 // undoStart removes all that a failed Start and its Create made, and returns
 // why the Start failed together with what could not be undone.
 func (c *Controller) undoStart(ctx context.Context, p *pod, why error) error {
-	err := c.endStart(ctx, p, endReason{cause: "start failed: " + why.Error(), label: "start", status: exitKilled})
-	return errors.Join(why, err, c.remove(ctx, p))
+	reason := endReason{cause: "start failed: " + why.Error(), label: "start", status: exitKilled}
+	err := c.endStart(ctx, p, reason)
+	if err == nil {
+		err = c.remove(ctx, p)
+	}
+	if err != nil {
+		// CRI takes the sandbox for gone, and asks for its end no more.
+		c.keepTrying(ctx, "end a sandbox whose start has failed", c.cfg.CleanupTimeout+c.cfg.PowerOffTimeout, func(ctx context.Context) error {
+			return c.endAgain(ctx, p, reason)
+		})
+	}
+	return errors.Join(why, err)
 }

@@ -19,6 +19,7 @@ import (
 	"github.com/containerd/log"
 	"golang.org/x/sync/errgroup"
 
+	"github.com/cloudhv/containerd-cloudhv/vmpool/failpoint"
 	"github.com/cloudhv/containerd-cloudhv/vmpool/process"
 	"github.com/cloudhv/containerd-cloudhv/vmpool/vmm"
 )
@@ -31,6 +32,9 @@ func (c *Controller) sweep(ctx context.Context) error {
 		claimed[p.snapshot().Scratch] = true
 	}
 
+	if err := failpoint.At(ctx, failpoint.RecoverSweep); err != nil {
+		return err
+	}
 	c.killStrays(ctx, c.cfg.StateDir, c.scratch.dir, filepath.Join(c.cfg.CacheDir, poolScratch))
 	c.sweepGroups(ctx)
 	entries, err := os.ReadDir(c.scratch.dir)
@@ -56,6 +60,10 @@ func (c *Controller) sweep(ctx context.Context) error {
 // killStrays kills the VMMs and shims whose command line names one of paths, or
 // something in it, and that no sandbox claims.
 func (c *Controller) killStrays(ctx context.Context, paths ...string) {
+	if err := failpoint.At(ctx, failpoint.RecoverStrays); err != nil {
+		log.G(ctx).WithError(err).Error("cannot look for processes that nobody claims")
+		return
+	}
 	claimed := c.claimedPids()
 	var g errgroup.Group
 	for _, pid := range c.findProcesses(paths) {

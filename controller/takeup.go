@@ -5,12 +5,14 @@ package controller
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"time"
 
 	"github.com/containerd/errdefs"
 	"github.com/containerd/log"
 
+	"github.com/cloudhv/containerd-cloudhv/vmpool/failpoint"
 	"github.com/cloudhv/containerd-cloudhv/vmpool/vmm"
 )
 
@@ -91,7 +93,11 @@ func (c *Controller) attach(ctx context.Context, p *pod) error {
 	if driver == nil {
 		return fmt.Errorf("it is %s's, which this build does not know: %w", state.Driver, errdefs.ErrNotImplemented)
 	}
-	vm, err := driver.Attach(ctx, *state)
+	var vm vmm.VM
+	err := tryAtOnce(ctx, "take up a VM", func() (err error) {
+		vm, err = attachTo(ctx, driver, *state)
+		return err
+	})
 	if err != nil {
 		if ctx.Err() != nil && !isContextError(err) {
 			err = fmt.Errorf("%w: %w", context.Cause(ctx), err)
@@ -102,6 +108,21 @@ func (c *Controller) attach(ctx context.Context, p *pod) error {
 		return err
 	}
 	return c.adopt(ctx, p, vm)
+}
+
+// attachTo has the driver take up a VM.
+func attachTo(ctx context.Context, driver vmm.Driver, state vmm.State) (vmm.VM, error) {
+	if err := failpoint.At(ctx, failpoint.RecoverAttach); err != nil {
+		return nil, err
+	}
+	vm, err := driver.Attach(ctx, state)
+	if err != nil {
+		return nil, err
+	}
+	if err := failpoint.At(ctx, failpoint.RecoverAdopt); err != nil {
+		return nil, errors.Join(err, vm.Close())
+	}
+	return vm, nil
 }
 
 // adopt gives the sandbox its VM, which is watched from now on, or lets go of it

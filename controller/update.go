@@ -16,6 +16,7 @@ import (
 	"github.com/containerd/log"
 	runtime "k8s.io/cri-api/pkg/apis/runtime/v1"
 
+	"github.com/cloudhv/containerd-cloudhv/vmpool/failpoint"
 	"github.com/cloudhv/containerd-cloudhv/vmpool/vmm"
 )
 
@@ -111,10 +112,10 @@ func (c *Controller) resize(ctx context.Context, p *pod, want func(*record) (siz
 			p.id, size.MemoryBytes, from.MemoryBytes, s.FixedMemory, errdefs.ErrFailedPrecondition)
 	}
 	if size == from && !rec.Resizing {
-		return p.keepSizing(s)
+		return p.keepSizing(ctx, s)
 	}
 	// Before anything changes: after a crash the record says that the VM's size is open.
-	if err := p.update(func(r *record) { r.Resizing = true }); err != nil {
+	if err := p.update(ctx, failpoint.UpdateRecord, func(r *record) { r.Resizing = true }); err != nil {
 		return err
 	}
 	// Once begun it is done, so that record and VM agree.
@@ -129,7 +130,7 @@ func (c *Controller) resize(ctx context.Context, p *pod, want func(*record) (siz
 			errors.Join(sentinel(err, errdefs.ErrUnavailable), undoErr))
 		reached, s = from, rec.sizing()
 	}
-	saveErr := p.update(func(r *record) {
+	saveErr := p.update(ctx, failpoint.UpdateDone, func(r *record) {
 		r.Size, r.VM, r.Sizing, r.Resizing = reached, stateOf(vm), &s, !undone
 	})
 	if err = errors.Join(err, saveErr); err != nil {
@@ -140,11 +141,11 @@ func (c *Controller) resize(ctx context.Context, p *pod, want func(*record) (siz
 }
 
 // keepSizing records what decides the VM's size from now on.
-func (p *pod) keepSizing(s sizing) error {
+func (p *pod) keepSizing(ctx context.Context, s sizing) error {
 	if rec := p.snapshot(); rec.sizing() == s {
 		return nil
 	}
-	return p.update(func(r *record) { r.Sizing = &s })
+	return p.update(ctx, failpoint.UpdateSizing, func(r *record) { r.Sizing = &s })
 }
 
 // memoryKept is how much of the memory that a VM is to lose its guest may keep for
@@ -158,8 +159,14 @@ const memoryKept = 32 << 20
 func (c *Controller) resizeVM(ctx context.Context, vm vmm.VM, from, to vmm.Size, unsure bool) (vmm.Size, error) {
 	grown := larger(from, to)
 	if grown != from || unsure {
+		if err := failpoint.At(ctx, failpoint.UpdateGrow); err != nil {
+			return from, err
+		}
 		if err := vm.Resize(ctx, grown); err != nil {
 			return from, err
+		}
+		if err := failpoint.At(ctx, failpoint.UpdateGuestGrown); err != nil {
+			return grown, err
 		}
 		if err := c.resizeGuest(ctx, vm, grown); err != nil {
 			return grown, err
@@ -170,9 +177,15 @@ func (c *Controller) resizeVM(ctx context.Context, vm vmm.VM, from, to vmm.Size,
 	}
 	// The guest lets go of vCPUs before they are taken away; memory it can let go only
 	// when it is asked for. Asked for more than it can do without it would kill.
+	if err := failpoint.At(ctx, failpoint.UpdateGuestShrinks); err != nil {
+		return grown, err
+	}
 	if err := c.prepareShrink(ctx, vm, grown, to); err != nil {
 		grown.VCPUs = to.VCPUs // some may be off line
 		return grown, err
+	}
+	if err := failpoint.At(ctx, failpoint.UpdateShrink); err != nil {
+		return to, err
 	}
 	err := vm.Resize(ctx, to)
 	var kept *vmm.KeptError
@@ -181,6 +194,9 @@ func (c *Controller) resizeVM(ctx context.Context, vm vmm.VM, from, to vmm.Size,
 		err = vm.Resize(ctx, to)
 	}
 	if err != nil {
+		return to, err
+	}
+	if err := failpoint.At(ctx, failpoint.UpdateGuestShrunk); err != nil {
 		return to, err
 	}
 	return to, c.resizeGuest(ctx, vm, to)
@@ -193,7 +209,10 @@ func (c *Controller) takeBack(ctx context.Context, vm vmm.VM, from, reached vmm.
 	}
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), 2*c.cfg.HotPlugTimeout)
 	defer cancel()
-	err := vm.Resize(ctx, from)
+	err := failpoint.At(ctx, failpoint.UpdateTakeBack)
+	if err == nil {
+		err = vm.Resize(ctx, from)
+	}
 	if err == nil {
 		err = c.resizeGuest(ctx, vm, from)
 	}

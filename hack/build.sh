@@ -4,6 +4,10 @@
 #
 # Our binaries, and those of containerd that a node of ours runs, into build/bin: static, with the
 # version that git tells. The Go tool chain knows what changed, so this asks it each time.
+#
+#   build.sh              what is installed on a node
+#   build.sh failpoints   containerd and our shim with points at which tests stop them or let them
+#                         fail (vmpool/failpoint), into build/bin/failpoints: never for a node
 
 set -euo pipefail
 
@@ -33,6 +37,19 @@ build() {
 	say "$(printf '%-28s %4d MB  %3d s' "$1" "$(($(stat -c %s "$bin/$1") >> 20))" $((SECONDS - start)))"
 }
 
+if [[ ${1:-} == failpoints ]]; then
+	step "Binaries with failpoints, for tests"
+	mkdir -p "$bin/failpoints"
+	export GOFLAGS="${GOFLAGS:--tags=}"
+	GOFLAGS="${GOFLAGS/-tags=/-tags=failpoints,}"
+	[[ $GOFLAGS == *failpoints* ]] || GOFLAGS+=" -tags=failpoints"
+	build failpoints/containerd ./containerd-build/containerd
+	build failpoints/containerd-shim-cloudhv-v1 ./containerd-build/containerd-shim-cloudhv-v1
+	for name in cloudhvctl containerd-shim-runc-v2 crictl; do
+		ln -sfn "../$name" "$bin/failpoints/$name"
+	done
+	exit
+fi
 mkdir -p "$bin"
 step "Binaries, version $version on containerd $base (a first build takes minutes)"
 build containerd ./containerd-build/containerd

@@ -103,6 +103,7 @@ check "guest kernel for x86_64" kernel_config x86_64
 check "guest kernel for arm64" kernel_config arm64
 check "gofmt" formatted
 check "go vet" go vet ./...
+check "go vet with failpoints" go vet -tags=failpoints ./vmpool/failpoint/...
 check "golangci-lint" linters
 for what in "${skipped[@]}"; do
 	warn "lint: $what SKIPPED: this machine lacks what it takes (see above)"

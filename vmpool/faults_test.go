@@ -216,3 +216,21 @@ func TestAlteredMemory(t *testing.T) {
 		})
 	}
 }
+
+// TestDiscardFails lets the end of VMs fail that nobody has a hold of: those of a pool that is
+// drained, and one that is found half made. It is tried again until nothing is left.
+func TestDiscardFails(t *testing.T) {
+	r := newRig(t)
+	r.full(2)
+	var fails atomic.Int32
+	fails.Store(3)
+	r.driver.FailFunc(vmmtest.OpKill, func(string) error {
+		if fails.Add(-1) >= 0 {
+			return errTest
+		}
+		return nil
+	})
+	r.pool.Drain()
+	r.left(0)
+	assert.Negative(t, fails.Load())
+}

@@ -16,6 +16,7 @@ import (
 	"github.com/containerd/log"
 	"golang.org/x/sys/unix"
 
+	"github.com/cloudhv/containerd-cloudhv/vmpool/failpoint"
 	"github.com/cloudhv/containerd-cloudhv/vmpool/snapshot"
 	"github.com/cloudhv/containerd-cloudhv/vmpool/sparse"
 	"github.com/cloudhv/containerd-cloudhv/vmpool/vmm"
@@ -24,7 +25,7 @@ import (
 // plan makes the directory and the record of a new VM, and its configuration. The
 // snapshot with the ID snap, if any, is held for it. One that no pod has taken runs in
 // a group of its own, and each as a user of its own.
-func (p *Pool) plan(id, snap string, req Request) (*VM, vmm.Config, error) {
+func (p *Pool) plan(ctx context.Context, id, snap string, req Request) (*VM, vmm.Config, error) {
 	owner, cgroup := req.Owner, req.Cgroup
 	if owner == "" {
 		cgroup = p.idleGroup(id)
@@ -35,19 +36,37 @@ func (p *Pool) plan(id, snap string, req Request) (*VM, vmm.Config, error) {
 	}
 	vm := &VM{Dir: p.dir(id), Scratch: p.scratch(id), Made: time.Now()}
 	vm.rec = record{ID: id, Key: snap, Scratch: vm.Scratch, Cgroup: cgroup, UID: uid, Owner: owner, Made: vm.Made.Round(0)}
-	if err := os.Mkdir(vm.Dir, 0o700); err != nil {
+	if err := vm.begin(ctx); err != nil {
 		p.cfg.Users.Release(uid, id)
 		return nil, vmm.Config{}, fmt.Errorf("make VM %s: %w", id, err)
-	}
-	if err := vm.rec.save(vm.Dir); err != nil {
-		p.cfg.Users.Release(uid, id)
-		return nil, vmm.Config{}, errors.Join(err, os.RemoveAll(vm.Dir))
 	}
 	cfg := p.cfg.Machine
 	cfg.ID, cfg.Dir, cfg.Scratch, cfg.CgroupPath = id, vm.Dir, vm.Scratch, cgroup
 	cfg.UID = uid
 	cfg.KernelParams = slices.Clone(cfg.KernelParams)
 	return vm, cfg, nil
+}
+
+// begin makes the directory and the record of a new VM. After an error there is none.
+func (vm *VM) begin(ctx context.Context) error {
+	if err := failpoint.At(ctx, failpoint.VMDir); err != nil {
+		return err
+	}
+	if err := os.Mkdir(vm.Dir, 0o700); err != nil {
+		return err
+	}
+	if err := vm.save(ctx, failpoint.VMRecord); err != nil {
+		return errors.Join(err, os.RemoveAll(vm.Dir))
+	}
+	return nil
+}
+
+// save writes the record. Point is where tests may let that fail.
+func (vm *VM) save(ctx context.Context, point failpoint.Point) error {
+	if err := failpoint.At(ctx, point); err != nil {
+		return err
+	}
+	return vm.rec.save(vm.Dir)
 }
 
 // giveTAP makes the TAP of a VM that is about to start, whose own the file is from then on.
@@ -66,17 +85,17 @@ func (p *Pool) undo(vm *VM, why error) error {
 	if vm.VM != nil {
 		ctx, cancel := context.WithTimeout(context.Background(), discardLimit)
 		defer cancel()
-		return errors.Join(why, p.Discard(ctx, vm))
+		return errors.Join(why, p.discardSurely(ctx, vm))
 	}
-	return errors.Join(why, p.remove(&vm.rec, vm.Dir))
+	return errors.Join(why, p.discardSurely(context.Background(), vm))
 }
 
 // started completes the record of a VM whose VMM runs.
-func (vm *VM) started(v vmm.VM) error {
+func (vm *VM) started(ctx context.Context, point failpoint.Point, v vmm.VM) error {
 	vm.VM = v
 	state := v.State()
 	vm.rec.VM = &state
-	return vm.rec.save(vm.Dir)
+	return vm.save(ctx, point)
 }
 
 // restore restores a VM, for a pod or for the pool.
@@ -98,7 +117,7 @@ func (p *Pool) restoreNow(ctx context.Context, snap *snapshot.Snapshot, req Requ
 		}
 		snap = held
 	}
-	vm, cfg, err := p.plan(id, snap.ID, req)
+	vm, cfg, err := p.plan(ctx, id, snap.ID, req)
 	if err != nil {
 		p.cfg.Store.Release(snap.ID, id)
 		return nil, err
@@ -109,7 +128,13 @@ func (p *Pool) restoreNow(ctx context.Context, snap *snapshot.Snapshot, req Requ
 		}
 	}()
 	vm.Outcome = Miss
+	if err := failpoint.At(ctx, failpoint.VMScratch); err != nil {
+		return nil, err
+	}
 	if err := sparse.CopyFile(vm.Scratch, snap.Scratch); err != nil {
+		return nil, err
+	}
+	if err := failpoint.At(ctx, failpoint.VMTAP); err != nil {
 		return nil, err
 	}
 	closeTAP, err := p.giveTAP(&cfg)
@@ -117,6 +142,9 @@ func (p *Pool) restoreNow(ctx context.Context, snap *snapshot.Snapshot, req Requ
 		return nil, err
 	}
 	defer closeTAP()
+	if err := failpoint.At(ctx, failpoint.VMRestore); err != nil {
+		return nil, err
+	}
 	v, err := p.cfg.Driver.Restore(ctx, cfg, snap.VMM)
 	if err != nil {
 		err = fmt.Errorf("restore a VM: %w", err)
@@ -124,7 +152,7 @@ func (p *Pool) restoreNow(ctx context.Context, snap *snapshot.Snapshot, req Requ
 		return nil, err
 	}
 	restoreTimer.UpdateSince(vm.Made)
-	return vm, vm.started(v)
+	return vm, vm.started(ctx, failpoint.VMStarted, v)
 }
 
 // badSnapshot is how many restores may fail one after the other until the
@@ -177,12 +205,18 @@ const restLimit = 3 * time.Second
 func (p *Pool) template(ctx context.Context, dir string) (_ vmm.Snapshot, retErr error) {
 	ctx, cancel := context.WithTimeout(ctx, p.cfg.SnapshotLimit)
 	defer cancel()
-	vm, cfg, err := p.plan(newID(), "", Request{})
+	vm, cfg, err := p.plan(ctx, newID(), "", Request{})
 	if err != nil {
 		return vmm.Snapshot{}, err
 	}
 	defer func() { retErr = p.undo(vm, retErr) }()
+	if err := failpoint.At(ctx, failpoint.SnapshotScratch); err != nil {
+		return vmm.Snapshot{}, err
+	}
 	if err := p.cfg.NewScratch(ctx, vm.Scratch); err != nil {
+		return vmm.Snapshot{}, err
+	}
+	if err := failpoint.At(ctx, failpoint.SnapshotTAP); err != nil {
 		return vmm.Snapshot{}, err
 	}
 	cfg.MemoryFile = filepath.Join(dir, snapshot.MemoryFile)
@@ -193,49 +227,97 @@ func (p *Pool) template(ctx context.Context, dir string) (_ vmm.Snapshot, retErr
 	defer closeTAP()
 	var v vmm.VM
 	err = step(ctx, "boot", func(ctx context.Context) error {
+		if err := failpoint.At(ctx, failpoint.SnapshotBoot); err != nil {
+			return err
+		}
 		v, err = p.cfg.Driver.Boot(ctx, cfg)
 		return err
 	})
 	if err != nil {
 		return vmm.Snapshot{}, fmt.Errorf("boot the template: %w", err)
 	}
-	if err := vm.started(v); err != nil {
+	if err := vm.started(ctx, failpoint.SnapshotStarted, v); err != nil {
 		return vmm.Snapshot{}, err
 	}
+	if err := p.makeWarm(ctx, v); err != nil {
+		return vmm.Snapshot{}, err
+	}
+	snap, err := p.save(ctx, v)
+	if err != nil {
+		return vmm.Snapshot{}, err
+	}
+	scratch := filepath.Join(dir, snapshot.ScratchFile)
+	if err := takeDisk(ctx, vm.Scratch, scratch); err != nil {
+		return vmm.Snapshot{}, err
+	}
+	if err := failpoint.At(ctx, failpoint.SnapshotProve); err != nil {
+		return vmm.Snapshot{}, err
+	}
+	return snap, p.prove(ctx, &snapshot.Snapshot{VMM: snap, Scratch: scratch})
+}
+
+// makeWarm waits for a template's guest, and makes it warm.
+func (p *Pool) makeWarm(ctx context.Context, v vmm.VM) error {
+	if err := failpoint.At(ctx, failpoint.SnapshotAnswer); err != nil {
+		return err
+	}
 	if err := p.answer(ctx, v); err != nil {
-		return vmm.Snapshot{}, fmt.Errorf("the template: %w", err)
+		return fmt.Errorf("the template: %w", err)
+	}
+	if err := failpoint.At(ctx, failpoint.SnapshotWarmUp); err != nil {
+		return err
 	}
 	if err := p.warmUp(ctx, v); err != nil {
-		return vmm.Snapshot{}, fmt.Errorf("warm the template up: %w", err)
+		return fmt.Errorf("warm the template up: %w", err)
 	}
+	return nil
+}
+
+// save makes the snapshot of a template that is warm, which it ends.
+func (p *Pool) save(ctx context.Context, v vmm.VM) (snap vmm.Snapshot, _ error) {
 	rest, cancelRest := context.WithTimeout(ctx, restLimit)
 	defer cancelRest()
+	if err := failpoint.At(ctx, failpoint.SnapshotDisconnect); err != nil {
+		return snap, err
+	}
 	if err := v.Disconnect(rest); err != nil {
-		return vmm.Snapshot{}, fmt.Errorf("let go of the template: %w", err)
+		return snap, fmt.Errorf("let go of the template: %w", err)
+	}
+	if err := failpoint.At(ctx, failpoint.SnapshotPause); err != nil {
+		return snap, err
 	}
 	if err := v.Pause(ctx); err != nil {
-		return vmm.Snapshot{}, fmt.Errorf("pause the template: %w", err)
+		return snap, fmt.Errorf("pause the template: %w", err)
 	}
-	var snap vmm.Snapshot
-	err = step(ctx, "save", func(ctx context.Context) error {
+	if err := failpoint.At(ctx, failpoint.SnapshotSave); err != nil {
+		return snap, err
+	}
+	err := step(ctx, "save", func(ctx context.Context) (err error) {
 		snap, err = v.Snapshot(ctx)
 		return err
 	})
 	if err != nil {
-		return vmm.Snapshot{}, err
+		return snap, err
 	}
-	if err := v.Kill(ctx); err != nil {
-		return vmm.Snapshot{}, err
+	if err := failpoint.At(ctx, failpoint.SnapshotKill); err != nil {
+		return snap, err
 	}
-	scratch := filepath.Join(dir, snapshot.ScratchFile)
-	if err := move(vm.Scratch, scratch); err != nil {
-		return vmm.Snapshot{}, err
+	return snap, v.Kill(ctx)
+}
+
+// takeDisk makes a template's disk the snapshot's.
+func takeDisk(ctx context.Context, from, to string) error {
+	if err := failpoint.At(ctx, failpoint.SnapshotDisk); err != nil {
+		return err
+	}
+	if err := move(from, to); err != nil {
+		return err
+	}
+	if err := failpoint.At(ctx, failpoint.SnapshotOwner); err != nil {
+		return err
 	}
 	// The user that its VM had will be another's.
-	if err := os.Chown(scratch, os.Getuid(), os.Getgid()); err != nil {
-		return vmm.Snapshot{}, err
-	}
-	return snap, p.prove(ctx, &snapshot.Snapshot{VMM: snap, Scratch: scratch})
+	return os.Chown(to, os.Getuid(), os.Getgid())
 }
 
 // prove restores a VM from a snapshot that nobody uses yet, and awaits its answer.
@@ -293,7 +375,5 @@ func (p *Pool) release(rec *record) {
 	if rec.Key == p.cfg.Store.Current(p.key) {
 		return
 	}
-	if err := p.cfg.Store.Collect(p.ctx, p.key); err != nil {
-		log.G(p.ctx).WithError(err).Warn("cannot remove snapshots that nothing wants")
-	}
+	p.collect()
 }

@@ -31,6 +31,7 @@ import (
 	"golang.org/x/sync/semaphore"
 
 	"github.com/cloudhv/containerd-cloudhv/vmpool/confine"
+	"github.com/cloudhv/containerd-cloudhv/vmpool/failpoint"
 	"github.com/cloudhv/containerd-cloudhv/vmpool/snapshot"
 	"github.com/cloudhv/containerd-cloudhv/vmpool/vmm"
 )
@@ -249,6 +250,7 @@ func (p *Pool) Acquire(ctx context.Context, req Request) (got *VM, retErr error)
 	if err != nil {
 		settled()
 		if ctx.Err() == nil {
+			log.G(ctx).WithError(err).Warn("a VM cannot be restored; the pod's is booted")
 			err = fmt.Errorf("%w: %w", ErrNone, err)
 		}
 		return p.counted(nil, err)
@@ -362,11 +364,17 @@ func (p *Pool) handOver(ctx context.Context, vm *VM, req Request) error {
 	ctx, cancel := context.WithTimeout(ctx, p.cfg.CheckLimit)
 	defer cancel()
 	vm.rec.Owner = req.Owner
-	if err := vm.rec.save(vm.Dir); err != nil {
+	if err := vm.save(ctx, failpoint.HandoverRecord); err != nil {
+		return err
+	}
+	if err := failpoint.At(ctx, failpoint.HandoverResume); err != nil {
 		return err
 	}
 	if err := vm.Resume(ctx); err != nil {
 		return fmt.Errorf("VM %s does not go on: %w", vm.ID(), err)
+	}
+	if err := failpoint.At(ctx, failpoint.HandoverCheck); err != nil {
+		return err
 	}
 	if req.Check != nil {
 		if err := req.Check(ctx, vm); err != nil {
@@ -374,7 +382,7 @@ func (p *Pool) handOver(ctx context.Context, vm *VM, req Request) error {
 		}
 	}
 	vm.Outcome = Hit
-	return nil
+	return failpoint.At(ctx, failpoint.HandoverDone)
 }
 
 // discardBad removes a VM that was ready and cannot be used.
@@ -383,7 +391,7 @@ func (p *Pool) discardBad(ctx context.Context, vm *VM, why error) {
 	badCounter.Inc()
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), discardLimit)
 	defer cancel()
-	if err := p.Discard(ctx, vm); err != nil {
+	if err := p.discardSurely(ctx, vm); err != nil {
 		log.G(ctx).WithError(err).WithField("vm", vm.ID()).Error("cannot end a VM")
 	}
 }
@@ -393,19 +401,22 @@ const discardLimit = 20 * time.Second
 
 // Discard ends a VM and removes all that it has. It can be repeated.
 func (p *Pool) Discard(ctx context.Context, vm *VM) error {
+	if err := failpoint.At(ctx, failpoint.DiscardKill); err != nil {
+		return err
+	}
 	if err := vm.Kill(ctx); err != nil {
 		return fmt.Errorf("end VM %s: %w", vm.ID(), err) // it stays under control
 	}
 	if err := vm.Close(); err != nil {
 		return fmt.Errorf("end VM %s: %w", vm.ID(), err)
 	}
-	return p.remove(&vm.rec, vm.Dir)
+	return p.remove(ctx, &vm.rec, vm.Dir)
 }
 
 // Forget removes what a VM has that has ended: by its State, as its owner may
 // be an heir of the one who acquired it. For a VM that is not the pool's it does
 // nothing.
-func (p *Pool) Forget(state *vmm.State) error {
+func (p *Pool) Forget(ctx context.Context, state *vmm.State) error {
 	if state == nil || filepath.Dir(state.Dir) != filepath.Clean(p.cfg.Dir) {
 		return nil
 	}
@@ -416,23 +427,25 @@ func (p *Pool) Forget(state *vmm.State) error {
 	if err != nil {
 		rec = p.unknown(state.Dir)
 	}
-	return p.remove(rec, state.Dir)
+	return p.remove(ctx, rec, state.Dir)
 }
 
 // remove removes the files of a VM that has ended.
-func (p *Pool) remove(rec *record, dir string) error {
-	var errs []error
-	if rec.Scratch != "" {
+func (p *Pool) remove(ctx context.Context, rec *record, dir string) error {
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), discardLimit)
+	defer cancel()
+	errs := []error{failpoint.At(ctx, failpoint.DiscardScratch)}
+	if rec.Scratch != "" && errs[0] == nil {
 		if err := os.Remove(rec.Scratch); err != nil && !errors.Is(err, os.ErrNotExist) {
 			errs = append(errs, err)
 		}
 		errs = append(errs, os.RemoveAll(vmm.DisksDir(rec.Scratch)))
 	}
+	errs = append(errs, failpoint.At(ctx, failpoint.DiscardGroup))
 	if rec.Cgroup != "" {
-		ctx, cancel := context.WithTimeout(context.Background(), discardLimit)
-		defer cancel()
 		errs = append(errs, vmm.OpenCgroup(rec.Cgroup).Remove(ctx))
 	}
+	errs = append(errs, failpoint.At(ctx, failpoint.DiscardDir))
 	if err := errors.Join(errs...); err != nil {
 		return fmt.Errorf("remove VM %s: %w", rec.ID, err)
 	}

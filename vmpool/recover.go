@@ -17,7 +17,9 @@ import (
 	"github.com/containerd/log"
 	"golang.org/x/sync/errgroup"
 
+	"github.com/cloudhv/containerd-cloudhv/vmpool/failpoint"
 	"github.com/cloudhv/containerd-cloudhv/vmpool/snapshot"
+	"github.com/cloudhv/containerd-cloudhv/vmpool/vmm"
 )
 
 const (
@@ -46,7 +48,17 @@ func (p *Pool) Recover(ctx context.Context, owned func(dir string) bool) error {
 			}
 			continue
 		}
-		g.Go(func() error { return p.recoverVM(ctx, dir) })
+		g.Go(func() error {
+			if p.isReady(dir) {
+				return nil // this is tried again
+			}
+			err := p.recoverVM(ctx, dir)
+			if err != nil {
+				log.G(ctx).WithError(err).WithField("vm", e.Name()).Error("cannot recover a VM of the pool; it is tried again")
+				p.keepTrying(func(ctx context.Context) error { return p.recoverVM(ctx, dir) })
+			}
+			return nil
+		})
 	}
 	err = g.Wait()
 	return errors.Join(err, p.sweep(ctx))
@@ -80,10 +92,10 @@ func (p *Pool) recoverVM(ctx context.Context, dir string) error {
 		if !errdefs.IsNotFound(err) {
 			log.G(ctx).WithError(err).Warn("removing a VM whose record cannot be read")
 		}
-		return p.remove(p.unknown(dir), dir)
+		return p.remove(ctx, p.unknown(dir), dir)
 	}
 	if rec.VM == nil {
-		return p.remove(rec, dir) // its VMM was never recorded; the caller kills strays
+		return p.remove(ctx, rec, dir) // its VMM was never recorded; the caller kills strays
 	}
 	if why := p.unfit(rec); why != "" {
 		log.G(ctx).WithField("why", why).Info("ending a VM of an earlier process")
@@ -91,7 +103,11 @@ func (p *Pool) recoverVM(ctx context.Context, dir string) error {
 	}
 	attach, cancel := context.WithTimeout(ctx, attachLimit)
 	defer cancel()
-	v, err := p.cfg.Driver.Attach(attach, *rec.VM)
+	err = failpoint.At(attach, failpoint.RecoverPoolAttach)
+	var v vmm.VM
+	if err == nil {
+		v, err = p.cfg.Driver.Attach(attach, *rec.VM)
+	}
 	if err != nil {
 		if !errdefs.IsNotFound(err) {
 			log.G(ctx).WithError(err).Warn("a VM of an earlier process cannot be taken up; it is killed")
@@ -111,15 +127,18 @@ func (p *Pool) kill(ctx context.Context, rec *record, dir string) error {
 	h, err := rec.VM.Identity().Open()
 	switch {
 	case errdefs.IsNotFound(err):
-		return p.remove(rec, dir)
+		return p.remove(ctx, rec, dir)
 	case err != nil:
 		return fmt.Errorf("kill VM %s: %w", rec.ID, err)
 	}
 	defer h.Close()
+	if err := failpoint.At(ctx, failpoint.RecoverPoolKill); err != nil {
+		return err
+	}
 	if err := h.Kill(ctx); err != nil {
 		return fmt.Errorf("kill VM %s: %w", rec.ID, err)
 	}
-	return p.remove(rec, dir)
+	return p.remove(ctx, rec, dir)
 }
 
 // unfit says why a VM cannot be handed out, or nothing.

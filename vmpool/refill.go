@@ -13,6 +13,7 @@ import (
 	"github.com/containerd/errdefs"
 	"github.com/containerd/log"
 
+	"github.com/cloudhv/containerd-cloudhv/vmpool/failpoint"
 	"github.com/cloudhv/containerd-cloudhv/vmpool/snapshot"
 )
 
@@ -208,7 +209,7 @@ func (p *Pool) letGo(vm *VM) {
 		ctx, cancel := context.WithTimeout(context.Background(), discardLimit)
 		defer cancel()
 		log.G(ctx).WithField("vm", vm.ID()).Debug("ending a VM that is not needed")
-		if err := p.Discard(ctx, vm); err != nil {
+		if err := p.discardSurely(ctx, vm); err != nil {
 			log.G(ctx).WithError(err).WithField("vm", vm.ID()).Error("cannot end a VM")
 		}
 		p.mu.Lock()
@@ -260,15 +261,23 @@ func (p *Pool) makeReady(ctx context.Context, snap *snapshot.Snapshot) (_ *VM, r
 			retErr = p.undo(vm, retErr)
 		}
 	}()
-	err = p.answer(ctx, vm)
+	if err = failpoint.At(ctx, failpoint.RefillAnswer); err == nil {
+		err = p.answer(ctx, vm)
+	}
 	p.Report(ctx, vm, err)
 	if err != nil {
 		return nil, fmt.Errorf("a restored VM: %w", err)
 	}
 	if p.cfg.Warm {
+		if err := failpoint.At(ctx, failpoint.RefillWarmUp); err != nil {
+			return nil, err
+		}
 		if err := p.warmUp(ctx, vm); err != nil {
 			return nil, fmt.Errorf("warm up a restored VM: %w", err)
 		}
+	}
+	if err := failpoint.At(ctx, failpoint.RefillPause); err != nil {
+		return nil, err
 	}
 	if err := vm.Pause(ctx); err != nil {
 		return nil, fmt.Errorf("pause a restored VM: %w", err)
@@ -278,7 +287,10 @@ func (p *Pool) makeReady(ctx context.Context, snap *snapshot.Snapshot) (_ *VM, r
 	}
 	vm.rec.Ready = true
 	readyTimer.UpdateSince(vm.Made)
-	return vm, vm.started(vm.VM)
+	if err := vm.started(ctx, failpoint.RefillRecord, vm.VM); err != nil {
+		return nil, err
+	}
+	return vm, failpoint.At(ctx, failpoint.RefillDone)
 }
 
 // addReady puts a VM into the pool, under p.mu.

@@ -132,9 +132,7 @@ func (p *Pool) putInUse(snap *snapshot.Snapshot) {
 	p.notify()
 	p.mu.Unlock()
 	p.poke()
-	if err := p.cfg.Store.Collect(p.ctx, p.key); err != nil {
-		log.G(p.ctx).WithError(err).Warn("cannot remove snapshots that nothing wants")
-	}
+	p.collect()
 }
 
 // SnapshotInfo is a snapshot on disk.

@@ -32,6 +32,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	guestv1 "github.com/cloudhv/containerd-cloudhv/guest/api/v1"
+	"github.com/cloudhv/containerd-cloudhv/vmpool/failpoint"
 	"github.com/cloudhv/containerd-cloudhv/vmpool/vmm"
 )
 
@@ -117,7 +118,7 @@ func (n *Network) Join(ctx context.Context, path string, w *Waiting, vmID string
 		}
 	}()
 	name := linkName(vmID)
-	if err := w.lead(vmID, ns, n.links[0].Attrs().MTU); err != nil {
+	if err := w.lead(ctx, vmID, ns, n.links[0].Attrs().MTU); err != nil {
 		return err
 	}
 	for i, link := range n.links {
@@ -126,6 +127,9 @@ func (n *Network) Join(ctx context.Context, path string, w *Waiting, vmID string
 		}
 		if i > 0 {
 			name = fmt.Sprintf("%snic%d", linkPrefix, i)
+			if err := failpoint.At(ctx, failpoint.JoinTAP); err != nil {
+				return err
+			}
 			file, err := createTAP(ns, name)
 			if err != nil {
 				return err
@@ -136,6 +140,9 @@ func (n *Network) Join(ctx context.Context, path string, w *Waiting, vmID string
 				MTU:    link.Attrs().MTU,
 				Queues: []*os.File{file},
 			})
+		}
+		if err := failpoint.At(ctx, failpoint.JoinRedirect); err != nil {
+			return err
 		}
 		if err := join(h, link, name); err != nil {
 			return fmt.Errorf("join interface %s to %s: %w", link.Attrs().Name, name, err)

@@ -4,6 +4,7 @@
 package network
 
 import (
+	"context"
 	"crypto/sha256"
 	"encoding/hex"
 	"errors"
@@ -19,6 +20,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/cloudhv/containerd-cloudhv/guest/api/thread"
+	"github.com/cloudhv/containerd-cloudhv/vmpool/failpoint"
 )
 
 // Waiting is where the TAPs of VMs are: a network namespace of their own, so that the
@@ -105,7 +107,7 @@ func (w *Waiting) Make(vmID string) (_ *os.File, retErr error) {
 // the name that linkName gives. The pair goes with either namespace, and when its end
 // in the pod's is removed. It returns ErrNotFound for a VM without a TAP, and
 // ErrAlreadyExists for one that has a pair; after an error there is none.
-func (w *Waiting) lead(vmID string, to netns.NsHandle, mtu int) (retErr error) {
+func (w *Waiting) lead(ctx context.Context, vmID string, to netns.NsHandle, mtu int) (retErr error) {
 	ns, h, err := open(w.path)
 	if err != nil {
 		return err
@@ -124,6 +126,9 @@ func (w *Waiting) lead(vmID string, to netns.NsHandle, mtu int) (retErr error) {
 		LinkAttrs: netlink.LinkAttrs{Name: leadPrefix + strings.TrimPrefix(name, linkPrefix), MTU: mtu},
 		PeerName:  name, PeerNamespace: netlink.NsFd(int(to)), PeerMTU: uint32(mtu), //nolint:gosec // an MTU
 	}
+	if err := failpoint.At(ctx, failpoint.JoinPair); err != nil {
+		return err
+	}
 	err = h.LinkAdd(pair)
 	if errors.Is(err, unix.EEXIST) {
 		err = errdefs.ErrAlreadyExists
@@ -136,6 +141,9 @@ func (w *Waiting) lead(vmID string, to netns.NsHandle, mtu int) (retErr error) {
 			retErr = errors.Join(retErr, h.LinkDel(pair))
 		}
 	}()
+	if err := failpoint.At(ctx, failpoint.JoinPairUp); err != nil {
+		return err
+	}
 	if err := setUp(h, pair); err != nil {
 		return err
 	}

@@ -23,6 +23,8 @@ import (
 	"github.com/containerd/log"
 	"golang.org/x/sync/errgroup"
 	"golang.org/x/sys/unix"
+
+	"github.com/cloudhv/containerd-cloudhv/vmpool/failpoint"
 )
 
 const (
@@ -38,6 +40,9 @@ const (
 func (s *Store) build(ctx context.Context, c chain, tmp *os.File, bg *background) (retErr error) {
 	start := time.Now()
 	dir := s.path(c.key, mountSuffix)
+	if err := failpoint.At(ctx, failpoint.ImageMountPoint); err != nil {
+		return err
+	}
 	if err := os.Mkdir(dir, 0o700); err != nil && !errors.Is(err, fs.ErrExist) {
 		return fmt.Errorf("make mount point: %w", err)
 	}
@@ -58,7 +63,13 @@ func (s *Store) build(ctx context.Context, c chain, tmp *os.File, bg *background
 	if bg != nil {
 		builder = bg.builder(builder)
 	}
+	if err := failpoint.At(ctx, failpoint.ImageWrite); err != nil {
+		return err
+	}
 	if err := write(ctx, builder, dir, tmp, c.key); err != nil {
+		return err
+	}
+	if err := failpoint.At(ctx, failpoint.ImageCommit); err != nil {
 		return err
 	}
 	if err := commit(tmp, s.path(c.key, imageSuffix)); err != nil {
@@ -116,6 +127,9 @@ func (s *Store) mountView(ctx context.Context, c chain, dir string) (_ func() er
 	}
 	ctx = namespaces.WithNamespace(ctx, c.namespace)
 	name := namePrefix + rand.Text()
+	if err := failpoint.At(ctx, failpoint.ImageLease); err != nil {
+		return nil, err
+	}
 	lease, err := s.cfg.Leases.Create(ctx,
 		leases.WithID(name),
 		leases.WithLabel(leaseLabel, s.cfg.Dir),
@@ -133,9 +147,15 @@ func (s *Store) mountView(ctx context.Context, c chain, dir string) (_ func() er
 			retErr = errors.Join(retErr, release())
 		}
 	}()
+	if err := failpoint.At(ctx, failpoint.ImageView); err != nil {
+		return nil, err
+	}
 	mounts, err := sn.View(leases.WithLease(ctx, lease.ID), name, c.name)
 	if err != nil {
 		return nil, fmt.Errorf("view snapshot %q: %w", c.name, err)
+	}
+	if err := failpoint.At(ctx, failpoint.ImageMount); err != nil {
+		return nil, err
 	}
 	if err := mount.All(mounts, dir); err != nil {
 		return nil, fmt.Errorf("mount a view of snapshot %q: %w", c.name, err)

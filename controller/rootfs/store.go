@@ -33,6 +33,8 @@ import (
 	"github.com/opencontainers/go-digest"
 	"golang.org/x/sync/semaphore"
 	"golang.org/x/sync/singleflight"
+
+	"github.com/cloudhv/containerd-cloudhv/vmpool/failpoint"
 )
 
 const (
@@ -255,6 +257,9 @@ func (s *Store) make(ctx context.Context, c chain, bg *background) error {
 			return fmt.Errorf("wait for another image to be made: %w", err)
 		}
 		defer s.slots.Release(1)
+	}
+	if err := failpoint.At(ctx, failpoint.ImageFile); err != nil {
+		return err
 	}
 	tmp, err := s.lock(ctx, c.key)
 	if err != nil {

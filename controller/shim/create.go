@@ -25,6 +25,7 @@ import (
 	wirev1 "github.com/cloudhv/containerd-cloudhv/controller/shim/wire/v1"
 	"github.com/cloudhv/containerd-cloudhv/guest/api"
 	guestv1 "github.com/cloudhv/containerd-cloudhv/guest/api/v1"
+	"github.com/cloudhv/containerd-cloudhv/vmpool/failpoint"
 )
 
 // maxHostSpecBytes bounds a config.json: what is left of it for the guest is
@@ -53,7 +54,7 @@ func (s *service) Create(ctx context.Context, r *wirev1.CreateTaskRequest) (_ *w
 			s.forget(ctx, r.Id)
 		}
 	}()
-	req, err := s.guestCreate(r)
+	req, err := s.guestCreate(ctx, r)
 	if err != nil {
 		return nil, err
 	}
@@ -102,7 +103,7 @@ func (s *service) forget(ctx context.Context, id string) {
 
 // guestCreate translates the bundle's spec. Root file system and streams are
 // still missing.
-func (s *service) guestCreate(r *wirev1.CreateTaskRequest) (*guestv1.CreateRequest, error) {
+func (s *service) guestCreate(ctx context.Context, r *wirev1.CreateTaskRequest) (*guestv1.CreateRequest, error) {
 	host, err := readSpec(filepath.Join(r.Bundle, "config.json"))
 	if err != nil {
 		return nil, err
@@ -119,6 +120,9 @@ func (s *service) guestCreate(r *wirev1.CreateTaskRequest) (*guestv1.CreateReque
 			r.Id, c.Spec.Process.Terminal, r.Terminal, errdefs.ErrInvalidArgument)
 	}
 	s.sizer.set(r.Id, limitsOf(r.Id, c.Spec.Linux.Resources, s.sizer.get(r.Id)))
+	if err := failpoint.At(ctx, failpoint.TaskCreateVolumes); err != nil {
+		return nil, err
+	}
 	if err := s.addMounts(r.Id, c); err != nil {
 		return nil, fmt.Errorf("container %q cannot run in a VM: %w", r.Id, err)
 	}
@@ -198,6 +202,9 @@ func (s *service) connectIO(ctx context.Context, pio *processIO, rep *report) er
 		return err
 	}
 	defer rep.part(PartStreams)()
+	if err := failpoint.At(ctx, failpoint.TaskCreateStreams); err != nil {
+		return err
+	}
 	return pio.connect(ctx, s.guest.transport)
 }
 
@@ -217,6 +224,9 @@ func (s *service) prepareVM(ctx context.Context, id string) (*guestv1.RootFS, er
 
 // attachRootFS asks the plugin for the container's image as a disk of the VM.
 func (s *service) attachRootFS(ctx context.Context, id string) (*guestv1.RootFS, error) {
+	if err := failpoint.At(ctx, failpoint.TaskCreateAttach); err != nil {
+		return nil, err
+	}
 	var serial string
 	err := s.askHost(ctx, func(ctx context.Context, host hostv1.HostService) error {
 		resp, err := host.AttachRootFS(ctx, &hostv1.AttachRootFSRequest{SandboxId: s.cfg.SandboxID, ContainerId: id})
@@ -249,6 +259,9 @@ func (s *service) createInGuest(ctx context.Context, t *task, req *guestv1.Creat
 		}
 	}()
 	end := rep.part(PartGuest)
+	if err := failpoint.At(ctx, failpoint.TaskCreateGuest); err != nil {
+		return err
+	}
 	resp, err := callGuest(ctx, s.guest, createLimit, func(ctx context.Context, c guestv1.TaskService) (*guestv1.CreateResponse, error) {
 		return c.Create(ctx, req)
 	})
@@ -264,7 +277,7 @@ func (s *service) createInGuest(ctx context.Context, t *task, req *guestv1.Creat
 		return fmt.Errorf("create container %q: nobody waits for it any more: %w", req.Id, err)
 	}
 	t.init.pid = resp.Pid
-	return nil
+	return failpoint.At(ctx, failpoint.TaskCreateDone)
 }
 
 // admit makes a created container known, to containerd and to this service.

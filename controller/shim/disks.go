@@ -21,6 +21,7 @@ import (
 	"github.com/cloudhv/containerd-cloudhv/controller/shim/guestspec"
 	"github.com/cloudhv/containerd-cloudhv/guest/api"
 	guestv1 "github.com/cloudhv/containerd-cloudhv/guest/api/v1"
+	"github.com/cloudhv/containerd-cloudhv/vmpool/failpoint"
 )
 
 // detachWait is for how long the delete of a container waits until its disks have been
@@ -149,6 +150,9 @@ func (s *service) attachDisks(ctx context.Context, id string, req *guestv1.Creat
 	for _, place := range disks.volumes {
 		ask.Disks = append(ask.Disks, &hostv1.Disk{DirectVolume: uint32(place)})
 	}
+	if err := failpoint.At(ctx, failpoint.TaskCreateDisks); err != nil {
+		return err
+	}
 	var serials []string
 	err := s.askHost(ctx, func(ctx context.Context, host hostv1.HostService) error {
 		resp, err := host.AttachDisks(ctx, ask)
@@ -190,10 +194,13 @@ func (s *service) detachDisks(ctx context.Context, id string) {
 	done := make(chan struct{})
 	s.running.Go(func() {
 		defer close(done)
-		err := s.askHost(s.ctx, func(ctx context.Context, host hostv1.HostService) error {
-			_, err := host.DetachDisks(ctx, &hostv1.DetachDisksRequest{SandboxId: s.cfg.SandboxID, ContainerId: id})
-			return err
-		})
+		err := failpoint.At(s.ctx, failpoint.TaskDeleteDisks)
+		if err == nil {
+			err = s.askHost(s.ctx, func(ctx context.Context, host hostv1.HostService) error {
+				_, err := host.DetachDisks(ctx, &hostv1.DetachDisksRequest{SandboxId: s.cfg.SandboxID, ContainerId: id})
+				return err
+			})
+		}
 		if err != nil && !errors.Is(err, errVMLost) && s.ctx.Err() == nil {
 			log.G(s.ctx).WithError(err).WithField("container", id).Warn("disks of a container that is gone stay in the VM")
 		}

@@ -19,6 +19,7 @@ import (
 	"github.com/cloudhv/containerd-cloudhv/controller/shim/guestspec"
 	wirev1 "github.com/cloudhv/containerd-cloudhv/controller/shim/wire/v1"
 	guestv1 "github.com/cloudhv/containerd-cloudhv/guest/api/v1"
+	"github.com/cloudhv/containerd-cloudhv/vmpool/failpoint"
 )
 
 // Exec adds a process to a container, which Start then starts.
@@ -55,6 +56,9 @@ func (s *service) Exec(ctx context.Context, r *wirev1.ExecProcessRequest) (_ *em
 			pio.cut()
 		}
 	}()
+	if err := failpoint.At(ctx, failpoint.ExecStreams); err != nil {
+		return nil, err
+	}
 	if err := pio.connect(ctx, s.guest.transport); err != nil {
 		return nil, err
 	}
@@ -99,6 +103,9 @@ func (s *service) execInGuest(ctx context.Context, p *process, process []byte) (
 				Warn("a process that failed to be added may be left in the guest")
 		}
 	}()
+	if err := failpoint.At(ctx, failpoint.ExecGuest); err != nil {
+		return err
+	}
 	_, err := callGuest(ctx, s.guest, startLimit, func(ctx context.Context, c guestv1.TaskService) (*emptypb.Empty, error) {
 		return c.Exec(ctx, &guestv1.ExecRequest{Id: p.task.id, ExecId: p.execID, Process: process, Stdio: p.io.streams})
 	})
@@ -108,7 +115,7 @@ func (s *service) execInGuest(ctx context.Context, p *process, process []byte) (
 	if err := ctx.Err(); err != nil {
 		return fmt.Errorf("exec %q in container %q: nobody waits for it any more: %w", p.execID, p.task.id, err)
 	}
-	return nil
+	return failpoint.At(ctx, failpoint.ExecDone)
 }
 
 func decodeStrict(data []byte, v any) error {

@@ -16,6 +16,7 @@ import (
 
 	wirev1 "github.com/cloudhv/containerd-cloudhv/controller/shim/wire/v1"
 	guestv1 "github.com/cloudhv/containerd-cloudhv/guest/api/v1"
+	"github.com/cloudhv/containerd-cloudhv/vmpool/failpoint"
 )
 
 // Exit statuses for processes whose own nobody can tell.
@@ -108,6 +109,9 @@ func (p *process) start(ctx context.Context) (uint32, error) {
 	p.mu.Lock()
 	p.tried, p.since = true, time.Now()
 	p.mu.Unlock()
+	if err := p.at(ctx, failpoint.TaskStartGuest, failpoint.ExecStartGuest); err != nil {
+		return 0, err
+	}
 	resp, err := callGuest(ctx, p.svc.guest, startLimit, func(ctx context.Context, c guestv1.TaskService) (*guestv1.StartResponse, error) {
 		return c.Start(ctx, &guestv1.StartRequest{Id: p.task.id, ExecId: p.execID})
 	})
@@ -115,6 +119,9 @@ func (p *process) start(ctx context.Context) (uint32, error) {
 		return 0, err
 	}
 	if err := checkPid(resp.Pid); err != nil {
+		return 0, err
+	}
+	if err := p.at(ctx, failpoint.TaskStartDone, failpoint.ExecStartDone); err != nil {
 		return 0, err
 	}
 	p.mu.Lock()
@@ -130,6 +137,14 @@ func (p *process) start(ctx context.Context) (uint32, error) {
 		p.svc.events.publish(&wirev1.TaskExecStarted{ContainerId: p.task.id, ExecId: p.execID, Pid: resp.Pid})
 	}
 	return resp.Pid, nil
+}
+
+// at is a point of a container's own process, and another of one that was added.
+func (p *process) at(ctx context.Context, own, added failpoint.Point) error {
+	if p.execID == "" {
+		return failpoint.At(ctx, own)
+	}
+	return failpoint.At(ctx, added)
 }
 
 func (p *process) startable() error {
@@ -267,6 +282,9 @@ func (p *process) delete(ctx context.Context) (processInfo, error) {
 	}
 	status, at := uint32(StatusVMLost), time.Now()
 	if !p.svc.guest.lost() {
+		if err := p.at(ctx, failpoint.TaskDeleteGuest, failpoint.ExecDeleteGuest); err != nil {
+			return info, err
+		}
 		resp, err := callGuest(ctx, p.svc.guest, deleteLimit, func(ctx context.Context, c guestv1.TaskService) (*guestv1.DeleteResponse, error) {
 			return c.Delete(ctx, &guestv1.DeleteRequest{Id: p.task.id, ExecId: p.execID})
 		})
@@ -280,6 +298,9 @@ func (p *process) delete(ctx context.Context) (processInfo, error) {
 		default:
 			return info, err
 		}
+	}
+	if err := p.at(ctx, failpoint.TaskDeleteDone, failpoint.ExecDeleteDone); err != nil {
+		return info, err
 	}
 	p.exitLocked(status, at, 0)
 	// The agent ends the streams at a delete: what is on its way still arrives.

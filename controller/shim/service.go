@@ -23,6 +23,7 @@ import (
 
 	hostv1 "github.com/cloudhv/containerd-cloudhv/controller/hostapi/v1"
 	"github.com/cloudhv/containerd-cloudhv/guest/api"
+	"github.com/cloudhv/containerd-cloudhv/vmpool/failpoint"
 )
 
 // How long the guest may take over a call. They are generous, as a VM in
@@ -167,7 +168,11 @@ func (s *service) vmLost(reason error) {
 	}
 	s.logLost(reason)
 	text := cleanText(reason.Error(), maxGuestText) + "\n"
-	if err := os.WriteFile(filepath.Join(s.dir, VMLostFile), []byte(text), 0o600); err != nil {
+	err := failpoint.At(s.ctx, failpoint.TaskLost)
+	if err == nil {
+		err = os.WriteFile(filepath.Join(s.dir, VMLostFile), []byte(text), 0o600)
+	}
+	if err != nil {
 		log.G(s.ctx).WithError(err).Warn("cannot note that the VM is lost")
 	}
 	// It may have to wait for a file system of the host's.

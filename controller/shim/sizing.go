@@ -16,6 +16,7 @@ import (
 	specs "github.com/opencontainers/runtime-spec/specs-go"
 
 	hostv1 "github.com/cloudhv/containerd-cloudhv/controller/hostapi/v1"
+	"github.com/cloudhv/containerd-cloudhv/vmpool/failpoint"
 )
 
 // sizer has the pod's VM made as large as the limits of its containers want it. It
@@ -108,6 +109,9 @@ func (s *service) growVM(ctx context.Context) error {
 	defer unlock()
 	if _, limited := s.sizer.all(); !limited {
 		return nil
+	}
+	if err := failpoint.At(ctx, failpoint.TaskCreateGrow); err != nil {
+		return err
 	}
 	return s.askResize(ctx, &hostv1.ResizeRequest{})
 }

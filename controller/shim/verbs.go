@@ -21,6 +21,7 @@ import (
 	"github.com/cloudhv/containerd-cloudhv/controller/shim/guestspec"
 	wirev1 "github.com/cloudhv/containerd-cloudhv/controller/shim/wire/v1"
 	guestv1 "github.com/cloudhv/containerd-cloudhv/guest/api/v1"
+	"github.com/cloudhv/containerd-cloudhv/vmpool/failpoint"
 )
 
 // Start starts a created container, or a process that Exec has added.
@@ -107,6 +108,9 @@ func (s *service) Kill(ctx context.Context, r *wirev1.KillRequest) (*emptypb.Emp
 		p.mustEnd()
 	}
 	asked := time.Now()
+	if err := failpoint.At(ctx, failpoint.TaskKillGuest); err != nil {
+		return nil, err
+	}
 	_, err = callGuest(ctx, s.guest, s.killLimit, func(ctx context.Context, c guestv1.TaskService) (*emptypb.Empty, error) {
 		return c.Kill(ctx, &guestv1.KillRequest{Id: r.Id, ExecId: r.ExecId, Signal: r.Signal, All: r.All})
 	})
@@ -311,6 +315,9 @@ func (s *service) Update(ctx context.Context, r *wirev1.UpdateTaskRequest) (*emp
 	}
 	log.G(ctx).WithField("container", r.Id).Debug("update")
 	err = s.resizeFor(ctx, r.Id, guest, func() error {
+		if err := failpoint.At(ctx, failpoint.TaskUpdateGuest); err != nil {
+			return err
+		}
 		_, err := callGuest(ctx, s.guest, quickLimit, func(ctx context.Context, c guestv1.TaskService) (*emptypb.Empty, error) {
 			return c.Update(ctx, &guestv1.UpdateRequest{Id: r.Id, Resources: resources})
 		})

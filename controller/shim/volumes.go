@@ -19,6 +19,7 @@ import (
 	"github.com/cloudhv/containerd-cloudhv/controller/shim/ninep"
 	"github.com/cloudhv/containerd-cloudhv/controller/shim/volumes"
 	guestv1 "github.com/cloudhv/containerd-cloudhv/guest/api/v1"
+	"github.com/cloudhv/containerd-cloudhv/vmpool/failpoint"
 )
 
 // mountLimit is how long the guest may take to mount the volumes' file system.
@@ -93,6 +94,9 @@ func (v *podVolumes) mount(ctx context.Context, id string, g *guestClient) error
 		return nil
 	}
 	if _, err := g.client(ctx); err != nil {
+		return err
+	}
+	if err := failpoint.At(ctx, failpoint.TaskCreateMount); err != nil {
 		return err
 	}
 	conn, stream, err := openStream(ctx, g.transport)

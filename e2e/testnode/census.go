@@ -14,6 +14,7 @@ import (
 	"regexp"
 	"slices"
 	"strings"
+	"syscall"
 	"time"
 
 	"github.com/containerd/containerd/v2/core/leases"
@@ -38,6 +39,14 @@ func (c Census) Diff(before Census) []string {
 	if c.pid == before.pid {
 		lines = append(lines, diff(before.Own, c.Own)...)
 	}
+	slices.Sort(lines)
+	return lines
+}
+
+// DiffAnyProcess is Diff, and compares containerd's own files and goroutines also with those
+// of another process: both have to be at rest, and to have done much the same.
+func (c Census) DiffAnyProcess(before Census) []string {
+	lines := append(diff(before.Items, c.Items), diff(before.Own, c.Own)...)
 	slices.Sort(lines)
 	return lines
 }
@@ -219,11 +228,31 @@ func (n *Node) countFiles(items map[string]int) error {
 			return fs.SkipDir // a mount, which is counted
 		}
 		items["file "+nameless(rel)]++
+		countBlocks(items, rel, d)
 		if d.IsDir() && strings.HasPrefix(rel, "root/io.containerd.snapshotter") && strings.Count(rel, "/") >= snapshotDepth-1 {
 			return fs.SkipDir
 		}
 		return nil
 	})
+}
+
+// blockUnit is how exactly what files take on disk is compared, in bytes: guests write to
+// disks as they come to it.
+const blockUnit = 16 << 20
+
+// countBlocks counts what a file of the cache takes on disk, begun units each.
+func countBlocks(items map[string]int, rel string, d fs.DirEntry) {
+	if !d.Type().IsRegular() || !strings.HasPrefix(rel, "cache/") {
+		return
+	}
+	info, err := d.Info()
+	if err != nil {
+		return // it has gone
+	}
+	const sector = 512
+	if st, ok := info.Sys().(*syscall.Stat_t); ok {
+		items["16 MiB of "+nameless(rel)] += int((st.Blocks*sector + blockUnit - 1) / blockUnit)
+	}
 }
 
 // countRecords counts what containerd has on record beside images.

@@ -6,13 +6,17 @@ package testnode
 import (
 	"errors"
 	"fmt"
+	"net"
 	"os"
 	"path/filepath"
 	"slices"
 	"strings"
 	"syscall"
 
+	"github.com/google/nftables"
 	"github.com/vishvananda/netlink"
+	"github.com/vishvananda/netns"
+	"golang.org/x/sys/unix"
 )
 
 // strayTAP begins the names of our TAPs, which have no business in the host's
@@ -28,7 +32,52 @@ func (n *Node) countNetwork(items map[string]int) error {
 	items["network namespace"] += len(spaces)
 	cached, err := n.cniResults()
 	items["CNI result"] += len(cached)
+	for _, path := range spaces {
+		err = errors.Join(err, countInside(items, path))
+	}
 	return errors.Join(err, n.countLinks(items, spaces))
+}
+
+// countInside counts what is in a network namespace: links, filters of traffic control, and
+// tables of nftables. One that has gone meanwhile has nothing.
+func countInside(items map[string]int, path string) error {
+	ns, err := netns.GetFromPath(path)
+	if err != nil {
+		return nil
+	}
+	defer ns.Close()
+	h, err := netlink.NewHandleAt(ns, unix.NETLINK_ROUTE)
+	if err != nil {
+		return fmt.Errorf("looking into network namespace %s: %w", path, err)
+	}
+	defer h.Close()
+	links, err := h.LinkList()
+	if err != nil && !errors.Is(err, netlink.ErrDumpInterrupted) {
+		return fmt.Errorf("listing links of network namespace %s: %w", path, err)
+	}
+	for _, l := range links {
+		if l.Attrs().Flags&net.FlagLoopback != 0 {
+			continue
+		}
+		items["inner link "+l.Type()]++
+		// One that has gone meanwhile has none.
+		filters, _ := h.FilterList(l, netlink.MakeHandle(0xffff, 0))
+		if len(filters) > 0 {
+			items["inner filter"] += len(filters)
+		}
+	}
+	conn, err := nftables.New(nftables.WithNetNSFd(int(ns)))
+	if err != nil {
+		return fmt.Errorf("looking at nftables in network namespace %s: %w", path, err)
+	}
+	tables, err := conn.ListTables()
+	if err != nil {
+		return nil // a kernel without nftables
+	}
+	for _, t := range tables {
+		items["inner nftables table "+t.Name]++
+	}
+	return nil
 }
 
 // cniResults are the files that libcni has of the node's pods.

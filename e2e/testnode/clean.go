@@ -194,6 +194,22 @@ func (n *Node) processes() ([]proc, error) {
 	return ps, nil
 }
 
+// Processes are the pids of the node's processes whose names begin so, but not those
+// that have ended.
+func (n *Node) Processes(prefixes ...string) ([]int, error) {
+	all, err := n.processes()
+	if err != nil {
+		return nil, err
+	}
+	var pids []int
+	for _, p := range all {
+		if !p.zombie && slices.ContainsFunc(prefixes, func(s string) bool { return strings.HasPrefix(p.name, s) }) {
+			pids = append(pids, p.pid)
+		}
+	}
+	return pids, nil
+}
+
 // inspect tells whether a process is the node's. One that has ended is not.
 func (n *Node) inspect(pid, containerdPid int) (proc, bool) {
 	dir := fmt.Sprintf("/proc/%d/", pid)

@@ -14,6 +14,7 @@ import (
 	"regexp"
 	"strconv"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	containerd "github.com/containerd/containerd/v2/client"
@@ -93,6 +94,9 @@ type Node struct {
 	// ownCNI says that the host had no directories of CNI's before.
 	ownCNI bool
 
+	// pid is proc's, also while Start waits for it; 0 if there is none.
+	pid atomic.Int64
+
 	mu   sync.Mutex
 	proc *process
 	conn *grpc.ClientConn
@@ -164,7 +168,7 @@ func (n *Node) mountTmpfs() error {
 // withDefaults fills in what was left empty.
 func (o Options) withDefaults() (Options, error) {
 	if o.Repo == "" {
-		root, err := findRepo()
+		root, err := FindRepo()
 		if err != nil {
 			return o, err
 		}
@@ -216,8 +220,8 @@ func Missing(opts Options) ([]string, error) {
 	return missing, nil
 }
 
-// findRepo returns the closest directory above that holds go.mod.
-func findRepo() (string, error) {
+// FindRepo returns the closest directory above that holds go.mod.
+func FindRepo() (string, error) {
 	dir, err := os.Getwd()
 	if err != nil {
 		return "", err

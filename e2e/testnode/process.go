@@ -58,6 +58,7 @@ func (n *Node) Start(ctx context.Context) error {
 		}
 	}()
 	n.proc = p
+	n.pid.Store(int64(p.cmd.Process.Pid))
 	if err := n.ready(ctx); err != nil {
 		if cause := context.Cause(ctx); cause != nil {
 			err = cause
@@ -202,6 +203,7 @@ func (n *Node) end(sig syscall.Signal) error {
 		return nil
 	}
 	n.proc = nil
+	n.pid.Store(0)
 	// An ended process cannot be signalled, which is what is wanted.
 	_ = p.cmd.Process.Signal(sig)
 	limit := time.NewTimer(Scale(30 * time.Second))
@@ -216,15 +218,19 @@ func (n *Node) end(sig syscall.Signal) error {
 	}
 }
 
-// Pid is containerd's process ID, 0 when it does not run.
-func (n *Node) Pid() int {
+// Ended is closed when the containerd that Start has started has ended, by itself too;
+// nil if there is none.
+func (n *Node) Ended() <-chan struct{} {
 	n.mu.Lock()
 	defer n.mu.Unlock()
 	if n.proc == nil {
-		return 0
+		return nil
 	}
-	return n.proc.cmd.Process.Pid
+	return n.proc.done
 }
+
+// Pid is containerd's process ID, 0 when it does not run.
+func (n *Node) Pid() int { return int(n.pid.Load()) }
 
 // Context returns ctx with the CRI's containerd namespace.
 func (n *Node) Context(ctx context.Context) context.Context {

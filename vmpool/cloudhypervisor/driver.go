@@ -17,6 +17,7 @@ import (
 
 	"github.com/containerd/errdefs"
 
+	"github.com/cloudhv/containerd-cloudhv/vmpool/failpoint"
 	"github.com/cloudhv/containerd-cloudhv/vmpool/vmm"
 	"github.com/cloudhv/containerd-cloudhv/vmpool/vmm/vmproc"
 )
@@ -124,22 +125,27 @@ func (d *Driver) start(ctx context.Context, cfg vmm.Config, from *vmm.Snapshot) 
 			retErr = errors.Join(retErr, vm.Kill(undo), vm.Close())
 		}
 	}()
-	if err := vm.MakeCgroup(); err != nil {
+	if err := vm.MakeCgroup(ctx); err != nil {
 		return nil, err
 	}
 	runs, stop := vm.events.expect(isStart(from != nil))
 	defer stop()
+	if err := failpoint.At(ctx, failpoint.VMMFiles); err != nil {
+		return nil, err
+	}
 	seal, err := vm.spawn(ctx, host, cfg, from)
 	if err != nil {
 		return nil, err
 	}
-	err = vm.started(ctx, runs)
+	if err = failpoint.At(ctx, failpoint.VMMControl); err == nil {
+		err = vm.started(ctx, runs)
+	}
 	// It has its sockets, and makes no others.
 	seal()
 	if err != nil {
 		return nil, vm.Explain(err)
 	}
-	return vm, nil
+	return vm, failpoint.At(ctx, failpoint.VMMRuns)
 }
 
 // check is Config.Validate, and what is this hypervisor's own.

@@ -24,7 +24,7 @@ func takeOver(t *testing.T, uid uint32, group string) *attack.VM {
 	own := data{Size: cfg.Size, Max: cfg.Max, ConsoleLimit: cfg.ConsoleLimit, Accelerator: vmm.AccelTCG}
 	vm, err := newVM(cfg.ID, cfg.Dir, group, uid, own)
 	require.NoError(t, err)
-	require.NoError(t, vm.MakeCgroup())
+	require.NoError(t, vm.MakeCgroup(t.Context()))
 	v := &attack.VM{VM: vm, Config: cfg, Socket: monitorSocket}
 	seal, err := vm.spawn(t.Context(), vmm.Host{Binary: host.Program, Accelerator: vmm.AccelTCG}, cfg, &vmm.Snapshot{Dir: host.Template})
 	require.NoError(t, err)

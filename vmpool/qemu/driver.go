@@ -15,6 +15,7 @@ import (
 
 	"github.com/containerd/errdefs"
 
+	"github.com/cloudhv/containerd-cloudhv/vmpool/failpoint"
 	"github.com/cloudhv/containerd-cloudhv/vmpool/vmm"
 )
 
@@ -112,26 +113,33 @@ func (d *Driver) start(ctx context.Context, cfg vmm.Config, from *vmm.Snapshot) 
 			retErr = errors.Join(retErr, vm.Kill(undo), vm.Close())
 		}
 	}()
-	if err := vm.MakeCgroup(); err != nil {
+	if err := vm.MakeCgroup(ctx); err != nil {
+		return nil, err
+	}
+	if err := failpoint.At(ctx, failpoint.VMMFiles); err != nil {
 		return nil, err
 	}
 	seal, err := vm.spawn(ctx, host, cfg, from)
 	if err != nil {
 		return nil, err
 	}
-	err = vm.control(ctx)
+	if err = failpoint.At(ctx, failpoint.VMMControl); err == nil {
+		err = vm.control(ctx)
+	}
 	// When the monitor answers all files have been opened that a VM begins with.
 	seal()
 	if err != nil {
 		return nil, vm.Explain(err)
 	}
-	if from == nil {
-		return vm, nil
+	if from != nil {
+		if err := failpoint.At(ctx, failpoint.VMMLoad); err != nil {
+			return nil, err
+		}
+		if err := vm.load(ctx, from.Dir); err != nil {
+			return nil, vm.Explain(err)
+		}
 	}
-	if err := vm.load(ctx, from.Dir); err != nil {
-		return nil, vm.Explain(err)
-	}
-	return vm, nil
+	return vm, failpoint.At(ctx, failpoint.VMMRuns)
 }
 
 // probed is what the last successful Probe found, or a new one's result.

@@ -32,6 +32,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/cloudhv/containerd-cloudhv/vmpool/durable"
+	"github.com/cloudhv/containerd-cloudhv/vmpool/failpoint"
 	"github.com/cloudhv/containerd-cloudhv/vmpool/vmm"
 )
 
@@ -43,6 +44,8 @@ const (
 
 	tmpPrefix     = ".making-"
 	damagedSuffix = ".damaged"
+	// awayPrefix begins the names of what is being removed.
+	awayPrefix = tmpPrefix + "away-"
 	// spare is what must stay free on the file system after a snapshot was made.
 	spare = 64 << 20
 )
@@ -262,6 +265,9 @@ func (s *Store) find(ctx context.Context, key string) (*Snapshot, error) {
 // read reads a snapshot and puts it into use.
 func (s *Store) read(ctx context.Context, id string) (*Snapshot, error) {
 	key := KeyOf(id)
+	if err := failpoint.At(ctx, failpoint.SnapshotRead); err != nil {
+		return nil, err
+	}
 	snap, err := load(s.path(id), key)
 	switch {
 	case errors.Is(err, errdefs.ErrDataLoss), errors.Is(err, fs.ErrNotExist):
@@ -315,6 +321,9 @@ func (s *Store) SetAside(id string) error {
 // build makes a snapshot aside and puts it in its place, under s.building.
 func (s *Store) build(ctx context.Context, in Inputs, build func(context.Context, string) (vmm.Snapshot, error)) (_ *Snapshot, retErr error) {
 	key := in.Key()
+	if err := failpoint.At(ctx, failpoint.SnapshotDir); err != nil {
+		return nil, err
+	}
 	dir, err := os.MkdirTemp(s.dir, tmpPrefix)
 	if err != nil {
 		return nil, fmt.Errorf("make snapshot %s: %w", key, err)
@@ -327,6 +336,9 @@ func (s *Store) build(ctx context.Context, in Inputs, build func(context.Context
 	if err := os.Chmod(dir, enterable); err != nil {
 		return nil, fmt.Errorf("make snapshot %s: %w", key, err)
 	}
+	if err := failpoint.At(ctx, failpoint.SnapshotMemory); err != nil {
+		return nil, err
+	}
 	if err := reserve(filepath.Join(dir, MemoryFile), in.Size.MemoryBytes); err != nil {
 		return nil, fmt.Errorf("make snapshot %s: %w", key, err)
 	}
@@ -334,12 +346,18 @@ func (s *Store) build(ctx context.Context, in Inputs, build func(context.Context
 	if err != nil {
 		return nil, fmt.Errorf("make snapshot %s: %w", key, err)
 	}
+	if err := failpoint.At(ctx, failpoint.SnapshotSeal); err != nil {
+		return nil, err
+	}
 	if err := seal(dir, in, snap); err != nil {
 		return nil, fmt.Errorf("make snapshot %s: %w", key, err)
 	}
 	id := key
 	if last := s.newest(key); last != "" {
 		id = fmt.Sprintf("%s-%d", key, generation(last)+1)
+	}
+	if err := failpoint.At(ctx, failpoint.SnapshotName); err != nil {
+		return nil, err
 	}
 	if err := os.Rename(dir, s.path(id)); err != nil {
 		return nil, fmt.Errorf("make snapshot %s: %w", id, err)
@@ -429,6 +447,10 @@ func (s *Store) Collect(ctx context.Context, wanted ...string) error {
 	var errs []error
 	for _, e := range entries {
 		id := e.Name()
+		if strings.HasPrefix(id, awayPrefix) {
+			errs = append(errs, os.RemoveAll(s.path(id))) // it was to go, and did not
+			continue
+		}
 		if !validID.MatchString(id) || slices.Contains(wanted, KeyOf(id)) && s.inUse(id) {
 			continue
 		}
@@ -446,8 +468,11 @@ func (s *Store) inUse(id string) bool {
 
 // discard removes a snapshot unless a VM uses it.
 func (s *Store) discard(ctx context.Context, id string) error {
+	if err := failpoint.At(ctx, failpoint.SnapshotAway); err != nil {
+		return err
+	}
 	// Under a name that Open removes: what takes long is not done under the lock.
-	trash := filepath.Join(s.dir, tmpPrefix+"away-"+id)
+	trash := s.path(awayPrefix + id)
 	s.mu.Lock()
 	if len(s.users[id]) > 0 || s.making[KeyOf(id)] != nil {
 		s.mu.Unlock()
@@ -465,5 +490,8 @@ func (s *Store) discard(ctx context.Context, id string) error {
 		return fmt.Errorf("remove snapshot %s: %w", id, err)
 	}
 	log.G(ctx).WithField("snapshot", id).Info("removed a snapshot that nothing wants")
+	if err := failpoint.At(ctx, failpoint.SnapshotDelete); err != nil {
+		return err
+	}
 	return os.RemoveAll(trash)
 }

@@ -10,6 +10,7 @@ import (
 
 	"github.com/containerd/log"
 
+	"github.com/cloudhv/containerd-cloudhv/vmpool/failpoint"
 	"github.com/cloudhv/containerd-cloudhv/vmpool/vmm"
 )
 
@@ -17,8 +18,14 @@ import (
 const cgroupLock = "cgroup"
 
 // MakeCgroup makes the VM's cgroup, if it has one, with its limits.
-func (vm *VM) MakeCgroup() error {
+func (vm *VM) MakeCgroup(ctx context.Context) error {
+	if err := failpoint.At(ctx, failpoint.VMMCgroup); err != nil {
+		return err
+	}
 	if err := vm.cgroup.Make(); err != nil {
+		return err
+	}
+	if err := failpoint.At(ctx, failpoint.VMMLimits); err != nil {
 		return err
 	}
 	if err := vm.cgroup.Limit(vm.limits(vm.size)); err != nil {

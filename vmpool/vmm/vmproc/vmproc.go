@@ -24,6 +24,7 @@ import (
 
 	"github.com/cloudhv/containerd-cloudhv/guest/api/transport"
 	"github.com/cloudhv/containerd-cloudhv/vmpool/confine"
+	"github.com/cloudhv/containerd-cloudhv/vmpool/failpoint"
 	"github.com/cloudhv/containerd-cloudhv/vmpool/process"
 	"github.com/cloudhv/containerd-cloudhv/vmpool/vmm"
 )
@@ -126,6 +127,9 @@ func (vm *VM) Start(ctx context.Context, c confine.Command, accelerator string) 
 	if err := vm.confine(&c, vmm.Device(accelerator)); err != nil {
 		return nil, fmt.Errorf("%s: VM %s: %w", vm.cfg.Driver, vm.cfg.ID, err)
 	}
+	if err := failpoint.At(ctx, failpoint.VMMProcess); err != nil {
+		return nil, err
+	}
 	proc, err := confine.Start(c)
 	if err != nil {
 		return nil, fmt.Errorf("%s: %w", vm.cfg.Driver, err)
@@ -173,7 +177,10 @@ func (vm *VM) hold(ctx context.Context, cmd *exec.Cmd) error {
 	}
 	vm.identity = identity
 	vm.watched.Go(func() { vm.watch(cmd) })
-	if err := vm.cgroup.Add(identity.Pid); err != nil {
+	if err = failpoint.At(ctx, failpoint.VMMEnter); err == nil {
+		err = vm.cgroup.Add(identity.Pid)
+	}
+	if err != nil {
 		log.G(ctx).WithError(err).WithField("vm", vm.cfg.ID).Warn("VM runs outside a cgroup of its own")
 	}
 	adjustOOM(ctx, identity.Pid)
