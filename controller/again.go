@@ -36,11 +36,11 @@ func (c *Controller) tryLater(ctx context.Context, what string, limit, pause tim
 		within, cancel := context.WithTimeout(ctx, limit)
 		defer cancel()
 		if err := do(within); err != nil {
-			log.G(ctx).WithError(err).WithField("pause", pause).Errorf("cannot %s; it is tried again", what)
+			log.G(ctx).WithError(err).WithField("pause", pause).WithField("what", what).Error("a step has failed, and is tried again")
 			c.tryLater(ctx, what, limit, min(2*pause, longestAgain), do)
 			return
 		}
-		log.G(ctx).Infof("the attempt to %s has succeeded at last", what)
+		log.G(ctx).WithField("what", what).Info("a step that had failed has succeeded")
 	})
 }
 
@@ -52,7 +52,7 @@ func tryAtOnce(ctx context.Context, what string, do func() error) error {
 		if err == nil || n == tries || isFinal(err) {
 			return err
 		}
-		log.G(ctx).WithError(err).Warnf("cannot %s; it is tried again", what)
+		log.G(ctx).WithError(err).WithField("what", what).Warn("a step has failed, and is tried again at once")
 		time.Sleep(tryPause)
 	}
 }

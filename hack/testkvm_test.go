@@ -25,7 +25,7 @@ func newTestKVM(t *testing.T, setup, node string) testKVM {
 	t.Helper()
 	root := t.TempDir()
 	require.NoError(t, os.MkdirAll(filepath.Join(root, "hack", "node"), 0o700))
-	for _, name := range []string{"lib.sh", "node/test-kvm.sh", "node/summary.awk", "node/ci.list", "node/slow.list"} {
+	for _, name := range []string{"lib.sh", "node/lib.sh", "node/test-kvm.sh", "node/summary.awk", "node/ci.list", "node/slow.list"} {
 		data, err := os.ReadFile(name)
 		require.NoError(t, err)
 		require.NoError(t, os.WriteFile(filepath.Join(root, "hack", name), data, 0o700))
