@@ -215,16 +215,19 @@ func TestRebuildFails(t *testing.T) {
 	r := newRig(t)
 	r.full(2)
 	old := r.pool.Status().Key
+	// As many as before, or one more for those that were acquired.
+	ready := func(s Status) bool { return s.Ready >= 2 && s.Making == 0 }
 	for _, op := range []vmmtest.Op{vmmtest.OpBoot, vmmtest.OpPause, vmmtest.OpSnapshot, vmmtest.OpRestore} {
 		r.driver.Fail(op, errTest)
 		_, err := r.pool.Rebuild(t.Context())
 		require.ErrorIs(t, err, errTest, op)
 		r.driver.Fail(op, nil)
 		assert.Equal(t, old, r.pool.Status().Key, op)
-		r.full(2)
+		r.eventually("VMs are ready", ready)
 		vm := r.acquire("a")
 		assert.Equal(t, Hit, vm.Outcome, op)
 		require.NoError(t, r.pool.Discard(t.Context(), vm))
+		r.eventually("VMs are ready", ready) // what fails next is the rebuilding, and no VM that is being made
 	}
 	entries, err := os.ReadDir(filepath.Join(r.dir, "snapshots"))
 	require.NoError(t, err)

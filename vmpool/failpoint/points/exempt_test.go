@@ -17,6 +17,7 @@ var exempt = reasons(map[string][]string{
 		"controller/network/waiting.go Make",
 		"controller/pool.go WarmUp",
 		"controller/record.go save",
+		"controller/recover.go keepDamaged",
 		"controller/rootfs/build.go commit",
 		"controller/rootfs/mkfs.go wait",
 		"controller/scratch.go make",
