@@ -5,6 +5,7 @@ package e2e
 
 import (
 	"fmt"
+	"io"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -62,7 +63,7 @@ func TestVolumeLarge(t *testing.T) {
 		offsets := []int64{0, 1<<31 - 4, 1 << 31, 1<<32 - 4, 1 << 32}
 		require.NoError(t, f.Truncate(size))
 		for i, at := range offsets {
-			_, err := fmt.Fprintf(newSection(f, at), "%04d", i)
+			_, err := fmt.Fprintf(io.NewOffsetWriter(f, at), "%04d", i)
 			require.NoError(t, err)
 		}
 		many := filepath.Join(dir, "many")
@@ -98,16 +99,6 @@ func TestVolumeLarge(t *testing.T) {
 		require.NoFileExists(t, filepath.Join(dir, "many", filepath.Base(last)))
 	})
 }
-
-// section writes at an offset.
-type section struct {
-	f  *os.File
-	at int64
-}
-
-func newSection(f *os.File, at int64) *section { return &section{f, at} }
-
-func (s *section) Write(p []byte) (int, error) { return s.f.WriteAt(p, s.at) }
 
 // TestQuotasHold checks that the process which writes to volumes may not write beyond quotas,
 // nor into what a file system reserves for root, as root may.
