@@ -84,7 +84,7 @@ func (b *bench) io(ctx context.Context) (retErr error) {
 		if i == 0 {
 			r = newReport() // it does not count
 		}
-		for _, h := range b.inTurn(1 + i%2)[i%2*2:][:2] {
+		for _, h := range []string{handlers[i%2], handlers[(i+1)%2]} {
 			b.complain(fmt.Sprintf("round %d, %s", i, h), r.ioPod(ctx, n, h))
 			if ctx.Err() != nil {
 				return ctx.Err()
