@@ -114,6 +114,11 @@ chaos: failpoints ## Faults at random on several pods at once (CHAOS_MINUTES=30,
 	@$(STEP) 'Chaos'
 	@E2E_REQUIRE=1 CHAOS_MINUTES=$(CHAOS_MINUTES) CHAOS_SEED=$(CHAOS_SEED) go test -exec '$(CURDIR)/hack/as-root' -run '^TestChaos$$' $(TESTFLAGS) -v -count=1 -timeout $$(($(CHAOS_MINUTES) + 30))m ./e2e/faults
 
+.PHONY: load
+load: build ## A whole node's load, with runc and with ours: 100 pods at once, 500 commands, logs at full speed, 10,000 connections.
+	@$(STEP) 'Load'
+	@E2E_REQUIRE=1 E2E_COUNTS=load $(GOTEST) -run '^TestLoad$$' -v -count=1 -timeout 60m ./e2e
+
 .PHONY: e2e
 e2e: failpoints ## Tests through the CRI on a private containerd (RUN=TestName for some of them).
 	@hack/previous.sh

@@ -18,6 +18,7 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -201,7 +202,7 @@ func TestPortForwardRestart(t *testing.T) {
 // forwarder is a client of CRI's port-forwards to a pod.
 type forwarder struct {
 	httpstream.Connection
-	next int
+	next atomic.Int64
 }
 
 func (p *pod) forwarder(t *testing.T) *forwarder {
@@ -220,24 +221,33 @@ func (p *pod) forwarder(t *testing.T) *forwarder {
 
 // stream is a connection through a forwarder: its data, and what CRI says of it.
 type stream struct {
-	io.ReadWriteCloser
-	err io.ReadWriteCloser
+	httpstream.Stream
+	err httpstream.Stream
+}
+
+// open connects to a port; it may be called from everywhere at once.
+func (f *forwarder) open(port int) (stream, error) {
+	headers := http.Header{}
+	headers.Set(corev1.PortHeader, strconv.Itoa(port))
+	headers.Set(corev1.PortForwardRequestIDHeader, strconv.FormatInt(f.next.Add(1), 10))
+	headers.Set(corev1.StreamType, corev1.StreamTypeError)
+	errs, err := f.CreateStream(headers)
+	if err != nil {
+		return stream{}, err
+	}
+	if err := errs.Close(); err != nil { // nothing is sent on it
+		return stream{}, err
+	}
+	headers.Set(corev1.StreamType, corev1.StreamTypeData)
+	data, err := f.CreateStream(headers)
+	return stream{data, errs}, err
 }
 
 func (f *forwarder) connect(t *testing.T, port int) stream {
 	t.Helper()
-	headers := http.Header{}
-	headers.Set(corev1.PortHeader, strconv.Itoa(port))
-	headers.Set(corev1.PortForwardRequestIDHeader, strconv.Itoa(f.next))
-	f.next++
-	headers.Set(corev1.StreamType, corev1.StreamTypeError)
-	errs, err := f.CreateStream(headers)
+	s, err := f.open(port)
 	require.NoError(t, err)
-	require.NoError(t, errs.Close(), "nothing is sent on it")
-	headers.Set(corev1.StreamType, corev1.StreamTypeData)
-	data, err := f.CreateStream(headers)
-	require.NoError(t, err)
-	return stream{data, errs}
+	return s
 }
 
 // failure is what CRI says of a connection that has failed.

@@ -190,7 +190,7 @@ func (b *bench) newNode(ctx context.Context, name string, cfg map[string]any) (_
 	b.progress("starting node %s", name)
 	n, err := testnode.New(testnode.Options{
 		Name: name, BinDir: os.Getenv("E2E_BIN"), GuestDir: os.Getenv("E2E_GUEST"), CloudHV: cfg, Metrics: address,
-		Tmpfs: true,
+		Tmpfs: map[string]string{"state": "", "run": ""},
 	})
 	if err != nil {
 		return nil, err

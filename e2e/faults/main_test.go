@@ -63,7 +63,7 @@ var helper = sync.OnceValues(func() ([]byte, error) {
 })
 
 // newWorld starts a node whose binaries have failpoints, and brings it to rest.
-func newWorld(t *testing.T, ready int, cfg map[string]any) *world {
+func newWorld(t *testing.T, ready int, cfg map[string]any, change ...func(*testnode.Options)) *world {
 	t.Helper()
 	w := &world{t: t, ready: ready}
 	w.dir = tempDir(t)
@@ -77,6 +77,9 @@ func newWorld(t *testing.T, ready int, cfg map[string]any) *world {
 	opts := testnode.Options{
 		Name: cmp.Or(os.Getenv("E2E_NAME"), "e2e") + "fp", GuestDir: os.Getenv("E2E_GUEST"), Debug: os.Getenv("E2E_DEBUG") == "1",
 		CloudHV: all, Env: []string{failpoint.DirVariable + "=" + w.dir}, Metrics: address,
+	}
+	for _, c := range change {
+		c(&opts)
 	}
 	requireFit(t, &opts)
 	w.Node, err = testnode.New(opts)

@@ -48,7 +48,7 @@ func run(ctx context.Context, s *soak) (retErr error) {
 		return err
 	}
 	n, err := testnode.New(testnode.Options{
-		Name: "soak", BinDir: os.Getenv("E2E_BIN"), GuestDir: os.Getenv("E2E_GUEST"), Metrics: address, Tmpfs: true,
+		Name: "soak", BinDir: os.Getenv("E2E_BIN"), GuestDir: os.Getenv("E2E_GUEST"), Metrics: address, Tmpfs: map[string]string{"state": "", "run": ""},
 		CloudHV: map[string]any{"pool": map[string]any{"min": ready, "max": ready}},
 	})
 	if err != nil {

@@ -63,9 +63,10 @@ type Options struct {
 	CloudHV map[string]any
 	// Debug makes containerd log at level debug, and the shims every request.
 	Debug bool
-	// Tmpfs puts the state directories, containerd's and the plugin's, on a tmpfs each,
-	// as /run is on most hosts: for measurements.
-	Tmpfs bool
+	// Tmpfs puts directories of the node's on a tmpfs each, by their names, of a size as
+	// mount has it (half of the memory if empty). "state" and "run" are containerd's and
+	// the plugin's state, which /run is on most hosts.
+	Tmpfs map[string]string
 	// Metrics is the address at which containerd serves its metrics; empty for none.
 	Metrics string
 	// Mirrors are the URLs from which images are pulled instead, by the host of
@@ -154,12 +155,13 @@ func New(opts Options) (_ *Node, retErr error) {
 
 // mountTmpfs mounts what Options.Tmpfs asks for. Close unmounts it.
 func (n *Node) mountTmpfs() error {
-	if !n.opts.Tmpfs {
-		return nil
-	}
-	for _, dir := range []string{n.Dir("state"), n.StateDir()} {
-		if err := unix.Mount("tmpfs", dir, "tmpfs", unix.MS_NOSUID|unix.MS_NODEV, "mode=0711"); err != nil {
-			return fmt.Errorf("mounting a tmpfs on %s: %w", dir, err)
+	for dir, size := range n.opts.Tmpfs {
+		data := "mode=0711"
+		if size != "" {
+			data += ",size=" + size
+		}
+		if err := unix.Mount("tmpfs", n.Dir(dir), "tmpfs", unix.MS_NOSUID|unix.MS_NODEV, data); err != nil {
+			return fmt.Errorf("mounting a tmpfs on %s: %w", n.Dir(dir), err)
 		}
 	}
 	return nil
