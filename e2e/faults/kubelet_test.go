@@ -53,9 +53,13 @@ type kubelet struct {
 	cfg *runtimeapi.PodSandboxConfig
 	// volume is a directory of the host's for the container.
 	volume string
+	// disk is a block device of the host's for it, unless it is empty.
+	disk string
+	// names are those of the containers.
+	names []string
 	// attempts number pods and containers, so that each has a name of its own.
 	attempts uint32
-	// pod and container are those of the last pass.
+	// pod and container are those of the last pass; of several containers it is the last.
 	pod, container string
 
 	mu     sync.Mutex
@@ -66,7 +70,7 @@ type kubelet struct {
 func newKubelet(n *testnode.Node, name, volume string) *kubelet {
 	cfg := n.PodConfig(name)
 	cfg.Labels[uidLabel] = cfg.GetMetadata().GetUid()
-	return &kubelet{n: n, cfg: cfg, volume: volume}
+	return &kubelet{n: n, cfg: cfg, volume: volume, names: []string{"c"}}
 }
 
 // errGaveUp is why a call ended that hung.
@@ -140,8 +144,13 @@ func (k *kubelet) up(to level) error {
 	if err := k.upPod(); err != nil || to == podReady {
 		return err
 	}
-	if err := k.upContainer(to); err != nil || to <= containerRuns {
-		return err
+	for _, name := range k.names {
+		if err := k.upContainer(name, to); err != nil {
+			return err
+		}
+	}
+	if to <= containerRuns {
+		return nil
 	}
 	err := k.do("exec", func(ctx context.Context) error {
 		out, errOut, code, err := k.n.ExecSync(ctx, k.container, "/bin/sh", "-c", "cat /volume/hello")
@@ -216,22 +225,25 @@ func (k *kubelet) upPod() error {
 	})
 }
 
-func (k *kubelet) upContainer(to level) error {
+func (k *kubelet) upContainer(name string, to level) error {
 	list, err := k.containers(k.pod)
 	if err != nil {
 		return err
 	}
 	k.container = ""
 	for _, c := range list {
-		if c.GetState() == runtimeapi.ContainerState_CONTAINER_RUNNING {
+		if c.GetState() == runtimeapi.ContainerState_CONTAINER_RUNNING && c.GetMetadata().GetName() == name {
 			k.container = c.GetId()
 			return nil
 		}
 	}
 	k.attempts++
-	cfg := testnode.ContainerConfig("c", testimage.HelperRef, testimage.HelperPath, "term", "0")
+	cfg := testnode.ContainerConfig(name, testimage.HelperRef, testimage.HelperPath, "term", "0")
 	cfg.Metadata.Attempt = k.attempts
 	cfg.Mounts = []*runtimeapi.Mount{{HostPath: k.volume, ContainerPath: "/volume"}}
+	if k.disk != "" {
+		cfg.Devices = []*runtimeapi.Device{{HostPath: k.disk, ContainerPath: "/dev/disk", Permissions: "rwm"}}
+	}
 	cfg.Linux.Resources.MemoryLimitInBytes = 32 << 20
 	err = k.do("create", func(ctx context.Context) error {
 		k.container, err = k.n.CreateContainer(ctx, k.pod, k.cfg, cfg)

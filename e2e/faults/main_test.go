@@ -21,6 +21,7 @@ import (
 	"github.com/cloudhv/containerd-cloudhv/e2e/testimage"
 	"github.com/cloudhv/containerd-cloudhv/e2e/testnode"
 	"github.com/cloudhv/containerd-cloudhv/vmpool/failpoint"
+	"github.com/cloudhv/containerd-cloudhv/vmpool/vmm/vmmtest"
 )
 
 const (
@@ -37,6 +38,8 @@ type world struct {
 	t *testing.T
 	// volume is a directory of the host's that containers mount.
 	volume string
+	// disk is a block device of the host's.
+	disk string
 	// ready is how many VMs are ready when the node is at rest.
 	ready int
 
@@ -97,6 +100,7 @@ func newWorld(t *testing.T, ready int, cfg map[string]any, change ...func(*testn
 	w.volume = tempDir(t)
 	require.NoError(t, os.Chmod(w.volume, 0o755)) //nolint:gosec // containers read it
 	require.NoError(t, os.WriteFile(filepath.Join(w.volume, "hello"), []byte("hello\n"), 0o644))
+	w.disk, _ = vmmtest.LoopDevice(t, 1<<20, 512, false)
 	w.warmUp()
 	return w
 }

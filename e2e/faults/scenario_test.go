@@ -54,6 +54,8 @@ var (
 	stops    = scenario{name: "a container ends", prepare: to(containerRuns), act: down, ends: true}
 	images   = scenario{name: "an image is made", prepare: withoutImages, act: to(containerRuns)}
 	loses    = scenario{name: "a VM is lost", prepare: to(containerRuns), act: lose, ends: true}
+	disks    = scenario{name: "a container gets a disk", prepare: withDisk(podReady), act: to(containerRuns)}
+	undisks  = scenario{name: "a container with a disk ends", prepare: withDisk(containerRuns), act: down, ends: true}
 	restarts = scenario{name: "containerd is restarted", prepare: to(containerRuns), act: restart}
 )
 
@@ -80,36 +82,30 @@ var special = map[failpoint.Point][]scenario{
 	failpoint.RecoverPoolAttach: {readopts},
 	failpoint.RecoverPoolKill:   {{name: "containerd is restarted with a VM that is half ready", prepare: halfReady, once: true, act: restart, pool: true}},
 	failpoint.TaskLost:          {loses},
+	failpoint.TaskCreateDisks:   {disks},
+	failpoint.TaskDeleteDisks:   {undisks},
+	failpoint.DiskUnplug:        {disks.and(map[failpoint.Point]string{failpoint.DiskDone: failpoint.Fail})},
+	failpoint.DiskForget:        {disks.and(map[failpoint.Point]string{failpoint.DiskPlug: failpoint.Fail})},
+	failpoint.DiskShare:         {{name: "another container gets the disk", prepare: withDisk(containerRuns), act: another}},
+	failpoint.DiskUnshare:       {{name: "containers with one disk end", prepare: sharedDisk, act: down, ends: true}},
+	failpoint.DiskRelease:       {undisks},
+	failpoint.DiskRemove:        {undisks},
+	failpoint.DiskRemoved:       {undisks},
 }
 
 var byVerb = map[string][]scenario{
 	"create": {starts}, "start": {starts}, "join": {starts}, "move": {starts}, "boot": {boots},
 	"vm": {starts, refills}, "vmm": {starts, boots}, "end": {ends, stops}, "remove": {ends}, "discard": {ends, discards},
-	"update": {resizes}, "attach": {runs}, "image": {images},
+	"update": {resizes}, "attach": {runs}, "disk": {disks}, "image": {images},
 	"handover": {takes}, "refill": {refills}, "snapshot": {snapshots}, "recover": {restarts},
 	"task-create": {runs}, "task-start": {runs}, "exec": {executes}, "task-kill": {stops}, "task-delete": {stops}, "task-update": {updates},
 }
 
-// noDisk is why no scenario comes to the points of disks.
-const noDisk = "no container here has a block device or a direct volume; TestBlockDevices and TestDirectVolumes have"
-
 // unreached are the points to which no scenario here comes, with the reason.
 var unreached = map[failpoint.Point]string{
-	failpoint.RecoverOrphan:   "CRI would have to forget a pod, and with it what it has made itself; TestEachPointFails comes to it",
-	failpoint.StartNIC:        "a pod with one interface has no further one; TestNetworks has",
-	failpoint.JoinTAP:         "a pod with one interface has no further one; TestNetworks has",
-	failpoint.DiskShare:       noDisk,
-	failpoint.DiskRecord:      noDisk,
-	failpoint.DiskUnplug:      noDisk,
-	failpoint.DiskPlug:        noDisk,
-	failpoint.DiskDone:        noDisk,
-	failpoint.DiskForget:      noDisk,
-	failpoint.DiskUnshare:     noDisk,
-	failpoint.DiskRelease:     noDisk,
-	failpoint.DiskRemove:      noDisk,
-	failpoint.DiskRemoved:     noDisk,
-	failpoint.TaskCreateDisks: noDisk,
-	failpoint.TaskDeleteDisks: noDisk,
+	failpoint.RecoverOrphan: "CRI would have to forget a pod, and with it what it has made itself; TestEachPointFails comes to it",
+	failpoint.StartNIC:      "a pod with one interface has no further one; TestNetworks has",
+	failpoint.JoinTAP:       "a pod with one interface has no further one; TestNetworks has",
 }
 
 // scenariosOf are those that come to a point.
@@ -147,6 +143,22 @@ func ownBoot(c *cell) error {
 	c.k.cfg.Annotations["io.cloudhv.kernel_params"] = "cloudhv.test=yes"
 	return nil
 }
+
+// withDisk gives the pod's container a block device of the host's.
+func withDisk(l level) func(*cell) error {
+	return func(c *cell) error {
+		c.k.disk = c.w.disk
+		return c.k.up(l)
+	}
+}
+
+// another brings up a second container in the pod.
+func another(c *cell) error {
+	c.k.names = []string{"c", "d"}
+	return c.k.up(containerRuns)
+}
+
+func sharedDisk(c *cell) error { return errors.Join(withDisk(containerRuns)(c), another(c)) }
 
 // withoutImages removes the files of images, so that they are made again.
 func withoutImages(c *cell) error {
