@@ -126,8 +126,8 @@ e2e: failpoints ## Tests through the CRI on a private containerd (RUN=TestName f
 	@E2E_REQUIRE=1 $(GOTEST) -v -p 1 -count=1 -timeout 60m ./e2e/...
 
 .PHONY: test-kvm
-test-kvm: build ## The same in an emulated node with KVM, on QEMU, and on Cloud Hypervisor if it is here (RUN=TestName, SUBSET=ci, VMM=qemu).
-	@RUN='$(RUN)' SUBSET='$(SUBSET)' VMM='$(VMM)' hack/node/test-kvm.sh
+test-kvm: failpoints ## The same in an emulated node with KVM, on QEMU, and on Cloud Hypervisor if it is here (RUN=TestName, SUITE=faults, SUBSET=ci, VMM=qemu).
+	@SUITE='$(SUITE)' RUN='$(RUN)' SUBSET='$(SUBSET)' VMM='$(VMM)' hack/node/test-kvm.sh
 
 # As it was typed: make would take its dollars for its own.
 .PHONY: node

@@ -300,7 +300,7 @@ func TestStartLog(t *testing.T) {
 	_, err := n.Start(log.WithLogger(n.ctx(), logrus.NewEntry(logger)), "a")
 	require.NoError(t, err)
 	require.Equal(t, 1, strings.Count(out.String(), "\n"), out.String())
-	assert.Regexp(t, `level=info msg="started sandbox" outcome=cold phases="([a-z]+ [0-9.]+ ms, )*boot [0-9.]+ ms, ([a-z]+ [0-9.]+ ms, )*configure [0-9.]+ ms" `+
+	assert.Regexp(t, `level=info msg="started sandbox" outcome=cold phases="([a-z]+ [0-9.]+ ms, )*boot [0-9.]+ ms, ([a-z]+ [0-9.]+ ms, )*configure [0-9.]+ ms(, (shim|join) [0-9.]+ ms)*" `+
 		`pid=\d+ sandbox=a shim=\d+ total=[0-9.]+ms`, out.String())
 	assert.NotContains(t, out.String(), guestPhase)
 }

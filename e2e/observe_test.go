@@ -212,7 +212,7 @@ func oneLogLine(t *testing.T, n *testnode.Node, id string) {
 	require.Len(t, lines, 1)
 	t.Log(lines[0])
 	for _, want := range []string{
-		`level=info`, `outcome=hit`, `total=[0-9.]+m?s`, `phases="[^"]*\bacquire [0-9.]+ ms, [^"]*configure [0-9.]+ ms"`, `pid=\d+`, `sandbox=` + id,
+		`level=info`, `outcome=hit`, `total=[0-9.]+m?s`, `phases="[^"]*\bacquire [0-9.]+ ms, [^"]*configure [0-9.]+ ms[,"]`, `pid=\d+`, `sandbox=` + id,
 	} {
 		assert.Regexp(t, want, lines[0])
 	}

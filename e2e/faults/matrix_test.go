@@ -92,7 +92,7 @@ func TestFaults(t *testing.T) {
 			top.Logf("%d cells", len(list))
 			var began time.Time // when the node was there
 			for i, c := range list {
-				if !whole && !began.IsZero() && time.Since(began) > node.sample {
+				if !whole && !began.IsZero() && time.Since(began) > testnode.Scale(node.sample) {
 					top.Logf("%d cells are left to other seeds: there is no time for them", len(list)-i)
 					break
 				}

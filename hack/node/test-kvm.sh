@@ -10,6 +10,8 @@
 # Environment, besides that of run.sh:
 #   VMM      "qemu", "cloudhypervisor" or both, separated by a space; if empty, QEMU, and Cloud Hypervisor
 #            where $CLOUD_HYPERVISOR names a binary or cloud-hypervisor is in PATH
+#   SUITE    "e2e", "faults" (a sample of the fault matrix, and the misfortunes of e2e/faults) or both, which is
+#            what an empty one means, unless RUN or SUBSET tells which of e2e
 #   RUN      tests to run, a regular expression as go test has it
 #   SUBSET   "ci": those of ci.list
 
@@ -38,6 +40,7 @@ compile() {
 	local start=$SECONDS
 	mkdir -p "$programs"
 	go test -c -o "$programs/e2e.test" ./e2e
+	go test -c -o "$programs/faults.test" ./e2e/faults
 	compile_images
 	say "the tests compiled in $((SECONDS - start)) s"
 }
@@ -57,53 +60,71 @@ out_of_time() {
 # failures LOG: the tests that failed, as a regular expression; none if it was the run itself that did.
 failures() { awk '/^--- FAIL: / { printf "%s%s", sep ? sep : "^(", $3; sep = "|" } END { if (sep) print ")$" }' "$1"; }
 
-# run_tests VMM SECONDS RUN: in a node of its own; what it prints is in a log too. What a failed run keeps of
-# containerd's log comes out.
+# suites: those to run.
+suites() {
+	if [[ ${SUITE:-} ]]; then
+		echo "$SUITE"
+	elif [[ ${SUBSET:-} || ${RUN:-.} != . ]]; then
+		echo e2e
+	else
+		echo e2e faults
+	fi
+}
+
+# Where a suite's tests lie, and which of them are run.
+declare -A directory=([e2e]=e2e [faults]=e2e/faults)
+declare -A chosen=([e2e]=. [faults]='^(TestFaults|TestMisfortunes)$')
+
+# run_tests SUITE VMM NAME SECONDS RUN: in a node of its own; what it prints is in a log too. What a failed
+# run keeps of containerd's log comes out.
 run_tests() {
-	local vmm=$1 run=$3
+	local suite=$1 vmm=$2 name=$3 limit=$4 run=$5
 	local -a flags=(-test.v -test.count=1)
 	flags+=(-test.run "$run" -test.skip "^($(names slow.list))\$")
 	# Before the node's own limit, to tell what hangs; the subset's is one that it may reach.
-	[[ ${SUBSET:-} == ci ]] || flags+=(-test.timeout "$(($2 > 120 ? $2 - 60 : $2))s")
-	rm -rf "${programs:?}/$vmm"
+	[[ ${SUBSET:-} == ci ]] || flags+=(-test.timeout "$((limit > 120 ? limit - 60 : limit))s")
+	rm -rf "${programs:?}/$name"
 	E2E_VMM=$vmm E2E_ACCELERATOR=kvm E2E_REQUIRE=1 E2E_KEEP=1 E2E_PROGRAMS=$programs \
-		NODE_VERBOSE=1 NODE_OUT=$programs/$vmm NODE_TIMEOUT=$2 "$here/run.sh" "
-			cd '$repo/e2e'
-			'$programs/e2e.test' $(printf ' %q' "${flags[@]}")
+		NODE_VERBOSE=1 NODE_OUT=$programs/$name NODE_TIMEOUT=$limit "$here/run.sh" "
+			cd '$repo/${directory[$suite]}'
+			'$programs/$suite.test' $(printf ' %q' "${flags[@]}")
 			status=\$?
 			for node in /var/tmp/chv/*/; do
 				cp \"\$node/containerd.log\" \"\$OUT/\$(basename \"\$node\").log\" 2>/dev/null
 			done
 			exit \$status" 2>&1 |
-		tee "$programs/$vmm.log"
+		tee "$programs/$name.log"
 }
 
-# summary VMM: of what a run printed.
+# summary NAME: of what a run printed.
 summary() { awk -v vmm="$1" -f "$here/summary.awk" "$programs/$1.log"; }
 
-# tests VMM: runs them on one hypervisor, and tells of them.
+# tests SUITE VMM: runs them on one hypervisor, and tells of them.
 tests() {
-	local vmm=$1 status=0 start=$SECONDS run=${RUN:-.} failed
+	local suite=$1 vmm=$2 name=$2 status=0 start=$SECONDS run failed
+	[[ $suite == e2e ]] || name=$vmm-$suite
+	run=${RUN:-.}
+	[[ $run != . ]] || run=${chosen[$suite]}
 	if [[ ${SUBSET:-} == ci && $run == . ]]; then
 		run="^($(names ci.list))\$"
 	fi
-	step "End-to-end tests in the emulated node, vmm = $vmm"
-	run_tests "$vmm" "$NODE_TIMEOUT" "$run" || status=$?
-	failed=$(failures "$programs/$vmm.log")
+	step "End-to-end tests in the emulated node ($suite), vmm = $vmm"
+	run_tests "$suite" "$vmm" "$name" "$NODE_TIMEOUT" "$run" || status=$?
+	failed=$(failures "$programs/$name.log")
 	if [[ ${SUBSET:-} == ci && $status != 0 && $status != 124 ]]; then
 		warn "end-to-end tests on KVM: a run failed (see above, and the README of hack/node); once more, in the time that is left"
 		status=0
-		run_tests "$vmm" "$((NODE_TIMEOUT - SECONDS + start))" "$run" || status=$?
+		run_tests "$suite" "$vmm" "$name" "$((NODE_TIMEOUT - SECONDS + start))" "$run" || status=$?
 	elif [[ ! ${SUBSET:-} && $status != 0 && $failed ]]; then
-		summary "$vmm"
+		summary "$name"
 		warn "end-to-end tests on KVM: some failed (see above, and the README of hack/node); once more: $failed"
 		status=0
-		run_tests "$vmm" "$NODE_TIMEOUT" "$failed" || status=$?
+		run_tests "$suite" "$vmm" "$name" "$NODE_TIMEOUT" "$failed" || status=$?
 	fi
-	[[ $status == 0 ]] || say "$vmm: exit status $status"
-	summary "$vmm"
+	[[ $status == 0 ]] || say "$name: exit status $status"
+	summary "$name"
 	if [[ ${SUBSET:-} == ci ]]; then
-		out_of_time "$programs/$vmm.log" "$status"
+		out_of_time "$programs/$name.log" "$status"
 		return
 	fi
 	sed -n 's/^\([A-Z][^ ]*\) *\(.*\)/    not run, too slow here: \1 (\2)/p' "$here/slow.list"
@@ -126,7 +147,7 @@ main() {
 		export NODE_TIMEOUT=${NODE_TIMEOUT:-480} E2E_HANDLERS=${E2E_HANDLERS:-cloudhv}
 	fi
 	export NODE_TIMEOUT=${NODE_TIMEOUT:-7200}
-	local vmm status=0
+	local vmm suite status=0
 	"$here/setup.sh" || status=$?
 	case $status in
 	0) ;;
@@ -135,7 +156,9 @@ main() {
 	esac
 	compile
 	while read -r vmm; do
-		tests "$vmm" </dev/null || status=1
+		for suite in $(suites); do
+			tests "$suite" "$vmm" </dev/null || status=1
+		done
 	done < <(hypervisors)
 	exit "$status"
 }
