@@ -146,7 +146,7 @@ boot() {
 		-fsdev "local,id=root,path=/,security_model=none,readonly=on,multidevs=remap" -device virtio-9p-pci,fsdev=root,mount_tag=root \
 		-fsdev "local,id=ctl,path=$work/ctl,security_model=none" -device virtio-9p-pci,fsdev=ctl,mount_tag=ctl \
 		-fsdev "local,id=out,path=$out,security_model=none" -device virtio-9p-pci,fsdev=out,mount_tag=out \
-		<&3 2>"$work/qemu" &
+		-d cpu_reset -D "$work/resets" <&3 2>"$work/qemu" &
 	machine=$!
 }
 
@@ -182,6 +182,7 @@ attend() {
 	end KILL
 	# The rest of its output. A machine that did not start has not opened it.
 	[[ -n $interactive ]] || : <>"$work/stdout" <>"$work/stderr"
+	wait "$machine" || ended=$?
 	wait
 	tell_times
 }
@@ -210,7 +211,10 @@ main() {
 		exit "$(<"$work/ctl/status")"
 	fi
 	if [[ -z $failure ]]; then
-		failure="it ended without an exit status: $(tail -n 3 "$work/qemu" | tr '\n' ' ')"
+		failure="it ended without an exit status: QEMU's is $ended$( ((ended <= 128)) || echo " (SIG$(kill -l "$ended"))"), $(tail -n 3 "$work/qemu" | tr '\n' ' ')"
+		if [[ $ended == 0 ]]; then
+			failure="it reset itself: $(grep -A 40 'Triple fault' "$work/resets" || echo 'no triple fault')"
+		fi
 		if grep -qs 'Kernel panic' "$work/console"; then
 			failure="its kernel panicked"
 		fi
@@ -220,5 +224,5 @@ main() {
 	exit 125
 }
 
-interactive='' limited='' command=''
+interactive='' limited='' command='' ended=0
 main "$@"
