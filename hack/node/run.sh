@@ -66,7 +66,7 @@ megabytes() {
 end() {
 	if [[ -n $machine ]]; then
 		kill "-$1" "$machine" 2>/dev/null || true
-		wait "$machine" 2>/dev/null || true
+		wait "$machine" 2>/dev/null || ended=$?
 		machine=
 	fi
 }
@@ -182,7 +182,6 @@ attend() {
 	end KILL
 	# The rest of its output. A machine that did not start has not opened it.
 	[[ -n $interactive ]] || : <>"$work/stdout" <>"$work/stderr"
-	wait "$machine" || ended=$?
 	wait
 	tell_times
 }
