@@ -105,9 +105,9 @@ failpoints: build
 	@hack/build.sh failpoints
 
 .PHONY: faults
-faults: failpoints ## The whole fault matrix: error, panic, hang and kill before each side effect (RUN='TestFaults/pods/start', CHAOS_SEED=n: in that order).
+faults: failpoints ## The whole fault matrix: error, panic, hang and kill before each side effect, and misfortunes from outside (RUN='TestFaults/pods/start', CHAOS_SEED=n: in that order).
 	@$(STEP) 'Fault matrix'
-	@E2E_REQUIRE=1 FAULTS=all go test -exec '$(CURDIR)/hack/as-root' -run '$(if $(filter .,$(RUN)),^TestFaults$$,$(RUN))' $(TESTFLAGS) -v -count=1 -timeout 120m ./e2e/faults
+	@E2E_REQUIRE=1 FAULTS=all go test -exec '$(CURDIR)/hack/as-root' -run '$(if $(filter .,$(RUN)),^Test(Faults|Misfortunes)$$,$(RUN))' $(TESTFLAGS) -v -count=1 -timeout 120m ./e2e/faults
 
 .PHONY: chaos
 chaos: failpoints ## Faults at random on several pods at once (CHAOS_MINUTES=30, CHAOS_SEED=n to have the same again).

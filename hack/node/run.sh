@@ -84,7 +84,7 @@ environment() {
 	for name in PATH BASH_ENV TERM NO_COLOR GOFLAGS CLOUD_HYPERVISOR BUSYBOX $(compgen -e E2E_) ${NODE_ENV:-}; do
 		[[ -z ${!name:-} ]] || printf 'export %s=%q\n' "$name" "${!name}"
 	done
-	printf 'export E2E_TIME_FACTOR=%q E2E_COUNTS=%q\n' "${E2E_TIME_FACTOR:-6}" "${E2E_COUNTS:-small}"
+	printf 'export E2E_CLOCK=1 E2E_TIME_FACTOR=%q E2E_COUNTS=%q\n' "${E2E_TIME_FACTOR:-6}" "${E2E_COUNTS:-small}"
 	# Root, whoever called; and what is slow has more time and less to do.
 	echo 'export HOME=/root USER=root'
 }
