@@ -21,6 +21,15 @@ type testKVM struct {
 	tools  string
 }
 
+// compiler makes test programs that only list their tests.
+const compiler = `[[ $1 == test && $2 == -c ]] || exit 0
+cat >"$4" <<'EOF'
+#!/bin/bash
+[[ $1 == -test.list ]] || exit 1
+printf '%s\n' TestA TestB TestC TestD | grep -E "$2"
+EOF
+chmod +x "$4"`
+
 func newTestKVM(t *testing.T, setup, node string) testKVM {
 	t.Helper()
 	root := t.TempDir()
@@ -35,13 +44,13 @@ func newTestKVM(t *testing.T, setup, node string) testKVM {
 	}
 	return testKVM{
 		t: t, script: filepath.Join(root, "hack", "node", "test-kvm.sh"),
-		tools: fakes(t, map[string]string{"go": "true", "gcc": "true"}),
+		tools: fakes(t, map[string]string{"go": compiler, "gcc": "true"}),
 	}
 }
 
 func (k testKVM) run(env []string, args ...string) (string, int) {
 	k.t.Helper()
-	return run(k.t, k.tools, append([]string{"VMM=", "RUN=", "SUBSET=", "CLOUD_HYPERVISOR="}, env...), k.script, args...)
+	return run(k.t, k.tools, append([]string{"VMM=", "RUN=", "SUBSET=", "SUITE=e2e", "CLOUD_HYPERVISOR="}, env...), k.script, args...)
 }
 
 // Where there is no node, the tests on KVM are skipped by name if they may be, and
@@ -62,7 +71,7 @@ func TestKVMWithoutANode(t *testing.T) {
 // Each hypervisor that is there is tested, and fails for itself.
 func TestKVMHypervisors(t *testing.T) {
 	t.Parallel()
-	k := newTestKVM(t, "true", `echo "on=$E2E_VMM $E2E_ACCELERATOR $E2E_REQUIRE"; [[ $E2E_VMM != qemu ]]`)
+	k := newTestKVM(t, "true", `echo "on=$E2E_VMM $E2E_ACCELERATOR $E2E_REQUIRE"; [[ $E2E_VMM != qemu ]] || exit 1; printf -- "--- PASS: %s (1s)\n" TestA TestB TestC TestD`)
 	out, code := k.run([]string{"CLOUD_HYPERVISOR=/some/binary"})
 	require.Equal(t, 1, code, out)
 	require.Contains(t, out, "on=qemu kvm 1\n")
@@ -72,23 +81,47 @@ func TestKVMHypervisors(t *testing.T) {
 	require.NotContains(t, out, "on=qemu")
 }
 
-// What fails is run once more, by itself; what fails twice has failed, and so has a run
-// that names no test.
+// What fails is tried once more; what fails twice has failed, and so has a run that leaves
+// something behind. What a node has not come to is run in another one.
 func TestKVMOnceMore(t *testing.T) {
 	t.Parallel()
-	const node = `echo "$1"; if [[ $1 == *TestB* ]]; then echo "--- %s: TestB (1.00s)"; exit %s; fi
-echo "--- PASS: TestA (1.00s)"; echo "--- FAIL: TestB (1.00s)"; echo "    --- FAIL: TestB/c (1.00s)"; echo "--- FAIL: TestD (1.00s)"; exit 1`
-	qemu := []string{"VMM=qemu"}
-	out, code := newTestKVM(t, "true", fmt.Sprintf(node, "PASS", "0")).run(qemu)
+	const (
+		first = `echo "run: $1"; n=$(basename "$NODE_OUT"); pass() { printf -- '--- PASS: %s (1.00s)\n' "$@"; }
+if [[ $n == 1 ]]; then `
+		fails = `pass TestA TestC; echo "--- FAIL: TestB (1.00s)"; echo "    --- FAIL: TestB/c (1.00s)"; echo "--- FAIL: TestD (1.00s)"; exit 1; fi; `
+		dies  = `echo "=== RUN   TestA"; echo "=== PAUSE TestA"; echo "=== RUN   TestB"; pass TestB; echo "=== RUN   TestC"; exit 125; fi; `
+	)
+	for name, tc := range map[string]struct {
+		node string
+		code int
+		runs int
+		says []string
+	}{
+		"passes then":       {first + fails + "pass TestB TestD", 0, 2, []string{"run 2 (", ": TestB TestD", "passed in another try TestB", `-test.run \^\(TestB\|TestD\)\$`}},
+		"fails twice":       {first + fails + `pass TestD; echo "--- FAIL: TestB (1.00s)"; exit 1`, 1, 2, []string{"qemu: FAILED: TestB"}},
+		"leaves something":  {first + `pass TestA TestC TestD; echo "--- FAIL: TestB (1s)"; echo "FAIL: e2e: after all tests: a mount"; exit 1; fi; pass TestB`, 1, 2, []string{"FAILED: what run 1 left"}},
+		"fails without one": {first + "pass TestA TestB TestC TestD; exit 1; fi", 1, 1, []string{"FAILED: run 1 itself, with status 1"}},
+		"ends in between":   {first + dies + "pass TestA TestC TestD", 0, 2, []string{": TestA TestC TestD"}},
+		"ends there again":  {first + dies + `echo "=== RUN   TestC"; exit 125`, 1, 4, []string{"FAILED: TestC", "NOT RUN: TestA TestD"}},
+		"never begins":      {"exit 125", 1, 2, []string{"NOT RUN: TestA TestB TestC TestD"}},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			out, code := newTestKVM(t, "true", tc.node).run([]string{"VMM=qemu"})
+			require.Equal(t, tc.code, code, out)
+			require.Contains(t, out, fmt.Sprint("qemu: runs: ", tc.runs))
+			for _, text := range tc.says {
+				require.Contains(t, out, text)
+			}
+		})
+	}
+	k := newTestKVM(t, "true", `echo "run: $1"; echo "--- PASS: TestA (1s)"`)
+	out, code := k.run([]string{"VMM=qemu", "RUN=TestA/x"})
 	require.Zero(t, code, out)
-	require.Contains(t, out, `-test.run \^\(TestB\|TestD\)\$ `)
-	require.Contains(t, out, "once more: ^(TestB|TestD)$")
-	out, code = newTestKVM(t, "true", fmt.Sprintf(node, "FAIL", "1")).run(qemu)
+	require.Contains(t, out, `-test.run \^\(TestA\)\$/x `)
+	out, code = k.run([]string{"VMM=qemu", "RUN=TestX"})
 	require.Equal(t, 1, code, out)
-	require.Equal(t, 1, strings.Count(out, "once more"))
-	out, code = newTestKVM(t, "true", `echo "--- PASS: TestA (1.00s)"; exit 125`).run(qemu)
-	require.Equal(t, 1, code, out)
-	require.NotContains(t, out, "once more")
+	require.Contains(t, out, "no test of e2e matches RUN=TestX")
 }
 
 // listed are the tests that a list of the node's names, each of which is there.
@@ -135,19 +168,20 @@ func TestKVMSubset(t *testing.T) {
 		out, code := newTestKVM(t, "true", end).run(subset)
 		require.Equal(t, 1, code, "%s: %s", end, out)
 	}
-	// A run that failed is repeated, once.
-	const once = `[[ ! -e $NODE_OUT.once ]] || { echo "=== RUN"; exit 0; }; touch "$NODE_OUT.once"; exit 1`
+	for _, end := range []string{"exit 124", `[[ $NODE_OUT == */1 ]] || exit 124; echo "--- FAIL: A (1.00s)"; exit 1`} {
+		out, code := newTestKVM(t, "true", end).run(subset)
+		require.NotZero(t, code, "%s: %s", end, out)
+	}
+	// A run that failed is repeated, once, if there is time.
+	const once = `[[ $NODE_OUT == */1 ]] || { echo "=== RUN"; exit 0; }; exit 1`
 	out, code = newTestKVM(t, "true", once).run(subset)
 	require.Zero(t, code, out)
 	require.Contains(t, out, "a run failed")
+	out, code = newTestKVM(t, "true", once).run(append([]string{"NODE_TIMEOUT=59"}, subset...))
+	require.Equal(t, 1, code, out)
+	require.NotContains(t, out, "once more")
 	const twice = `echo "--- FAIL: A (1.00s)"; exit 1`
 	out, code = newTestKVM(t, "true", twice).run(subset)
 	require.Equal(t, 1, code, out)
 	require.Equal(t, 2, strings.Count(out, "--- FAIL: A"), out)
-	out, code = newTestKVM(t, "true", once).run([]string{"VMM=qemu"})
-	require.Equal(t, 1, code, out)
-	out, code = newTestKVM(t, "true", echo).run([]string{"VMM=qemu", "RUN=^TestX$"})
-	require.Zero(t, code, out)
-	require.Contains(t, out, `-test.run \^TestX\$`)
-	require.Contains(t, out, "handlers=\n")
 }

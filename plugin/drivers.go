@@ -14,6 +14,7 @@ import (
 
 	"github.com/cloudhv/containerd-cloudhv/controller/config"
 	"github.com/cloudhv/containerd-cloudhv/vmpool/cloudhypervisor"
+	"github.com/cloudhv/containerd-cloudhv/vmpool/confine"
 	"github.com/cloudhv/containerd-cloudhv/vmpool/qemu"
 	"github.com/cloudhv/containerd-cloudhv/vmpool/vmm"
 )
@@ -21,7 +22,17 @@ import (
 // drivers are the hypervisors of this build, the one that is better where it can run
 // first.
 func drivers(s *config.Settings) []vmm.Driver {
-	return []vmm.Driver{cloudhypervisor.New(s.CloudHypervisorBinary), qemu.New(s.QEMUBinary)}
+	chv, q := cloudhypervisor.New(s.CloudHypervisorBinary), qemu.New(s.QEMUBinary)
+	if s.Confine {
+		chv.Opens, q.Opens = confinedOpens, confinedOpens
+	}
+	return []vmm.Driver{chv, q}
+}
+
+// confinedOpens says why a VMM that is not root may not open a device.
+func confinedOpens(device string) error {
+	_, err := confine.DeviceGroups(device)
+	return err
 }
 
 // choice is the hypervisor that new sandboxes use.

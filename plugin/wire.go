@@ -25,7 +25,6 @@ import (
 	"github.com/cloudhv/containerd-cloudhv/controller/prebuild"
 	"github.com/cloudhv/containerd-cloudhv/controller/rootfs"
 	"github.com/cloudhv/containerd-cloudhv/vmpool/confine"
-	"github.com/cloudhv/containerd-cloudhv/vmpool/vmm"
 )
 
 // probeTimeout bounds finding out what the host can do.
@@ -63,7 +62,7 @@ func build(ctx context.Context, ic *plugin.InitContext) *controller.Controller {
 	}
 	chosen, driverErr := chooseDriver(ctx, settings.VMM, drivers(settings))
 	opts.Drivers, opts.Driver, opts.Host, opts.DriverReason = chosen.all, chosen.driver, chosen.host, chosen.why
-	opts.Unfit = allOf(unfit, lockErr, storeErr, imageErr, driverErr, confinement(ctx, settings, chosen.host))
+	opts.Unfit = allOf(unfit, lockErr, storeErr, imageErr, driverErr, confinement(ctx, settings))
 	if opts.Unfit == nil {
 		opts.Network, opts.Unfit = controller.OpenNetwork(settings.StateDir)
 	}
@@ -87,18 +86,13 @@ func build(ctx context.Context, ic *plugin.InitContext) *controller.Controller {
 }
 
 // confinement says why VMMs cannot be confined, if they are to be.
-func confinement(ctx context.Context, s *config.Settings, host vmm.Host) error {
+func confinement(ctx context.Context, s *config.Settings) error {
 	if !s.Confine {
 		log.G(ctx).Warn("VMMs are not confined: confinement.enabled is false")
 		return nil
 	}
 	if err := confine.Need(); err != nil {
 		return fmt.Errorf("confinement.enabled: %w", err)
-	}
-	if device := vmm.Device(host.Accelerator); device != "" {
-		if _, err := confine.DeviceGroups(device); err != nil {
-			return fmt.Errorf("confinement.enabled: %w", err)
-		}
 	}
 	if !confine.HasLandlock() {
 		log.G(ctx).WithField("confinement", confine.Support()).Warn("the kernel has no Landlock: only users and seccomp keep VMMs from files")

@@ -195,7 +195,7 @@ func (p *processIO) cut() {
 
 // openStream opens a stream of the guest under an ID of its own.
 func openStream(ctx context.Context, g Guest) (_ net.Conn, id string, retErr error) {
-	ctx, cancel := context.WithTimeout(ctx, streamLimit)
+	ctx, cancel := context.WithTimeoutCause(ctx, streamLimit, fmt.Errorf("no answer within %v: %w", streamLimit, context.DeadlineExceeded))
 	defer cancel()
 	conn, err := g.Dial(ctx, api.PortStream)
 	if err != nil {
@@ -203,8 +203,9 @@ func openStream(ctx context.Context, g Guest) (_ net.Conn, id string, retErr err
 	}
 	stop := context.AfterFunc(ctx, func() { _ = conn.Close() })
 	defer func() {
-		if !stop() && retErr == nil {
-			retErr = fmt.Errorf("open guest stream: %w", ctx.Err())
+		if !stop() {
+			// Whatever was the matter with a connection that we have closed.
+			retErr = fmt.Errorf("open guest stream: %w", context.Cause(ctx))
 		}
 		if retErr != nil {
 			_ = conn.Close()

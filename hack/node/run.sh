@@ -46,11 +46,12 @@ broken() {
 	[[ -s $work/console ]] || return 0
 	cp "$work/console" "$out/console.log" || true
 	printf '    its console (all of it is in %s):\n' "$out/console.log" >&2
+	# Whatever is found there, the status is the caller's.
 	tail -c 65536 "$work/console" | tr -d '\r' | if grep -qs 'Kernel panic' "$work/console"; then
 		grep -m 1 -B 20 -A 20 'Kernel panic'
 	else
 		tail -n 25
-	fi | sed 's/^/    | /' >&2
+	fi | sed 's/^/    | /' >&2 || true
 }
 
 # megabytes: what the machine gets unless it is said.
@@ -150,6 +151,30 @@ boot() {
 	machine=$!
 }
 
+# ticks: of processor time that the machine's processors have taken, which are threads of QEMU's.
+ticks() {
+	local thread sum=0
+	local -a stat
+	for thread in "/proc/$machine/task"/*; do
+		[[ ${thread##*/} != "$machine" ]] || continue
+		# After the name, which is in parentheses: the 12th and 13th of the rest.
+		read -r -a stat < <(sed 's/.*) //' "$thread/stat" 2>/dev/null) || continue
+		((sum += stat[11] + stat[12])) || true
+	done
+	echo "$sum"
+}
+
+# stands_still: its processors have done nothing at all for a minute, as an idle system's never do.
+stands_still() {
+	local now
+	((SECONDS >= looked + 60)) || return 1
+	now=$(ticks)
+	looked=$SECONDS
+	[[ $now == "$ticked" ]] && return 0
+	ticked=$now
+	return 1
+}
+
 # attend: until the machine has ended, by itself or because it has to.
 attend() {
 	local limit=${NODE_TIMEOUT:-$([[ -n $interactive ]] && echo 0 || echo 3600)} boot=${NODE_BOOT:-180} begun='' written=
@@ -167,6 +192,9 @@ attend() {
 		elif ((limit > 0 && SECONDS >= limit)); then
 			failure="it was ended at its limit of $limit s (NODE_TIMEOUT)"
 			limited=1
+			end KILL
+		elif [[ -n $begun && -z $interactive ]] && stands_still; then
+			failure="its processors stand still"
 			end KILL
 		elif [[ -n $reader && ! -e $work/ctl/status ]] && ! kill -0 "$reader" 2>/dev/null; then
 			# Nobody reads its output any more, which a shell tells as SIGPIPE's end; or it ends just now.
@@ -223,5 +251,6 @@ main() {
 	exit 125
 }
 
-interactive='' limited='' command='' ended=0
+interactive='' limited='' command='' ended=0 looked=0 ticked=''
+
 main "$@"

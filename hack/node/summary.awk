@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 # Copyright The containerd-cloudhv Authors
 #
-# Of what `go test -v` printed: how many tests passed, which were skipped and why, which failed, and the
-# ten that took longest.
+# Of what `go test -v` printed, in one run or several: how many tests passed, which did so only when they were
+# tried again, which were skipped and why, which failed, and the ten that took longest. A test's last result counts.
 
 /^cloudhv: |^hypervisor: / { on = $0; sub(/^[a-z]*: /, "", on) }
 # A test's own lines: the last one before it is skipped says why.
@@ -10,16 +10,23 @@
 /^ *--- (PASS|FAIL|SKIP): / {
 	took = $4
 	gsub(/[()s]/, "", took)
-	count[$2]++
-	if ($2 == "SKIP:") skipped[++skips] = $3 ": " reason
-	if ($2 == "FAIL:") failed[++fails] = $3
+	if (!($3 in result)) order[++names] = $3
+	if ($2 == "PASS:" && result[$3] == "FAIL:") again[$3] = 1
+	result[$3] = $2
+	why[$3] = reason
 	if ($3 !~ /\//) { time[$3] = took + 0 }
 }
 
 END {
+	for (i = 1; i <= names; i++) {
+		name = order[i]
+		count[result[name]]++
+		if (name in again) list = list "    passed in another try " name "\n"
+		if (result[name] == "SKIP:") list = list "    skipped " name ": " why[name] "\n"
+		if (result[name] == "FAIL:") list = list "    FAILED " name "\n"
+	}
 	printf "    %s: %d passed, %d failed, %d skipped, on %s\n", vmm, count["PASS:"], count["FAIL:"], count["SKIP:"], on ? on : "nothing"
-	for (i = 1; i <= skips; i++) print "    skipped " skipped[i]
-	for (i = 1; i <= fails; i++) print "    FAILED " failed[i]
+	printf "%s", list
 	for (i = 0; i < 10; i++) {
 		longest = ""
 		for (name in time) if (longest == "" || time[name] > time[longest]) longest = name

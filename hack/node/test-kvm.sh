@@ -46,10 +46,10 @@ compile() {
 }
 
 # out_of_time LOG STATUS: of a subset, what there was no time for is named; it is a failure only if a test
-# has failed.
+# has failed, or if none has passed.
 out_of_time() {
 	local name
-	if [[ $2 != 124 ]] || grep -q '^ *--- FAIL: ' "$1"; then
+	if [[ $2 != 124 ]] || grep -q '^ *--- FAIL: ' "$1" || ! grep -q '^--- PASS: ' "$1"; then
 		return "$2"
 	fi
 	while read -r name; do
@@ -81,17 +81,21 @@ suites() {
 declare -A directory=([e2e]=e2e [faults]=e2e/faults)
 declare -A chosen=([e2e]=. [faults]='^(TestFaults|TestMisfortunes)$')
 
-# run_tests SUITE VMM NAME SECONDS RUN: in a node of its own; what it prints is in a log too. What a failed
-# run keeps of containerd's log comes out.
+# run_tests SUITE VMM NAME ROUND SECONDS RUN: in a node of its own. What it prints is in the log of the round
+# too, and in the one of all rounds; what a failed run keeps of containerd's log comes out.
 run_tests() {
-	local suite=$1 vmm=$2 name=$3 limit=$4 run=$5
+	local suite=$1 vmm=$2 name=$3 round=$4 limit=$5 run=$6 status=0
+	local out=$programs/$name/$round
 	local -a flags=(-test.v -test.count=1)
 	flags+=(-test.run "$run" -test.skip "^($(names slow.list))\$")
 	# Before the node's own limit, to tell what hangs; the subset's is one that it may reach.
 	[[ ${SUBSET:-} == ci ]] || flags+=(-test.timeout "$((limit > 120 ? limit - 60 : limit))s")
-	rm -rf "${programs:?}/$name"
+	if [[ $round == 1 ]]; then
+		rm -rf "${programs:?}/$name" "$programs/$name.log"
+	fi
+	mkdir -p "$out"
 	E2E_VMM=$vmm E2E_ACCELERATOR=kvm E2E_REQUIRE=1 E2E_KEEP=1 E2E_PROGRAMS=$programs \
-		NODE_VERBOSE=1 NODE_OUT=$programs/$name NODE_TIMEOUT=$limit "$here/run.sh" "
+		NODE_VERBOSE=1 NODE_OUT=$out NODE_TIMEOUT=$limit NODE_ENV="${NODE_ENV:-} CHAOS_SEED" "$here/run.sh" "
 			cd '$repo/${directory[$suite]}'
 			'$programs/$suite.test' $(printf ' %q' "${flags[@]}")
 			status=\$?
@@ -99,65 +103,90 @@ run_tests() {
 				cp \"\$node/containerd.log\" \"\$OUT/\$(basename \"\$node\").log\" 2>/dev/null
 			done
 			exit \$status" 2>&1 |
-		tee "$programs/$name.log"
+		tee "$out.log" || status=$?
+	cat "$out.log" >>"$programs/$name.log"
+	return "$status"
 }
 
-# summary NAME: of what a run printed.
+# summary NAME: of what its runs printed.
 summary() { awk -v vmm="$1" -f "$here/summary.awk" "$programs/$1.log"; }
 
 # subset SUITE VMM: what ci.list names, once more if the run failed and there is time.
 subset() {
-	local vmm=$2 status=0 start=$SECONDS run=${RUN:-.}
+	local vmm=$2 status=0 again=0 round=1 rest run=${RUN:-.}
+	local start=$SECONDS
 	[[ $run != . ]] || run="^($(names ci.list))\$"
-	run_tests "$1" "$vmm" "$vmm" "$NODE_TIMEOUT" "$run" || status=$?
-	if [[ $status != 0 && $status != 124 ]]; then
+	run_tests "$1" "$vmm" "$vmm" 1 "$NODE_TIMEOUT" "$run" || status=$?
+	rest=$((NODE_TIMEOUT - SECONDS + start))
+	if [[ $status != 0 && $status != 124 ]] && ((rest >= 60)); then
 		warn "end-to-end tests on KVM: a run failed (see above, and the README of hack/node); once more, in the time that is left"
-		status=0
-		run_tests "$1" "$vmm" "$vmm" "$((NODE_TIMEOUT - SECONDS + start))" "$run" || status=$?
+		round=2
+		run_tests "$1" "$vmm" "$vmm" 2 "$rest" "$run" || again=$?
+		# One that had no time to fail again is no better than the first.
+		[[ $again == 124 ]] || status=$again
 	fi
 	[[ $status == 0 ]] || say "$vmm: exit status $status"
 	summary "$vmm"
-	out_of_time "$programs/$vmm.log" "$status"
+	out_of_time "$programs/$vmm/$round.log" "$status"
+}
+
+# fate LOG TEST: what a run has shown of a test: "passed" (or was skipped), "tried" (it failed, or ran when the
+# run ended), or nothing.
+fate() {
+	if grep -qE "^--- (PASS|SKIP): $2 " "$1"; then
+		echo passed
+	elif grep -q "^--- FAIL: $2 " "$1"; then
+		echo tried
+	elif grep -qx "=== RUN   $2" "$1"; then
+		# One that waits for its turn beside others has not begun.
+		grep -qx "=== PAUSE $2" "$1" && ! grep -qx "=== CONT  $2" "$1" || echo tried
+	fi
 }
 
 # whole SUITE VMM: every test has to pass, in its first or second try. What a node that ended in the middle has
-# left is gone on with in another one; the test that ran then has had a try.
+# left is gone on with in another one; the test that ran then has had a try. What is left after all tests of a
+# run is a failure that no other run mends.
 whole() {
-	local suite=$1 vmm=$2 name=$2 status test run=${RUN:-.} round=0
-	local -a left=() failed=()
+	local suite=$1 vmm=$2 name=$2 status test run=${RUN:-.} subtest='' round=0 idle=0 progress
+	local -a left=() rest=() failed=()
 	local -A tries=()
 	[[ $suite == e2e ]] || name=$vmm-$suite
 	[[ $run != . ]] || run=${chosen[$suite]}
-	mapfile -t left < <(wanted "$suite" "$run")
-	((${#left[@]} > 0)) || die "no test of $suite matches RUN=$run"
-	: >"$programs/$name.all"
-	while ((${#left[@]} > 0 && round < 8)); do
-		((round++ == 0)) || warn "end-to-end tests on KVM: $name, run $round (see the README of hack/node): ${left[*]}"
+	[[ $run != */* ]] || subtest=/${run#*/}
+	mapfile -t left < <(wanted "$suite" "${run%%/*}")
+	if ((${#left[@]} == 0)); then
+		warn "end-to-end tests on KVM: no test of $suite matches RUN=$run"
+		return 1
+	fi
+	while ((${#left[@]} > 0 && round < 8 && idle < 2)); do
+		((++round == 1)) || warn "end-to-end tests on KVM: $name, run $round (see above, and the README of hack/node): ${left[*]}"
 		status=0
-		run_tests "$suite" "$vmm" "$name" "$NODE_TIMEOUT" "$(regexp "${left[@]}")" || status=$?
-		cat "$programs/$name.log" >>"$programs/$name.all"
-		[[ $status != 0 ]] || break
-		local -a rest=()
+		run_tests "$suite" "$vmm" "$name" "$round" "$NODE_TIMEOUT" "$(regexp "${left[@]}")$subtest" || status=$?
+		rest=() progress=''
 		for test in "${left[@]}"; do
-			if grep -qE "^--- (PASS|SKIP): $test " "$programs/$name.log"; then
-				continue
-			elif grep -qxE "=== RUN   $test" "$programs/$name.log" && ((++tries[$test] > 1)); then
-				failed+=("$test")
-			else
-				rest+=("$test")
-			fi
+			case $(fate "$programs/$name/$round.log" "$test") in
+			passed) progress=1 ;;
+			tried)
+				progress=1
+				if ((++tries[$test] > 1)); then failed+=("$test"); else rest+=("$test"); fi
+				;;
+			*) rest+=("$test") ;;
+			esac
 		done
-		# All have passed, and yet the run failed: at its end something was left.
-		((${#rest[@]} > 0 || ${#failed[@]} > 0)) || failed=("the run itself, with status $status")
+		if grep -q '^FAIL: e2e: after all tests' "$programs/$name/$round.log"; then
+			failed+=("what run $round left")
+		elif [[ $status != 0 ]] && ((${#rest[@]} == 0 && ${#failed[@]} == 0)); then
+			failed+=("run $round itself, with status $status")
+		fi
+		[[ $progress ]] || ((++idle))
 		left=("${rest[@]}")
 	done
-	mv "$programs/$name.all" "$programs/$name.log"
 	summary "$name"
 	sed -n 's/^\([A-Z][^ ]*\) *\(.*\)/    not run, too slow here: \1 (\2)/p' "$here/slow.list"
-	say "$name: $round runs"
-	((${#failed[@]} == 0)) || say "$name: FAILED in both tries: ${failed[*]}"
-	((status == 0 || ${#left[@]} == 0)) || say "$name: NOT RUN: ${left[*]}"
-	((${#failed[@]} == 0 && (status == 0 || ${#left[@]} == 0)))
+	say "$name: runs: $round"
+	((${#failed[@]} == 0)) || say "$name: FAILED: ${failed[*]}"
+	((${#left[@]} == 0)) || say "$name: NOT RUN: ${left[*]}"
+	((${#failed[@]} == 0 && ${#left[@]} == 0))
 }
 
 # tests SUITE VMM: runs them on one hypervisor, and tells of them.
@@ -182,6 +211,8 @@ main() {
 		export NODE_TIMEOUT=${NODE_TIMEOUT:-480} E2E_HANDLERS=${E2E_HANDLERS:-cloudhv}
 	fi
 	export NODE_TIMEOUT=${NODE_TIMEOUT:-7200}
+	# Of the fault matrix a second try has the same cells.
+	export CHAOS_SEED=${CHAOS_SEED:-$RANDOM}
 	local vmm suite status=0
 	"$here/setup.sh" || status=$?
 	case $status in

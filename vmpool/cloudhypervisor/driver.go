@@ -33,6 +33,10 @@ const undoLimit = 10 * time.Second
 
 // Driver is Cloud Hypervisor's.
 type Driver struct {
+	// Opens says why a VMM may not open a device that we can; nil if it may. It is set before
+	// the first Probe.
+	Opens func(device string) error
+
 	binary string
 	// accelerator finds out what the host has; tests have their own.
 	accelerator func() (name, reason string, err error)
@@ -49,7 +53,11 @@ func New(binary string) *Driver {
 	if binary == "" {
 		binary = DefaultBinary
 	}
-	return &Driver{binary: binary, accelerator: func() (string, string, error) { return accelerator(vmm.UsableKVM, vmm.UsableMSHV) }}
+	d := &Driver{binary: binary}
+	d.accelerator = func() (string, string, error) {
+		return accelerator(vmm.Opens(vmm.UsableKVM, vmm.AccelKVM, d.Opens), vmm.Opens(vmm.UsableMSHV, vmm.AccelMSHV, d.Opens))
+	}
+	return d
 }
 
 // Name is "cloudhypervisor".

@@ -167,6 +167,7 @@ func (vm *machine) unplug(ctx context.Context, id string) error {
 	defer stop()
 	look := time.NewTicker(lookAgain)
 	defer look.Stop()
+	var refused error
 	for asked := false; ; {
 		there, err := vm.has(ctx, id)
 		if err != nil {
@@ -177,10 +178,10 @@ func (vm *machine) unplug(ctx context.Context, id string) error {
 			return nil
 		}
 		if !asked {
-			err = vm.put(ctx, "vm.remove-device", removeDevice{ID: id})
+			refused = vm.put(ctx, "vm.remove-device", removeDevice{ID: id})
 			// An error may mean no more than that the guest has been asked before.
-			if err != nil && !isAnswer(err) {
-				return err
+			if refused != nil && !isAnswer(refused) {
+				return refused
 			}
 			asked = true
 		}
@@ -192,7 +193,7 @@ func (vm *machine) unplug(ctx context.Context, id string) error {
 		case <-vm.Done():
 			return vm.Check()
 		case <-ctx.Done():
-			return fmt.Errorf("the guest does not give %s back: %w", id, errors.Join(context.Cause(ctx), err))
+			return fmt.Errorf("the guest does not give %s back: %w", id, errors.Join(context.Cause(ctx), refused))
 		}
 	}
 }

@@ -12,19 +12,14 @@ import (
 	"regexp"
 	"strconv"
 	"strings"
-	"time"
 
 	"github.com/containerd/errdefs"
 
 	"github.com/cloudhv/containerd-cloudhv/vmpool/vmm"
 )
 
-const (
-	// oldest is the first major version that has all that the driver uses.
-	oldest = 53
-	// versionLimit bounds how long the binary may take to tell its version.
-	versionLimit = 5 * time.Second
-)
+// oldest is the first major version that has all that the driver uses.
+const oldest = 53
 
 var versionPattern = regexp.MustCompile(`^cloud-hypervisor v?(\d+)(\.\d+)*[^\s]*`)
 
@@ -50,18 +45,11 @@ func (d *Driver) findBinary(ctx context.Context) (binary, version string, errs [
 	if err != nil {
 		return "", "", []error{err}
 	}
-	ctx, cancel := context.WithTimeout(ctx, versionLimit)
-	defer cancel()
-	cmd := exec.CommandContext(ctx, binary, "--version")
-	cmd.WaitDelay = time.Second
-	out, err := cmd.Output()
-	if ctx.Err() != nil {
-		err = fmt.Errorf("no answer within %v: %w", versionLimit, ctx.Err())
-	}
+	out, err := vmm.Version(ctx, binary, "--version")
 	if err != nil {
-		return binary, "", []error{fmt.Errorf("%s --version: %w", binary, err)}
+		return binary, "", []error{err}
 	}
-	version, err = parseVersion(string(out))
+	version, err = parseVersion(out)
 	if err != nil {
 		return binary, version, []error{fmt.Errorf("%s: %w", binary, err)}
 	}

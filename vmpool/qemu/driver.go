@@ -30,6 +30,10 @@ const undoLimit = 10 * time.Second
 
 // Driver is QEMU's.
 type Driver struct {
+	// Opens says why a VMM may not open a device that we can; nil if it may. It is set before
+	// the first Probe.
+	Opens func(device string) error
+
 	binary string
 
 	mu   sync.Mutex

@@ -29,21 +29,21 @@ func (d *Driver) Probe(ctx context.Context) (vmm.Host, error) {
 		return host, fmt.Errorf("qemu: %w: %w", err, errdefs.ErrFailedPrecondition)
 	}
 	host.Binary = binary
-	out, err := exec.CommandContext(ctx, binary, "-version").Output()
+	out, err := vmm.Version(ctx, binary, "-version")
 	if err != nil {
-		return host, fmt.Errorf("qemu: %s -version: %w: %w", binary, err, errdefs.ErrFailedPrecondition)
+		return host, fmt.Errorf("qemu: %w: %w", err, errdefs.ErrFailedPrecondition)
 	}
-	line, _, _ := strings.Cut(string(out), "\n")
+	line, _, _ := strings.Cut(out, "\n")
 	host.Version = strings.TrimPrefix(line, "QEMU emulator version ")
 	match := versionPattern.FindStringSubmatch(line)
 	if match == nil {
-		return host, fmt.Errorf("qemu: %s -version says %q, want a version: %w", binary, line, errdefs.ErrFailedPrecondition)
+		return host, fmt.Errorf("qemu: %s -version says %q, want a version: %w", binary, line[:min(len(line), 100)], errdefs.ErrFailedPrecondition)
 	}
 	if major, _ := strconv.Atoi(match[1]); major < oldest {
 		return host, fmt.Errorf("qemu: %s has version %s, want %d or later: %w", binary, match[1], oldest, errdefs.ErrFailedPrecondition)
 	}
 	host.Accelerator, host.Reason = vmm.AccelKVM, "hardware virtualization and /dev/kvm are usable"
-	if err := vmm.UsableKVM(); err != nil {
+	if err := vmm.Opens(vmm.UsableKVM, vmm.AccelKVM, d.Opens)(); err != nil {
 		host.Accelerator, host.Reason = vmm.AccelTCG, "software emulation: "+err.Error()
 	}
 	host.OverheadBytes = overheadOf(host.Accelerator)

@@ -57,6 +57,17 @@ func UsableKVM() error { return theHost.usableKVM() }
 // nil.
 func UsableMSHV() error { return theHost.usableMSHV() }
 
+// Opens adds a check to one of an accelerator: whether a VMM may open its device. Without
+// it, which is nil, a VMM may open what we can.
+func Opens(usable func() error, accelerator string, opens func(device string) error) func() error {
+	return func() error {
+		if err := usable(); err != nil || opens == nil {
+			return err
+		}
+		return opens(Device(accelerator))
+	}
+}
+
 func (h hostFiles) usableKVM() error {
 	f, err := openDevice(h.kvm)
 	if err != nil {
