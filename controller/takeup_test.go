@@ -6,6 +6,8 @@ package controller
 import (
 	"encoding/json"
 	"fmt"
+	"path/filepath"
+	"syscall"
 	"testing"
 	"time"
 
@@ -162,6 +164,26 @@ func TestAnotherProcessWithTheVMsPidIsLeftAlone(t *testing.T) {
 	require.Contains(t, cause, "the VM ended while containerd was away")
 	require.NoError(t, n.Shutdown(n.ctx(), "a"))
 	require.False(t, isClosed(machine.done))
+	machine.die("test ends", false)
+	n.requireNothing()
+}
+
+// After the host has booted nothing is taken for alive by its PID and start time, which another
+// process may have by then, and what was the pods' is removed.
+func TestRecoverAfterABoot(t *testing.T) {
+	n := newNode(t)
+	shim := n.run("a").snapshot().Shim.Pid
+	machine := n.driver.only(t)
+	rewrite(n, "a", func(r *record) { r.VM.BootID, r.Shim.BootID = "another", "another" })
+	n.restart()
+	state, cause := n.status("a")
+	require.Equal(t, notReady, state)
+	require.Contains(t, cause, "ended while containerd was away")
+	require.False(t, isClosed(machine.done), "the process that has the VM's PID now")
+	require.NoError(t, n.Stop(n.ctx(), "a"))
+	require.NoError(t, n.Shutdown(n.ctx(), "a"))
+	require.NoDirExists(t, filepath.Join(n.cfg.StateDir, "a"))
+	require.NoError(t, syscall.Kill(shim, syscall.SIGKILL), "the process that has the shim's PID now")
 	machine.die("test ends", false)
 	n.requireNothing()
 }

@@ -123,6 +123,8 @@ type leaver struct {
 	*container
 	release net.Conn // its end makes the container write and end
 	ended   net.Conn // is closed when the container has ended
+	// released and left are when it was told to end, and when it had.
+	released, left time.Time
 }
 
 func startLeaver(p *pod) *leaver {
@@ -141,10 +143,12 @@ func startLeaver(p *pod) *leaver {
 // leave makes the container end, and returns when it has.
 func (l *leaver) leave(t *testing.T) {
 	t.Helper()
+	l.released = time.Now()
 	require.NoError(t, l.release.Close())
 	require.NoError(t, l.ended.SetReadDeadline(time.Now().Add(testnode.Scale(time.Minute))))
 	_, err := l.ended.Read(make([]byte, 1))
 	require.NotErrorIs(t, err, os.ErrDeadlineExceeded)
+	l.left = time.Now()
 	require.NoError(t, l.ended.Close())
 }
 
@@ -161,6 +165,8 @@ func (l *leaver) check(t *testing.T, h string) {
 	}
 	require.Equal(t, int32(7), st.GetExitCode())
 	require.Equal(t, "Error", st.GetReason())
+	ended := time.Unix(0, st.GetFinishedAt())
+	require.WithinRange(t, ended, l.released.Add(-time.Second), l.left.Add(time.Second), "the time of its end, by the guest's clock")
 	require.Len(t, readWhole(t, l.container), parting)
 }
 

@@ -25,16 +25,32 @@ type session struct {
 	ended chan error
 }
 
-func openSession(serve func(remotecommand.StreamOptions) error) *session {
+// openSession opens one at the address that CRI gives for these streams.
+func openSession(t *testing.T, address func(remotecommand.StreamOptions) string) *session {
+	t.Helper()
 	in, stdin := io.Pipe()
 	stdout, out := io.Pipe()
 	s := &session{in: stdin, out: bufio.NewReader(stdout), ended: make(chan error, 1)}
+	opts := remotecommand.StreamOptions{Stdin: in, Stdout: out}
+	to, ctx := address(opts), testContext(t)
 	go func() {
-		err := serve(remotecommand.StreamOptions{Stdin: in, Stdout: out})
-		_ = out.CloseWithError(io.EOF)
+		err := serve(ctx, to, opts)
+		_ = out.Close()
 		s.ended <- err
 	}()
 	return s
+}
+
+// end waits until the session has ended, and returns with what.
+func (s *session) end(t *testing.T) error {
+	t.Helper()
+	select {
+	case err := <-s.ended:
+		return err
+	case <-time.After(testnode.Scale(30 * time.Second)):
+		require.Fail(t, "the session does not end")
+		return nil
+	}
 }
 
 // echoes sends a line and gets it back.
@@ -65,29 +81,24 @@ func TestRestartSessions(t *testing.T) {
 				cfg := shellConfig("c", echo)
 				cfg.Stdin = true
 				c := p.start(cfg)
-				attach := c.attach
-				exec := func(o remotecommand.StreamOptions) error { return c.stream(o, "/bin/sh", "-c", echo) }
-				attached, executed := openSession(attach), openSession(exec)
+				exec := func(o remotecommand.StreamOptions) string { return c.execURL(o, "/bin/sh", "-c", echo) }
+				attached, executed := openSession(t, c.attachURL), openSession(t, exec)
 				attached.echoes(t, "one")
 				executed.echoes(t, "two")
 
 				require.NoError(t, end(testContext(t)))
-				within(t, 30*time.Second, "the clients' end", func() {
-					t.Logf("attach: %v; exec: %v", <-attached.ended, <-executed.ended)
-				})
+				t.Logf("the clients are told: attach: %v; exec: %v", attached.end(t), executed.end(t))
 				require.NoError(t, p.n.Start(testContext(t)))
 
-				attached, executed = openSession(attach), openSession(exec)
+				attached, executed = openSession(t, c.attachURL), openSession(t, exec)
 				attached.echoes(t, "three")
 				executed.echoes(t, "four")
 				require.NoError(t, executed.in.Close())
-				within(t, 30*time.Second, "the command's end", func() {
-					require.ErrorContains(t, <-executed.ended, "exit code 5")
-				})
+				require.ErrorContains(t, executed.end(t), "exit code 5")
 				lines := c.awaitLog(func(l []logLine) bool { return len(l) == 2 })
 				require.Equal(t, []string{"got one", "got three"}, []string{lines[0].text, lines[1].text})
 				require.NoError(t, p.n.StopContainer(testContext(t), c.id, time.Second))
-				within(t, 30*time.Second, "the end of what was attached", func() { <-attached.ended })
+				t.Logf("the container's end, to who is attached: %v", attached.end(t))
 			})
 		}
 	})

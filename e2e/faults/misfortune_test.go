@@ -8,11 +8,13 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io/fs"
 	"os"
 	"path/filepath"
 	"regexp"
 	"strconv"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -36,6 +38,8 @@ type misfortune struct {
 	// pod and others are what the errors of calls say meanwhile, of the pod itself and of
 	// others: regular expressions. If empty no call may fail.
 	pod, others string
+	// must tells that a call has to fail, or nothing has been tried.
+	must bool
 	// ends tells that the pod ends by it, and that another attempt takes its place.
 	ends bool
 	// kills tells that containerd may end by it.
@@ -47,11 +51,9 @@ type misfortune struct {
 // struck is a pod that a misfortune befalls.
 type struck struct {
 	*world
-	k        *kubelet
-	vmm      int
-	shim     int
-	netns    string
-	memoryCG string
+	k         *kubelet
+	vmm, shim int
+	netns     string
 }
 
 // frozen is for how long a process stands still: as long as the limits of calls are about in
@@ -61,26 +63,29 @@ var frozen = map[bool]time.Duration{true: 30 * time.Second, false: 5 * time.Seco
 const (
 	// full is what a full disk is called.
 	full = `no space left on device|Input/output error|I/O error|Read-only file system`
-	// tooMany is what is said of too many open files.
+	// tooMany is what is said of too many open files, and tooLate of who does not answer.
 	tooMany = `too many open files`
+	tooLate = `deadline exceeded|does not answer|not answer|timed out`
+	// noMore is what is said if no process can be made, or if containerd has ended by that.
+	noMore = `resource temporarily unavailable|connection refused|error reading from server|transport`
 )
 
 var misfortunes = []misfortune{
-	{name: "the VMM stands still", befall: freeze(func(s *struck) int { return s.vmm }), lasts: frozen, pod: `deadline exceeded|does not answer|timed out`},
-	{name: "the shim stands still", befall: freeze(func(s *struck) int { return s.shim }), lasts: frozen, pod: `deadline exceeded|does not answer|timed out`},
-	{name: "containerd stands still", befall: freeze(func(s *struck) int { return s.Pid() }), lasts: frozen},
-	{name: "containerd has no file descriptors", befall: noFiles(func(s *struck) int { return s.Pid() }), pod: tooMany, others: tooMany},
-	{name: "the shim has no file descriptors", befall: noFiles(func(s *struck) int { return s.shim }), pod: tooMany},
-	{name: "the VMM has no file descriptors", befall: noFiles(func(s *struck) int { return s.vmm }), pod: `.`},
-	{name: "no process can be made", befall: noProcesses, pod: `.`, others: `.`, kills: true},
-	{name: "the kernel kills the VMM", befall: outOfMemory, pod: `.`, ends: true},
+	{name: "the VMM stands still", befall: freeze(vmmOf), lasts: frozen, pod: tooLate},
+	{name: "the shim stands still", befall: freeze(shimOf), lasts: frozen, pod: tooLate},
+	{name: "containerd stands still", befall: freeze(containerdOf), lasts: frozen},
+	{name: "containerd has no file descriptors", befall: noFiles(containerdOf), pod: tooMany, others: tooMany, must: true},
+	{name: "the shim has no file descriptors", befall: noFiles(shimOf), pod: tooMany, must: true},
+	{name: "the VMM has no file descriptors", befall: plugging(noFiles(vmmOf)), pod: `file descriptor|` + tooMany, must: true, unless: noResource},
+	{name: "no process can be made", befall: noProcesses, pod: noMore, others: noMore, kills: true, must: true},
+	{name: "the kernel kills the VMM", befall: outOfMemory, ends: true},
 	{name: "the network namespace has no name", befall: nameless},
 	{name: "the bridge is removed", befall: noBridge},
 	{name: "the clock goes an hour ahead", befall: setClock(time.Hour), unless: othersClock},
 	{name: "the clock goes an hour back", befall: setClock(-time.Hour), unless: othersClock},
-	{name: "the disk of the state is full", befall: fullDisk("run"), pod: full, others: full},
-	{name: "containerd's disk is full", befall: fullDisk("state"), pod: full, others: full},
-	{name: "the disk of the cache is full", befall: fullDisk("cache"), pod: full, others: full, ends: true},
+	{name: "the disk of the state is full", befall: fullDisk("run"), pod: full, others: full, must: true},
+	{name: "containerd's disk is full", befall: fullDisk("state"), pod: full, others: full, must: true},
+	{name: "the disk of the cache is full", befall: fullDisk("cache"), pod: full, others: full, must: true},
 }
 
 // TestMisfortunes has each befall a pod that runs beside another one. What is tried
@@ -88,7 +93,7 @@ var misfortunes = []misfortune{
 // unless the misfortune ends the one, and in the end nothing is left.
 func TestMisfortunes(t *testing.T) {
 	w := newWorld(t, 0, nil, func(o *testnode.Options) {
-		o.Tmpfs = map[string]string{"run": "64m", "state": "64m", "cache": "2g"}
+		o.Tmpfs = map[string]string{"run": "64m", "state": "64m", "cache": "768m"}
 	})
 	for _, m := range misfortunes {
 		t.Run(m.name, func(t *testing.T) {
@@ -107,51 +112,63 @@ func (w *world) suffer(t *testing.T, m misfortune) {
 	require.NoError(t, err)
 	before, otherBefore := s.k.pod, other.pod
 	undo, err := m.befall(s)
-	require.NoError(t, err)
-	undone := false
+	undo = sync.OnceValue(undo)
 	defer func() { // a failure half-way must not be the next one's
-		if !undone {
-			assert.NoError(t, undo())
+		assert.NoError(t, undo())
+		if t.Failed() {
+			w.renew()
 		}
 	}()
+	require.NoError(t, err)
 	began := time.Now()
 	results := make(chan error, 2)
 	go func() { results <- s.k.up(updated) }()
 	tried := newKubelet(w.Node, "tried", w.volume)
 	go func() { results <- errors.Join(tried.up(updated), tried.down()) }()
-	var failures error
 	if m.lasts > 0 {
 		time.Sleep(m.lasts) // the misfortune itself
-	} else {
-		failures = errors.Join(<-results, <-results)
+		require.NoError(t, undo())
 	}
-	undone = true
-	require.NoError(t, undo())
-	if m.lasts > 0 {
-		failures = errors.Join(<-results, <-results)
-	}
+	failures := errors.Join(<-results, <-results)
 	t.Logf("what was tried took %s: %v", time.Since(began).Round(time.Millisecond), failures)
-	says(t, s.k, m.pod)
+	require.NoError(t, undo())
+	if !m.ends { // then it is another pod that is tried
+		says(t, s.k, m.pod)
+	}
 	says(t, tried, m.others)
+	assert.True(t, !m.must || failures != nil, "nothing has failed")
 	if m.kills {
 		died, err := w.heal(time.Second)
 		require.NoError(t, err)
 		t.Logf("containerd has ended: %v", died)
 	}
 
-	// Those who try again succeed.
-	require.NoError(t, testnode.Eventually(limited(t), func(context.Context) error { return s.k.up(execDone) }))
-	require.NoError(t, testnode.Eventually(limited(t), func(context.Context) error { return other.up(execDone) }))
-	assert.Equal(t, otherBefore, other.pod, "the other pod lives on")
-	if !m.ends {
-		assert.Equal(t, before, s.k.pod, "the pod lives on")
+	// Those who try again succeed, and all is as before.
+	for _, k := range []*kubelet{s.k, other} {
+		require.NoError(t, testnode.Eventually(limited(t), func(context.Context) error {
+			if err := k.up(execDone); err != nil {
+				return err
+			}
+			return w.reachesHost(k)
+		}))
 	}
+	assert.Equal(t, otherBefore, other.pod, "the other pod lives on")
+	assert.Equal(t, m.ends, before != s.k.pod, "the pod has ended")
 	for _, k := range []*kubelet{s.k, tried, other} {
 		require.NoError(t, testnode.Eventually(limited(t), func(context.Context) error { return k.down() }))
 	}
-	if !assert.NoError(t, w.clean()) {
-		w.renew()
+	assert.NoError(t, w.clean())
+}
+
+// reachesHost fails unless the container has an answer from the host over the pod's network.
+func (w *world) reachesHost(k *kubelet) error {
+	ctx, cancel := limit(callLimit)
+	defer cancel()
+	out, errOut, code, err := w.ExecSync(ctx, k.container, "ping", "-c", "1", "-W", "5", w.HostIPs()[0].String())
+	if err == nil && code != 0 {
+		err = fmt.Errorf("the host does not answer: %s%s: %w", out, errOut, errdefs.ErrUnavailable)
 	}
+	return err
 }
 
 // says fails unless each failed call tells why.
@@ -193,22 +210,14 @@ func (w *world) newStruck() (*struck, error) {
 		return nil, err
 	}
 	s.vmm, s.shim, s.netns = in.VMMPid, in.ShimPid, in.NetNS
-	text, err := os.ReadFile(fmt.Sprintf("/proc/%d/cgroup", s.vmm))
-	if err != nil {
-		return nil, err
-	}
-	for line := range strings.Lines(string(text)) {
-		parts := strings.SplitN(strings.TrimSpace(line), ":", 3)
-		switch {
-		case len(parts) != 3:
-		case parts[1] == "memory":
-			s.memoryCG = filepath.Join("/sys/fs/cgroup/memory", parts[2])
-		case parts[0] == "0" && s.memoryCG == "":
-			s.memoryCG = filepath.Join("/sys/fs/cgroup", parts[2])
-		}
-	}
 	return s, nil
 }
+
+func vmmOf(s *struck) int        { return s.vmm }
+func shimOf(s *struck) int       { return s.shim }
+func containerdOf(s *struck) int { return s.Pid() }
+
+func nothingToUndo() error { return nil }
 
 // freeze stops a process.
 func freeze(who func(*struck) int) func(*struck) (func() error, error) {
@@ -218,97 +227,163 @@ func freeze(who func(*struck) int) func(*struck) (func() error, error) {
 	}
 }
 
-// noFiles lets a process open as many files as it has, and no more.
+// noFiles lets a process open no further file.
 func noFiles(who func(*struck) int) func(*struck) (func() error, error) {
 	return func(s *struck) (func() error, error) {
 		pid := who(s)
-		open, err := os.ReadDir(fmt.Sprintf("/proc/%d/fd", pid))
-		if err != nil {
-			return nil, err
-		}
 		var before unix.Rlimit
 		if err := unix.Prlimit(pid, unix.RLIMIT_NOFILE, nil, &before); err != nil {
-			return nil, err
+			return nothingToUndo, err
 		}
+		before.Max = min(before.Max, 1<<20) // which is what the kernel would let it be
+		// The limit is one of numbers: no number below it may be free.
 		limited := before
-		limited.Cur = uint64(len(open)) + 1
+		for limited.Cur = 0; ; limited.Cur++ {
+			if _, err := os.Readlink(fmt.Sprintf("/proc/%d/fd/%d", pid, limited.Cur)); err != nil {
+				break
+			}
+		}
 		return func() error { return unix.Prlimit(pid, unix.RLIMIT_NOFILE, &before, nil) }, unix.Prlimit(pid, unix.RLIMIT_NOFILE, &limited, nil)
 	}
 }
 
+// noResource says why a process of another user cannot be limited.
+func noResource() string {
+	header := unix.CapUserHeader{Version: unix.LINUX_CAPABILITY_VERSION_3}
+	var data [2]unix.CapUserData
+	if err := unix.Capget(&header, &data[0]); err != nil {
+		return err.Error()
+	}
+	if data[0].Effective&(1<<unix.CAP_SYS_RESOURCE) == 0 {
+		return "a VMM's limits cannot be set without CAP_SYS_RESOURCE, as it is another user's"
+	}
+	return ""
+}
+
+// plugging has the pod get another container with a disk meanwhile.
+func plugging(befall func(*struck) (func() error, error)) func(*struck) (func() error, error) {
+	return func(s *struck) (func() error, error) {
+		s.k.names, s.k.disk = []string{"c", "d"}, s.disk
+		return befall(s)
+	}
+}
+
+// cgroupOf is a process's cgroup in a hierarchy of version 1, or else the one of version 2, and
+// the root of that hierarchy.
+func cgroupOf(pid int, controller string) (dir, root string, _ error) {
+	text, err := os.ReadFile(fmt.Sprintf("/proc/%d/cgroup", pid))
+	if err != nil {
+		return "", "", err
+	}
+	v1 := filepath.Join("/sys/fs/cgroup", controller)
+	for line := range strings.Lines(string(text)) {
+		parts := strings.SplitN(strings.TrimSpace(line), ":", 3)
+		if len(parts) == 3 && parts[1] == controller {
+			return filepath.Join(v1, parts[2]), v1, nil
+		}
+		if len(parts) == 3 && parts[0] == "0" {
+			dir, root = filepath.Join("/sys/fs/cgroup", parts[2]), "/sys/fs/cgroup"
+		}
+	}
+	if dir == "" {
+		return "", "", fmt.Errorf("process %d has no cgroup for %s: %w", pid, controller, errdefs.ErrNotFound)
+	}
+	return dir, root, nil
+}
+
 // noProcesses puts containerd into a cgroup that has no room for another task.
 func noProcesses(s *struck) (func() error, error) {
-	root := "/sys/fs/cgroup/pids"
-	if _, err := os.Stat(root); err != nil {
-		root = "/sys/fs/cgroup"
-	}
-	pid := strconv.Itoa(s.Pid())
-	text, err := os.ReadFile("/proc/" + pid + "/cgroup")
+	before, root, err := cgroupOf(s.Pid(), "pids")
 	if err != nil {
-		return nil, err
-	}
-	before := root
-	for line := range strings.Lines(string(text)) {
-		if parts := strings.SplitN(strings.TrimSpace(line), ":", 3); len(parts) == 3 && (parts[1] == "pids" || parts[0] == "0" && before == root) {
-			before = filepath.Join(root, parts[2])
-		}
+		return nothingToUndo, err
 	}
 	dir := filepath.Join(root, "chv-full")
 	if err := os.Mkdir(dir, 0o755); err != nil { //nolint:gosec // a cgroup is everybody's to read
-		return nil, err
-	}
-	threads, err := os.ReadDir("/proc/" + pid + "/task")
-	if err != nil {
-		return nil, err
+		return nothingToUndo, err
 	}
 	write := func(dir, file, text string) error { return os.WriteFile(filepath.Join(dir, file), []byte(text), 0o644) }
 	undo := func() error {
-		// It may have ended, by having no thread.
-		_ = write(before, "cgroup.procs", pid)
-		return testnode.Eventually(context.Background(), func(context.Context) error { return os.Remove(dir) })
+		ctx, cancel := limit(10 * time.Second)
+		defer cancel()
+		return testnode.Eventually(ctx, func(context.Context) error {
+			pids, err := os.ReadFile(filepath.Join(dir, "cgroup.procs"))
+			for _, pid := range strings.Fields(string(pids)) {
+				err = errors.Join(err, write(before, "cgroup.procs", pid))
+			}
+			return errors.Join(err, os.Remove(dir))
+		})
 	}
-	return undo, errors.Join(write(dir, "cgroup.procs", pid), write(dir, "pids.max", strconv.Itoa(len(threads))))
+	if err := write(dir, "cgroup.procs", strconv.Itoa(s.Pid())); err != nil {
+		return undo, err
+	}
+	threads, err := os.ReadDir(fmt.Sprintf("/proc/%d/task", s.Pid()))
+	return undo, errors.Join(err, write(dir, "pids.max", strconv.Itoa(len(threads))))
 }
 
 // outOfMemory lets the pod's cgroup have little more memory than it has, and the guest take
 // more.
 func outOfMemory(s *struck) (func() error, error) {
-	usage, limit := "memory.usage_in_bytes", "memory.limit_in_bytes"
-	if _, err := os.Stat(filepath.Join(s.memoryCG, usage)); err != nil {
-		usage, limit = "memory.current", "memory.max"
-	}
-	text, err := os.ReadFile(filepath.Join(s.memoryCG, usage))
+	ctx, cancel := limit(callLimit)
+	defer cancel()
+	var dir string
+	err := testnode.Eventually(ctx, func(context.Context) (err error) { // it moves there beside the start
+		if dir, _, err = cgroupOf(s.vmm, "memory"); err == nil && !strings.Contains(dir, s.k.pod) {
+			err = fmt.Errorf("the VMM is in %s, which is not the pod's: %w", dir, errdefs.ErrUnavailable)
+		}
+		return err
+	})
 	if err != nil {
-		return nil, err
+		return nothingToUndo, err
+	}
+	usage, most := "memory.usage_in_bytes", "memory.limit_in_bytes"
+	if _, err := os.Stat(filepath.Join(dir, usage)); err != nil {
+		usage, most = "memory.current", "memory.max"
+	}
+	text, err := os.ReadFile(filepath.Join(dir, usage))
+	if err != nil {
+		return nothingToUndo, err
 	}
 	n, err := strconv.ParseInt(strings.TrimSpace(string(text)), 10, 64)
 	if err != nil {
-		return nil, err
+		return nothingToUndo, err
 	}
-	if err := os.WriteFile(filepath.Join(s.memoryCG, limit), []byte(strconv.FormatInt(n+2<<20, 10)), 0o644); err != nil {
-		return nil, err
+	before, err := os.ReadFile(filepath.Join(dir, most))
+	if err != nil {
+		return nothingToUndo, err
 	}
-	ctx, cancel := context.WithTimeout(context.Background(), testnode.Scale(callLimit))
-	defer cancel()
-	_, _, _, err = s.ExecSync(ctx, s.k.container, "/bin/sh", "-c", "head -c 25000000 /dev/zero | tail >/dev/null")
-	if err == nil {
-		return nil, fmt.Errorf("the guest had its memory: %w", errdefs.ErrFailedPrecondition)
+	set := func(text string) error { return os.WriteFile(filepath.Join(dir, most), []byte(text), 0o644) }
+	undo := func() error {
+		if err := set(string(before)); !errors.Is(err, fs.ErrNotExist) { // it goes with the pod
+			return err
+		}
+		return nil
 	}
-	return func() error { return nil }, nil
+	if err := set(strconv.FormatInt(n+2<<20, 10)); err != nil {
+		return undo, err
+	}
+	// It ends with the machine.
+	_, _, _, _ = s.ExecSync(ctx, s.k.container, "/bin/sh", "-c", "head -c 25000000 /dev/zero | tail >/dev/null")
+	return undo, testnode.Eventually(ctx, func(context.Context) error {
+		if unix.Kill(s.vmm, 0) == nil {
+			return fmt.Errorf("the VMM lives, and has its memory: %w", errdefs.ErrFailedPrecondition)
+		}
+		return nil
+	})
 }
 
 // nameless removes the name of the pod's network namespace, as `ip netns delete` does.
 func nameless(s *struck) (func() error, error) {
-	return func() error { return nil }, errors.Join(unix.Unmount(s.netns, unix.MNT_DETACH), os.Remove(s.netns))
+	return nothingToUndo, errors.Join(unix.Unmount(s.netns, unix.MNT_DETACH), os.Remove(s.netns))
 }
 
-// noBridge removes the bridge of all pods.
+// noBridge removes the bridge of all pods. Who has removed it makes it again: a CNI plugin
+// makes one without addresses, and without the ports that it had.
 func noBridge(s *struck) (func() error, error) {
 	link, err := netlink.LinkByName(s.Bridge())
 	if err != nil {
-		return nil, err
+		return nothingToUndo, err
 	}
-	return func() error { return nil }, netlink.LinkDel(link)
+	return s.MakeBridgeAgain, netlink.LinkDel(link)
 }
 
 // othersClock says why the clock cannot be set.
@@ -359,16 +434,16 @@ func fullDisk(which string) func(*struck) (func() error, error) {
 		file := s.Dir(which, "full")
 		f, err := os.Create(file)
 		if err != nil {
-			return nil, err
+			return nothingToUndo, err
 		}
 		defer f.Close()
 		block := make([]byte, 1<<20)
 		for err == nil {
 			_, err = f.Write(block)
 		}
-		if !errors.Is(err, unix.ENOSPC) {
-			return nil, errors.Join(err, os.Remove(file))
+		if errors.Is(err, unix.ENOSPC) {
+			err = nil
 		}
-		return func() error { return os.Remove(file) }, nil
+		return func() error { return os.Remove(file) }, err
 	}
 }

@@ -64,6 +64,47 @@ func (n *Node) setUpNetwork() (retErr error) {
 	return errors.Join(n.ownChains(), n.writeCNI())
 }
 
+// MakeBridgeAgain makes the node's bridge as it was, with the ports of the pods that are there,
+// whatever has become of it.
+func (n *Node) MakeBridgeAgain() error {
+	if link, err := netlink.LinkByName(n.Bridge()); err == nil {
+		if err := netlink.LinkDel(link); err != nil {
+			return err
+		}
+	}
+	if err := addBridge(n.Bridge(), PodMTU, n.HostIPs()); err != nil {
+		return err
+	}
+	bridge, err := netlink.LinkByName(n.Bridge())
+	if err != nil {
+		return err
+	}
+	results, err := n.cniResults()
+	for _, file := range results {
+		var cached struct {
+			Result struct {
+				Interfaces []struct{ Name, Sandbox string }
+			}
+		}
+		text, readErr := os.ReadFile(file)
+		if readErr = errors.Join(readErr, json.Unmarshal(text, &cached)); readErr != nil {
+			err = errors.Join(err, fmt.Errorf("CNI's result %s: %w", file, readErr))
+			continue
+		}
+		for _, port := range cached.Result.Interfaces {
+			if port.Sandbox != "" || port.Name == n.Bridge() {
+				continue
+			}
+			link, findErr := netlink.LinkByName(port.Name)
+			if findErr == nil {
+				findErr = netlink.LinkSetMaster(link, bridge)
+			}
+			err = errors.Join(err, findErr)
+		}
+	}
+	return err
+}
+
 // addBridge makes a bridge on which the host has the addresses given.
 func addBridge(name string, mtu int, ips []netip.Addr) error {
 	attrs := netlink.NewLinkAttrs()
