@@ -38,20 +38,20 @@ func Version(ctx context.Context, binary, argument string) (string, error) {
 	if err != nil {
 		return "", fmt.Errorf("%s %s: %w", binary, argument, err)
 	}
-	return out.String(), nil
+	return out.buf.String(), nil
 }
 
 // bounded refuses what is more than versionBytes, which ends whoever writes it.
 type bounded struct {
-	bytes.Buffer
+	buf  bytes.Buffer // not embedded: its ReadFrom has no bound
 	full bool
 }
 
 // Write implements io.Writer.
 func (b *bounded) Write(p []byte) (int, error) {
-	if b.Len()+len(p) > versionBytes {
+	if b.buf.Len()+len(p) > versionBytes {
 		b.full = true
 		return 0, errors.New("too much")
 	}
-	return b.Buffer.Write(p)
+	return b.buf.Write(p)
 }
