@@ -31,6 +31,8 @@ const (
 	loadRest = 5 * time.Second
 	// recoveryMargin is by how much the recovery of all pods may take longer than runc's.
 	recoveryMargin = 3 * time.Second
+	// statusSlack is what is granted to the p99 of a status, for chance.
+	statusSlack = 20 * time.Millisecond
 	// execsAtOnce and connectionsAtOnce are how many there are at a time, of all pods'.
 	execsAtOnce, connectionsAtOnce = 20, 100
 )
@@ -89,6 +91,9 @@ func TestLoad(t *testing.T) {
 	assert.LessOrEqual(t, ours.recovery, other.recovery+testnode.Scale(recoveryMargin), "recovery of %d pods", count.loadPods)
 	for what, d := range ours.p99 {
 		t.Logf("%-8s Status p99: runc %s, cloudhv %s; at rest %s, %s", what, other.p99[what], d, other.p99["rest"], ours.p99["rest"])
+		// A host with few processors has none to spare for the answer, whoever loads it.
+		most := 2*max(ours.p99["rest"], other.p99[what]) + testnode.Scale(statusSlack)
+		assert.LessOrEqual(t, d, most, "CRI's Status, while the pods %s", what)
 	}
 }
 
@@ -269,6 +274,7 @@ func (l *load) logs() {
 // forward makes connections to one pod as kubectl does, all over one client's.
 func (l *load) forward() {
 	client := l.pods[0].forwarder(l.t)
+	defer client.Close() //nolint:errcheck // it is used no more
 	// A connection that stalls ends with the client's.
 	limit := time.AfterFunc(testnode.Scale(testLimit), func() { _ = client.Close() })
 	defer limit.Stop()
