@@ -81,9 +81,11 @@ func TestModes(t *testing.T) {
 }
 
 // forVMMs tells whether a file of the cache is one that VMMs open, each as its own user:
-// images, which are no pod's, and the snapshot that VMs are restored from.
+// images, which are no pod's, those of them that a VM's own directory has, and the snapshot that
+// VMs are restored from.
 func forVMMs(path string) bool {
-	return strings.HasPrefix(path, "/images/") || strings.HasPrefix(path, "/templates/")
+	dir, _ := filepath.Split(path)
+	return strings.HasPrefix(path, "/images/") || strings.HasPrefix(path, "/templates/") || strings.HasSuffix(dir, ".img.d/")
 }
 
 func ignoreMissing(err error) error {
