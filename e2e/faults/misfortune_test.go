@@ -307,7 +307,7 @@ func noProcesses(s *struck) (func() error, error) {
 		defer cancel()
 		return testnode.Eventually(ctx, func(context.Context) error {
 			pids, err := os.ReadFile(filepath.Join(dir, "cgroup.procs"))
-			for _, pid := range strings.Fields(string(pids)) {
+			for pid := range strings.FieldsSeq(string(pids)) {
 				err = errors.Join(err, write(before, "cgroup.procs", pid))
 			}
 			return errors.Join(err, os.Remove(dir))
@@ -432,7 +432,7 @@ func setClock(by time.Duration) func(*struck) (func() error, error) {
 func fullDisk(which string) func(*struck) (func() error, error) {
 	return func(s *struck) (func() error, error) {
 		file := s.Dir(which, "full")
-		f, err := os.Create(file)
+		f, err := os.OpenFile(file, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600)
 		if err != nil {
 			return nothingToUndo, err
 		}
