@@ -39,6 +39,8 @@ const machine = `
 	read -r what _ <"$ctl/command"
 	case $what in
 	refuse) echo "no such machine" >&2; exit 1 ;;
+	reset) exit 0 ;;
+	crash) kill -SEGV $$; sleep 1 ;;
 	hang) exec sleep 1000 ;;
 	panic) printf 'one\r\n[ 1.0] Kernel panic - not syncing: of what\r\n' >>"$console"; exit 0 ;;
 	esac
@@ -130,7 +132,13 @@ func TestNodeBreaks(t *testing.T) {
 	require.Contains(t, errOut, "    | booting\n    | one\n    | [ 1.0] Kernel panic - not syncing: of what\n")
 	_, errOut, code = node(t, nil, "refuse")
 	require.Equal(t, 125, code)
-	require.Contains(t, errOut, "it ended without an exit status: no such machine")
+	require.Contains(t, errOut, "it ended without an exit status: QEMU's is 1, no such machine")
+	_, errOut, code = node(t, nil, "reset")
+	require.Equal(t, 125, code)
+	require.Contains(t, errOut, "it reset itself: no triple fault")
+	_, errOut, code = node(t, nil, "crash")
+	require.Equal(t, 125, code)
+	require.Contains(t, errOut, "it ended without an exit status: QEMU's is 139 (SIGSEGV)")
 	_, errOut, code = node(t, []string{"NODE_BOOT=1"}, "hang")
 	require.Equal(t, 125, code)
 	require.Regexp(t, `it was not up within 1 s \(NODE_BOOT\)\n    its console \(all of it is in [^\n]+/console.log\):\n    \| booting\n`, errOut)

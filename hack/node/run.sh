@@ -164,10 +164,10 @@ ticks() {
 	echo "$sum"
 }
 
-# stands_still: its processors have done nothing at all for a minute, as an idle system's never do.
+# stands_still: its processors have done nothing at all for two minutes, as an idle system's never do.
 stands_still() {
 	local now
-	((SECONDS >= looked + 60)) || return 1
+	((SECONDS >= looked + 120)) || return 1
 	now=$(ticks)
 	looked=$SECONDS
 	[[ $now == "$ticked" ]] && return 0
@@ -240,7 +240,7 @@ main() {
 	if [[ -z $failure ]]; then
 		failure="it ended without an exit status: QEMU's is $ended$( ((ended <= 128)) || echo " (SIG$(kill -l "$ended"))"), $(tail -n 3 "$work/qemu" | tr '\n' ' ')"
 		if [[ $ended == 0 ]]; then
-			failure="it reset itself: $(grep -A 40 'Triple fault' "$work/resets" || echo 'no triple fault')"
+			failure="it reset itself: $(grep -A 40 'Triple fault' "$work/resets" 2>/dev/null || echo 'no triple fault')"
 		fi
 		if grep -qs 'Kernel panic' "$work/console"; then
 			failure="its kernel panicked"
