@@ -6,9 +6,7 @@ package compat
 import (
 	"flag"
 	"os"
-	"path/filepath"
 	"reflect"
-	"regexp"
 	"slices"
 	"strings"
 	"testing"
@@ -16,6 +14,8 @@ import (
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
+
+	"github.com/cloudhv/containerd-cloudhv/docs/testnames"
 )
 
 var update = flag.Bool("update", false, "write docs/compatibility.md anew")
@@ -64,29 +64,11 @@ func TestEveryFieldAndCall(t *testing.T) {
 	require.ElementsMatch(t, want, got)
 }
 
-var testFunc = regexp.MustCompile(`(?m)^func (Test\w+)\(`)
-
-// testsIn are the tests of a package.
-func testsIn(t *testing.T, dir string) map[string]bool {
-	t.Helper()
-	files, err := filepath.Glob(filepath.Join("..", "..", dir, "*_test.go"))
-	require.NoError(t, err)
-	out := map[string]bool{}
-	for _, f := range files {
-		b, err := os.ReadFile(f)
-		require.NoError(t, err)
-		for _, m := range testFunc.FindAllStringSubmatch(string(b), -1) {
-			out[m[1]] = true
-		}
-	}
-	return out
-}
-
 // TestTestsAreThere: what an entry names as its proof is a test, and a feature that works
 // or is refused for good has one.
 func TestTestsAreThere(t *testing.T) {
 	t.Parallel()
-	known := map[string]map[string]bool{}
+	tests := testnames.Checker{Root: "../.."}
 	for _, s := range Sections() {
 		names := map[string]bool{}
 		for _, e := range s.Entries {
@@ -97,14 +79,7 @@ func TestTestsAreThere(t *testing.T) {
 			}
 			assert.NotContains(t, e.Name+e.What, "|", "it would end the table's cell")
 			for _, test := range e.Tests {
-				dir, name, ok := strings.Cut(test, ":")
-				if !ok {
-					dir, name = "e2e", test
-				}
-				if known[dir] == nil {
-					known[dir] = testsIn(t, dir)
-				}
-				assert.True(t, known[dir][name], "%s names %s, which is no test of %s", e.Name, name, dir)
+				assert.NoError(t, tests.Check(test), e.Name)
 			}
 		}
 	}

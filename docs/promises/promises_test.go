@@ -5,55 +5,28 @@ package promises
 
 import (
 	"flag"
-	"maps"
 	"os"
-	"path/filepath"
-	"regexp"
-	"slices"
 	"strings"
 	"testing"
 
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
+
+	"github.com/cloudhv/containerd-cloudhv/docs/testnames"
 )
 
 var update = flag.Bool("update", false, "write the table in docs/reliability.md anew")
 
-var testFunc = regexp.MustCompile(`(?m)^func ((?:Test|Fuzz)\w+)\(`)
-
-// testsIn are the tests of a package.
-func testsIn(t *testing.T, dir string) map[string]bool {
-	t.Helper()
-	files, err := filepath.Glob(filepath.Join("..", "..", dir, "*_test.go"))
-	require.NoError(t, err)
-	found := map[string]bool{}
-	for _, f := range files {
-		b, err := os.ReadFile(f)
-		require.NoError(t, err)
-		for _, m := range testFunc.FindAllStringSubmatch(string(b), -1) {
-			found[m[1]] = true
-		}
-	}
-	return found
-}
-
 // TestTestsAreThere: each promise has tests, and each that it names is one.
 func TestTestsAreThere(t *testing.T) {
 	t.Parallel()
+	tests := testnames.Checker{Root: "../.."}
 	for _, s := range Sections() {
 		for _, p := range s.Promises {
 			assert.NotEmpty(t, p.Tests, "%s: nothing tries it", p.Text)
 			assert.NotContains(t, p.Text, "|", "it would end the table's cell")
 			for _, test := range p.Tests {
-				dir, name, ok := strings.Cut(test, ":")
-				if !ok {
-					dir, name = "e2e", test
-				}
-				found := testsIn(t, dir)
-				all, isPattern := strings.CutSuffix(name, "*")
-				assert.True(t, found[name] || isPattern && slices.ContainsFunc(slices.Collect(maps.Keys(found)), func(n string) bool {
-					return strings.HasPrefix(n, all)
-				}), "%q names %s, which is no test of %s", p.Text, name, dir)
+				assert.NoError(t, tests.Check(test), p.Text)
 			}
 		}
 	}
