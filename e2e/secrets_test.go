@@ -86,17 +86,22 @@ func TestSecrets(t *testing.T) {
 	require.NoError(t, n.AwaitSnapshot(testContext(t)))
 	ours, others := newSecrets(testnode.CloudHV), newSecrets(testnode.RunC)
 	p := ours.give(t, n, testnode.CloudHV)
-	if slices.Contains(suite.handlers, testnode.RunC) {
+	compared := slices.Contains(suite.handlers, testnode.RunC)
+	if compared {
 		others.give(t, n, testnode.RunC)
+	} else {
+		t.Log("NOT TESTED: containerd's log, as E2E_HANDLERS leaves out runc, by which it is known what is CRI's own")
 	}
 	neighbour := podBy(t, n, testnode.CloudHV)
 	neighbour.idle("neighbour").exec("true")
 	require.NoError(t, n.AwaitPool(testContext(t), 1))
 	asks(t, &container{pod: neighbour})
 
-	upstream := messages(t, n, others)
-	for message, ways := range messages(t, n, ours) {
-		assert.Subset(t, upstream[message], ways, "containerd's log: %s", message)
+	if compared {
+		upstream := messages(t, n, others)
+		for message, ways := range messages(t, n, ours) {
+			assert.Subset(t, upstream[message], ways, "containerd's log: %s", message)
+		}
 	}
 	own := filepath.Dir(p.info().VMMLog)
 	disk, err := filepath.EvalSymlinks(ownDisk(t, p))
