@@ -86,6 +86,7 @@ func (h *victims) measure(t *testing.T) (s sufferings) {
 // compare fails if others fared much worse than beside a guest that was only busy.
 func (h *victims) compare(t *testing.T, a attack, got sufferings) {
 	t.Helper()
+	require.NotEmpty(t, h.usual.exec, "nothing to compare with: the attack spin has to run too")
 	for name, m := range map[string][2][]time.Duration{
 		"exec": {got.exec, h.usual.exec}, "Status": {got.status, h.usual.status}, "PodSandboxStatus": {got.list, h.usual.list},
 	} {
