@@ -73,35 +73,15 @@ func requireFilters(t *testing.T, pid int) {
 	require.GreaterOrEqual(t, most, 2, "ours and the VMM's own")
 }
 
-// groupsOf are the cgroups that a process is in, by controller.
-func groupsOf(pid int) (map[string]string, error) {
-	text, err := os.ReadFile(fmt.Sprintf("/proc/%d/cgroup", pid))
-	if err != nil {
-		return nil, err
-	}
-	groups := map[string]string{}
-	for line := range strings.Lines(string(text)) {
-		parts := strings.SplitN(strings.TrimSpace(line), ":", 3)
-		for c := range strings.SplitSeq(parts[1], ",") {
-			groups[c] = parts[2]
-		}
-	}
-	return groups, nil
-}
-
 // limitControllers are those of which a VMM has limits.
 var limitControllers = []string{"memory", "cpu", "pids"}
 
 // inGroup fails unless a process is in a cgroup, in all hierarchies that matter.
 func inGroup(pid int, want string) error {
-	groups, err := groupsOf(pid)
-	if err != nil {
-		return err
-	}
 	for _, c := range limitControllers {
-		got, ok := groups[c]
-		if !ok {
-			got = groups[""] // cgroup v2
+		got, _, err := testnode.CgroupOf(pid, c)
+		if err != nil {
+			return err
 		}
 		if got != want {
 			return fmt.Errorf("process %d is in %s of %s, not in %s", pid, got, c, want)

@@ -12,7 +12,6 @@ import (
 	"os"
 	"slices"
 	"strconv"
-	"strings"
 	"sync"
 	"testing"
 	"time"
@@ -74,16 +73,7 @@ func TestLoad(t *testing.T) {
 		l.during("forward", l.forward)
 		l.during("end", l.end)
 		// It is another containerd by now, whose files and goroutines are compared all the same.
-		require.NoError(t, testnode.Eventually(testContext(t), func(ctx context.Context) error {
-			now, err := l.n.Census(ctx)
-			if err != nil {
-				return err
-			}
-			if d := now.DiffAnyProcess(before); len(d) > 0 {
-				return fmt.Errorf("is left: %s", strings.Join(d, "; "))
-			}
-			return nil
-		}))
+		require.NoError(t, l.n.AwaitCensusOfAnyProcess(testContext(t), before))
 	})
 	ours, other := carried[testnode.CloudHV], carried[testnode.RunC]
 	if ours == nil || other == nil || t.Failed() {

@@ -268,36 +268,13 @@ func plugging(befall func(*struck) (func() error, error)) func(*struck) (func() 
 	}
 }
 
-// cgroupOf is a process's cgroup in a hierarchy of version 1, or else the one of version 2, and
-// the root of that hierarchy.
-func cgroupOf(pid int, controller string) (dir, root string, _ error) {
-	text, err := os.ReadFile(fmt.Sprintf("/proc/%d/cgroup", pid))
-	if err != nil {
-		return "", "", err
-	}
-	v1 := filepath.Join("/sys/fs/cgroup", controller)
-	for line := range strings.Lines(string(text)) {
-		parts := strings.SplitN(strings.TrimSpace(line), ":", 3)
-		if len(parts) == 3 && parts[1] == controller {
-			return filepath.Join(v1, parts[2]), v1, nil
-		}
-		if len(parts) == 3 && parts[0] == "0" {
-			dir, root = filepath.Join("/sys/fs/cgroup", parts[2]), "/sys/fs/cgroup"
-		}
-	}
-	if dir == "" {
-		return "", "", fmt.Errorf("process %d has no cgroup for %s: %w", pid, controller, errdefs.ErrNotFound)
-	}
-	return dir, root, nil
-}
-
 // noProcesses puts containerd into a cgroup that has no room for another task.
 func noProcesses(s *struck) (func() error, error) {
-	before, root, err := cgroupOf(s.Pid(), "pids")
+	group, root, err := testnode.CgroupOf(s.Pid(), "pids")
 	if err != nil {
 		return nothingToUndo, err
 	}
-	dir := filepath.Join(root, "chv-full")
+	before, dir := filepath.Join(root, group), filepath.Join(root, "chv-full")
 	if err := os.Mkdir(dir, 0o755); err != nil { //nolint:gosec // a cgroup is everybody's to read
 		return nothingToUndo, err
 	}
@@ -326,10 +303,12 @@ func outOfMemory(s *struck) (func() error, error) {
 	ctx, cancel := limit(callLimit)
 	defer cancel()
 	var dir string
-	err := testnode.Eventually(ctx, func(context.Context) (err error) { // it moves there beside the start
-		if dir, _, err = cgroupOf(s.vmm, "memory"); err == nil && !strings.Contains(dir, s.k.pod) {
-			err = fmt.Errorf("the VMM is in %s, which is not the pod's: %w", dir, errdefs.ErrUnavailable)
+	err := testnode.Eventually(ctx, func(context.Context) error { // it moves there beside the start
+		group, root, err := testnode.CgroupOf(s.vmm, "memory")
+		if err == nil && !strings.Contains(group, s.k.pod) {
+			err = fmt.Errorf("the VMM is in %s, which is not the pod's: %w", group, errdefs.ErrUnavailable)
 		}
+		dir = filepath.Join(root, group)
 		return err
 	})
 	if err != nil {

@@ -158,7 +158,10 @@ func another(c *cell) error {
 	return c.k.up(containerRuns)
 }
 
-func sharedDisk(c *cell) error { return errors.Join(withDisk(containerRuns)(c), another(c)) }
+func sharedDisk(c *cell) error {
+	c.k.disk = c.w.disk
+	return another(c)
+}
 
 // withoutImages removes the files of images, so that they are made again.
 func withoutImages(c *cell) error {

@@ -84,6 +84,15 @@ const settleLimit = 30 * time.Second
 // AwaitCensus waits until the census is as before, and says how it differs if
 // that does not happen soon.
 func (n *Node) AwaitCensus(ctx context.Context, before Census) error {
+	return n.awaitCensus(ctx, func(now Census) []string { return now.Diff(before) })
+}
+
+// AwaitCensusOfAnyProcess is AwaitCensus by DiffAnyProcess.
+func (n *Node) AwaitCensusOfAnyProcess(ctx context.Context, before Census) error {
+	return n.awaitCensus(ctx, func(now Census) []string { return now.DiffAnyProcess(before) })
+}
+
+func (n *Node) awaitCensus(ctx context.Context, differs func(now Census) []string) error {
 	ctx, cancel := context.WithTimeout(ctx, Scale(settleLimit))
 	defer cancel()
 	return Eventually(ctx, func(ctx context.Context) error {
@@ -91,7 +100,7 @@ func (n *Node) AwaitCensus(ctx context.Context, before Census) error {
 		if err != nil {
 			return err
 		}
-		if d := now.Diff(before); len(d) > 0 {
+		if d := differs(now); len(d) > 0 {
 			return fmt.Errorf("the census differs:\n\t%s: %w", strings.Join(d, "\n\t"), errdefs.ErrFailedPrecondition)
 		}
 		return nil
