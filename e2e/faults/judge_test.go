@@ -20,7 +20,6 @@ const shimTells = "the shim's own log tells, and goes with the pod"
 var untold = map[failpoint.Point]string{
 	failpoint.TaskLost:        shimTells,
 	failpoint.TaskDeleteDisks: shimTells,
-	failpoint.DiskUnplug:      shimTells,
 	failpoint.DiskUnshare:     shimTells,
 	failpoint.DiskRelease:     shimTells,
 	failpoint.DiskRemove:      shimTells,

@@ -84,7 +84,6 @@ var special = map[failpoint.Point][]scenario{
 	failpoint.TaskLost:          {loses},
 	failpoint.TaskCreateDisks:   {disks},
 	failpoint.TaskDeleteDisks:   {undisks},
-	failpoint.DiskUnplug:        {disks.and(map[failpoint.Point]string{failpoint.DiskDone: failpoint.Fail})},
 	failpoint.DiskForget:        {disks.and(map[failpoint.Point]string{failpoint.DiskPlug: failpoint.Fail})},
 	failpoint.DiskShare:         {{name: "another container gets the disk", prepare: withDisk(containerRuns), act: another}},
 	failpoint.DiskUnshare:       {{name: "containers with one disk end", prepare: sharedDisk, act: down, ends: true}},
@@ -105,6 +104,7 @@ var byVerb = map[string][]scenario{
 var unreached = map[failpoint.Point]string{
 	failpoint.RecoverOrphan: "CRI would have to forget a pod, and with it what it has made itself; TestEachPointFails comes to it",
 	failpoint.StartNIC:      "a pod with one interface has no further one; TestNetworks has",
+	failpoint.DiskUnplug:    "a shim has a disk that failed taken away before a retry asks for it; TestBlockDeviceFails of controller comes to it",
 	failpoint.JoinTAP:       "a pod with one interface has no further one; TestNetworks has",
 }
 
