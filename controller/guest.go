@@ -168,6 +168,7 @@ func (c *Controller) waitForGuest(ctx context.Context, p *pod, vm vmm.VM, watch 
 	info, err := guestOf(ctx, vm, c.cfg.BootTimeout)
 	c.report(ctx, vm, err)
 	if err != nil {
+		tellSilent(ctx, vm)
 		return guestInfo{}, err
 	}
 	g := guestOfInfo(info)

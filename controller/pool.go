@@ -160,6 +160,9 @@ func warmUpSpec() ([]byte, error) {
 // Ready waits until the agent answers.
 func (g *guestOfPool) Ready(ctx context.Context, vm vmm.VM) error {
 	_, err := guestOf(ctx, vm, g.cfg.BootTimeout)
+	if err != nil {
+		tellSilent(ctx, vm)
+	}
 	return err
 }
 
