@@ -30,7 +30,10 @@ SOAK_PODS ?= 1000
 SOAK_MINUTES ?= 30
 CHAOS_MINUTES ?= 30
 STEP := source hack/lib.sh; step
-GOTEST := go test -exec '$(CURDIR)/hack/as-root' -run '$(RUN)' $(TESTFLAGS)
+AS_ROOT := -exec '$(CURDIR)/hack/as-root'
+GOTEST := go test $(AS_ROOT) -run '$(RUN)' $(TESTFLAGS)
+# As go test -v, and at the end what was skipped and what failed, once more.
+GOTESTSUM := gotestsum --format standard-verbose -- $(AS_ROOT) $(TESTFLAGS) -count=1
 
 # Each step says when it began, counted from here: in a log that tells where the time goes.
 export STEPS_SINCE := $(shell date +%s)
@@ -106,13 +109,14 @@ failpoints: build
 
 .PHONY: faults
 faults: failpoints ## The whole fault matrix: error, panic, hang and kill before each side effect, and misfortunes from outside (RUN='TestFaults/pods/start', CHAOS_SEED=n: in that order).
+	@hack/setup/tools.sh gotestsum
 	@$(STEP) 'Fault matrix'
-	@E2E_REQUIRE=1 FAULTS=all go test -exec '$(CURDIR)/hack/as-root' -run '$(if $(filter .,$(RUN)),^Test(Faults|Misfortunes)$$,$(RUN))' $(TESTFLAGS) -v -count=1 -timeout 120m ./e2e/faults
+	@E2E_REQUIRE=1 FAULTS=all $(GOTESTSUM) -run '$(if $(filter .,$(RUN)),^Test(Faults|Misfortunes)$$,$(RUN))' -timeout 120m ./e2e/faults
 
 .PHONY: chaos
 chaos: failpoints ## Faults at random on several pods at once (CHAOS_MINUTES=30, CHAOS_SEED=n to have the same again).
 	@$(STEP) 'Chaos'
-	@E2E_REQUIRE=1 CHAOS_MINUTES=$(CHAOS_MINUTES) CHAOS_SEED=$(CHAOS_SEED) go test -exec '$(CURDIR)/hack/as-root' -run '^TestChaos$$' $(TESTFLAGS) -v -count=1 -timeout $$(($(CHAOS_MINUTES) + 30))m ./e2e/faults
+	@E2E_REQUIRE=1 CHAOS_MINUTES=$(CHAOS_MINUTES) CHAOS_SEED=$(CHAOS_SEED) go test $(AS_ROOT) -run '^TestChaos$$' $(TESTFLAGS) -v -count=1 -timeout $$(($(CHAOS_MINUTES) + 30))m ./e2e/faults
 
 .PHONY: load
 load: build ## A whole node's load, with runc and with ours: 100 pods at once, 500 commands, logs at full speed, 10,000 connections.
@@ -122,11 +126,13 @@ load: build ## A whole node's load, with runc and with ours: 100 pods at once, 5
 .PHONY: e2e
 e2e: failpoints ## Tests through the CRI on a private containerd (RUN=TestName for some of them).
 	@hack/previous.sh
+	@hack/setup/tools.sh gotestsum
 	@$(STEP) 'End-to-end tests'
-	@E2E_REQUIRE=1 $(GOTEST) -v -p 1 -count=1 -timeout 60m ./e2e/...
+	@E2E_REQUIRE=1 $(GOTESTSUM) -run '$(RUN)' -p 1 -timeout 60m ./e2e/...
 
 .PHONY: test-kvm
 test-kvm: failpoints ## The same in an emulated node with KVM, on QEMU, and on Cloud Hypervisor if it is here (RUN=TestName, SUITE=faults, SUBSET=ci, VMM=qemu).
+	@hack/previous.sh
 	@SUITE='$(SUITE)' RUN='$(RUN)' SUBSET='$(SUBSET)' VMM='$(VMM)' hack/node/test-kvm.sh
 
 # As it was typed: make would take its dollars for its own.

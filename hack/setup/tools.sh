@@ -5,7 +5,7 @@
 # Tools that are Go programs of others, into build/bin, at the versions that the modules in
 # hack/tools and hack/lint pin.
 #
-#   tools.sh TOOL...   crictl, critest, ginkgo, golangci-lint, protoc-gen-go, protoc-gen-go-ttrpc, protoc-gen-go-grpc
+#   tools.sh TOOL...   crictl, critest, ginkgo, gotestsum, golangci-lint, protoc-gen-go, protoc-gen-go-ttrpc, protoc-gen-go-grpc
 
 set -euo pipefail
 
@@ -43,6 +43,7 @@ for name in "$@"; do
 	crictl) tool crictl hack/tools sigs.k8s.io/cri-tools/cmd/crictl sigs.k8s.io/cri-tools/pkg/version.Version ;;
 	critest) tool critest hack/tools sigs.k8s.io/cri-tools/cmd/critest sigs.k8s.io/cri-tools/pkg/version.Version 'test -c' ;;
 	ginkgo) tool ginkgo hack/tools github.com/onsi/ginkgo/v2/ginkgo '' ;;
+	gotestsum) tool gotestsum hack/tools gotest.tools/gotestsum gotest.tools/gotestsum/cmd.version ;;
 	golangci-lint) tool golangci-lint hack/lint github.com/golangci/golangci-lint/v2/cmd/golangci-lint main.version ;;
 	protoc-gen-go) tool protoc-gen-go . google.golang.org/protobuf/cmd/protoc-gen-go '' ;;
 	protoc-gen-go-ttrpc) tool protoc-gen-go-ttrpc . github.com/containerd/ttrpc/cmd/protoc-gen-go-ttrpc '' ;;
