@@ -14,6 +14,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"sync/atomic"
 	"time"
 
 	"github.com/mdlayher/vsock"
@@ -94,43 +95,69 @@ func (g *guest) port(ctx context.Context, mux *transport.Mux, name string, vsock
 			cancel()
 		}()
 	}
-	device := findPort(name)
-	var err error
-	if device == "" {
-		err = mux.ServeVsock(ctx, vsockPort)
-	} else {
-		err = mux.ServeDevice(ctx, name)
+	if device := findPort(name); device != "" {
+		fmt.Println("hostile:", name, mux.ServeDevice(ctx, name))
+		for frame != nil {
+			if w, err := os.OpenFile(device, os.O_RDWR, 0); err == nil {
+				sendRaw(w, frame)
+			}
+			time.Sleep(100 * time.Millisecond)
+		}
+		return
 	}
-	fmt.Println("hostile:", name, err)
-	for frame != nil {
-		sendRaw(device, vsockPort, frame)
-		time.Sleep(100 * time.Millisecond)
+	l, err := vsock.ListenContextID(anyCID, vsockPort, nil)
+	if err != nil {
+		fmt.Println("hostile:", err)
+		return
+	}
+	if frame == nil {
+		fmt.Println("hostile:", name, mux.ServeListener(ctx, l))
+		return
+	}
+	k := &keeper{Listener: l, g: g}
+	fmt.Println("hostile:", name, mux.ServeListener(ctx, k))
+	if conn := k.last.Load(); conn != nil {
+		_ = conn.SetDeadline(time.Time{})
+		sendRaw(conn, frame)
 	}
 }
 
-// sendRaw sends b again and again, by a port's device or to whoever connects.
-func sendRaw(device string, vsockPort uint32, b []byte) {
-	var w io.WriteCloser
-	if device != "" {
-		f, err := os.OpenFile(device, os.O_RDWR, 0)
-		if err != nil {
-			fmt.Println("hostile:", err)
-			return
-		}
-		w = f
-	} else {
-		l, err := vsock.Listen(vsockPort, nil)
-		if err != nil {
-			fmt.Println("hostile:", err)
-			return
-		}
-		defer l.Close()
-		conn, err := l.Accept()
-		if err != nil {
-			return
-		}
-		w = conn
+// anyCID is VMADDR_CID_ANY.
+const anyCID = 0xffffffff
+
+// keeper keeps the connection that it has accepted last, once the guest misbehaves: what is
+// sent instead comes by the host's own connection, as it does by a port's device.
+type keeper struct {
+	net.Listener
+	g    *guest
+	last atomic.Pointer[kept]
+}
+
+func (k *keeper) Accept() (net.Conn, error) {
+	conn, err := k.Listener.Accept()
+	if err != nil {
+		return nil, err
 	}
+	c := &kept{conn, k.g}
+	k.last.Store(c)
+	return c, nil
+}
+
+type kept struct {
+	net.Conn
+	g *guest
+}
+
+// Close ends the calls that are under way, and not the connection if the guest misbehaves.
+func (c *kept) Close() error {
+	if c.g.active() {
+		return c.SetDeadline(time.Unix(1, 0))
+	}
+	return c.Conn.Close()
+}
+
+// sendRaw sends b again and again.
+func sendRaw(w io.WriteCloser, b []byte) {
 	defer w.Close()
 	for {
 		if _, err := w.Write(b); err != nil {
