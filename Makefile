@@ -131,7 +131,7 @@ e2e: failpoints ## Tests through the CRI on a private containerd (RUN=TestName f
 	@E2E_REQUIRE=1 $(GOTESTSUM) -run '$(RUN)' -p 1 -timeout 60m ./e2e/...
 
 .PHONY: test-kvm
-test-kvm: failpoints ## The same in an emulated node with KVM, on QEMU, and on Cloud Hypervisor if it is here (RUN=TestName, SUITE=faults, SUBSET=ci, VMM=qemu).
+test-kvm: failpoints ## The same in an emulated node with KVM, on QEMU, and on Cloud Hypervisor if it is here (RUN=TestName, SUITE=e2e|faults|driver, SUBSET=ci, VMM=qemu).
 	@hack/previous.sh
 	@SUITE='$(SUITE)' RUN='$(RUN)' SUBSET='$(SUBSET)' VMM='$(VMM)' hack/node/test-kvm.sh
 

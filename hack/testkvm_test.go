@@ -44,7 +44,7 @@ func newTestKVM(t *testing.T, setup, node string) testKVM {
 	}
 	return testKVM{
 		t: t, script: filepath.Join(root, "hack", "node", "test-kvm.sh"),
-		tools: fakes(t, map[string]string{"go": compiler, "gcc": "true"}),
+		tools: fakes(t, map[string]string{"go": compiler, "gcc": "true", "mkfs.erofs": "true"}),
 	}
 }
 
@@ -122,6 +122,14 @@ if [[ $n == 1 ]]; then `
 	out, code = k.run([]string{"VMM=qemu", "RUN=TestX"})
 	require.Equal(t, 1, code, out)
 	require.Contains(t, out, "no test of e2e matches RUN=TestX")
+	k = newTestKVM(t, "true", `basename "$REALVM_IMAGE"; printf -- "--- PASS: %s (1s)\n" TestA TestB TestC TestD`)
+	out, code = k.run([]string{"VMM=cloudhypervisor", "SUITE=driver"})
+	require.Zero(t, code, out)
+	require.Contains(t, out, "cloudhypervisor-driver: runs: 1")
+	require.Contains(t, out, "init.erofs")
+	out, code = k.run([]string{"VMM=qemu", "SUITE=drivers"})
+	require.Equal(t, 1, code, out)
+	require.Contains(t, out, "SUITE=drivers: there are e2e, faults and driver")
 }
 
 // listed are the tests that a list of the node's names, each of which is there.

@@ -10,8 +10,9 @@
 # Environment, besides that of run.sh:
 #   VMM      "qemu", "cloudhypervisor" or both, separated by a space; if empty, QEMU, and Cloud Hypervisor
 #            where $CLOUD_HYPERVISOR names a binary or cloud-hypervisor is in PATH
-#   SUITE    "e2e", "faults" (a sample of the fault matrix, and the misfortunes of e2e/faults) or both, which is
-#            what an empty one means, unless RUN or SUBSET tells which of e2e
+#   SUITE    "e2e", "faults" (a sample of the fault matrix, and the misfortunes of e2e/faults), "driver" (the
+#            hypervisor's driver with real VMs), or several; all if it is empty, unless RUN or SUBSET tells
+#            which of e2e
 #   RUN      tests to run, a regular expression as go test has it
 #   SUBSET   "ci": those of ci.list
 
@@ -35,13 +36,24 @@ skipped() {
 	exit 0
 }
 
+# compile_init: the image that the drivers' tests boot.
+compile_init() {
+	mkdir -p "$programs"/init/{dev,proc,sys,tmp}
+	CGO_ENABLED=0 go build -ldflags '-s -w' -o "$programs/init/init" ./vmpool/vmm/vmmtest/realvm/init
+	rm -f "$programs/init.erofs"
+	mkfs.erofs "$programs/init.erofs" "$programs/init" >/dev/null 2>&1 || die "mkfs.erofs cannot make $programs/init.erofs"
+}
+
 # compile: the tests, and the programs of their images.
 compile() {
 	local start=$SECONDS
 	mkdir -p "$programs"
 	go test -c -o "$programs/e2e.test" ./e2e
 	go test -c -o "$programs/faults.test" ./e2e/faults
+	go test -c -o "$programs/driver-qemu.test" ./vmpool/qemu
+	go test -c -o "$programs/driver-cloudhypervisor.test" ./vmpool/cloudhypervisor
 	compile_images
+	compile_init
 	say "the tests compiled in $((SECONDS - start)) s"
 }
 
@@ -66,20 +78,25 @@ regexp() {
 	echo "^($*)\$"
 }
 
-# suites: those to run.
+# suites VMM: those to run.
 suites() {
+	names_of_suites | sed "s/^driver\$/driver-$1/"
+}
+
+# names_of_suites: one a line.
+names_of_suites() {
 	if [[ ${SUITE:-} ]]; then
-		echo "$SUITE"
+		tr -s ' ' '\n' <<<"$SUITE"
 	elif [[ ${SUBSET:-} || ${RUN:-.} != . ]]; then
 		echo e2e
 	else
-		echo e2e faults
+		printf '%s\n' e2e faults driver
 	fi
 }
 
 # Where a suite's tests lie, and which of them are run.
-declare -A directory=([e2e]=e2e [faults]=e2e/faults)
-declare -A chosen=([e2e]=. [faults]='^(TestFaults|TestMisfortunes)$')
+declare -A directory=([e2e]=e2e [faults]=e2e/faults [driver-qemu]=vmpool/qemu [driver-cloudhypervisor]=vmpool/cloudhypervisor)
+declare -A chosen=([e2e]=. [faults]='^(TestFaults|TestMisfortunes)$' [driver-qemu]=. [driver-cloudhypervisor]=.)
 
 # run_tests SUITE VMM NAME ROUND SECONDS RUN: in a node of its own. What it prints is in the log of the round
 # too, and in the one of all rounds; what a failed run keeps of containerd's log comes out.
@@ -95,7 +112,8 @@ run_tests() {
 	fi
 	mkdir -p "$out"
 	E2E_VMM=$vmm E2E_ACCELERATOR=kvm E2E_REQUIRE=1 E2E_KEEP=1 E2E_PROGRAMS=$programs \
-		NODE_VERBOSE=1 NODE_OUT=$out NODE_TIMEOUT=$limit NODE_ENV="${NODE_ENV:-} CHAOS_SEED" "$here/run.sh" "
+		NODE_VERBOSE=1 NODE_OUT=$out NODE_TIMEOUT=$limit REALVM_IMAGE=$programs/init.erofs \
+		NODE_ENV="${NODE_ENV:-} CHAOS_SEED REALVM_IMAGE" "$here/run.sh" "
 			cd '$repo/${directory[$suite]}'
 			'$programs/$suite.test' $(printf ' %q' "${flags[@]}")
 			status=\$?
@@ -150,7 +168,7 @@ whole() {
 	local suite=$1 vmm=$2 name=$2 status test run=${RUN:-.} subtest='' round=0 idle=0 progress
 	local -a left=() rest=() failed=()
 	local -A tries=()
-	[[ $suite == e2e ]] || name=$vmm-$suite
+	[[ $suite == e2e ]] || name=$vmm-${suite%%-*}
 	[[ $run != . ]] || run=${chosen[$suite]}
 	[[ $run != */* ]] || subtest=/${run#*/}
 	mapfile -t left < <(wanted "$suite" "${run%%/*}")
@@ -222,7 +240,8 @@ main() {
 	esac
 	compile
 	while read -r vmm; do
-		for suite in $(suites); do
+		for suite in $(suites "$vmm"); do
+			[[ ${directory[$suite]:-} ]] || die "SUITE=$SUITE: there are e2e, faults and driver"
 			tests "$suite" "$vmm" </dev/null || status=1
 		done
 	done < <(hypervisors)
