@@ -114,6 +114,16 @@ func TestHypervisorsThatGoWrong(t *testing.T) {
 	}
 }
 
+// A change of vCPUs waits for the guest, and not for what the hypervisor refuses.
+func TestVCPUsThatAreRefused(t *testing.T) {
+	vm := bootFake(t)
+	began := time.Now()
+	err := vm.Resize(realvm.Context(t), vmm.Size{VCPUs: refusedVCPUs, MemoryBytes: 128 << 20})
+	require.ErrorContains(t, err, "to 3 vCPUs: cloud-hypervisor: vm.resize: Error from API: Error from CPU manager: Cannot create a vCPU")
+	require.Less(t, time.Since(began), cpuLimit/2)
+	require.NoError(t, vm.Resize(realvm.Context(t), vmm.Size{VCPUs: pendingUntil, MemoryBytes: 128 << 20}))
+}
+
 // A frozen one holds up nobody for longer than he wants, can be killed, and goes on
 // when it thaws.
 func TestFrozen(t *testing.T) {

@@ -80,7 +80,7 @@ func fakeConfig(t *testing.T) vmm.Config {
 	t.Cleanup(func() { _ = os.RemoveAll(dir) })
 	return vmm.Config{
 		ID: filepath.Base(dir), Dir: dir, Kernel: "/dev/null", RootFS: "/dev/null", ConsoleLimit: 64 << 10,
-		Size: vmm.Size{VCPUs: 1, MemoryBytes: 128 << 20}, Max: vmm.Size{VCPUs: 2, MemoryBytes: 1 << 30},
+		Size: vmm.Size{VCPUs: 1, MemoryBytes: 128 << 20}, Max: vmm.Size{VCPUs: 4, MemoryBytes: 1 << 30},
 	}
 }
 
@@ -92,7 +92,15 @@ type fake struct {
 	plugged int64
 	devices map[string]bool
 	events  *os.File
+	// pending counts the resizes to pendingUntil.
+	pending int
 }
+
+// Numbers of vCPUs that a fake refuses, and gives only after a while.
+const (
+	refusedVCPUs = 3
+	pendingUntil = 4
+)
 
 func runFake(how string, args []string) {
 	if slices.Contains(args, "--version") {
@@ -218,6 +226,14 @@ func (f *fake) do(command string, body []byte) (status string, answer any) {
 		delete(f.devices, args.ID)
 		f.tell(eventRemoved, map[string]string{propertyID: args.ID})
 	case "vm.resize":
+		switch args.VCPUs {
+		case refusedVCPUs:
+			return failed, []string{"Error from API", "Error from CPU manager", "Cannot create a vCPU"}
+		case pendingUntil:
+			if f.pending++; f.pending < 4 {
+				return failed, []string{"Error from API", "Error from CPU manager", pendingVCPUs}
+			}
+		}
 		f.cpus = args.VCPUs
 	case "vm.resize-zone":
 		f.plugged = args.RAM - 128<<20

@@ -5,7 +5,9 @@ package cloudhypervisor
 
 import (
 	"context"
+	"errors"
 	"fmt"
+	"strings"
 	"time"
 
 	"github.com/containerd/errdefs"
@@ -70,7 +72,7 @@ func (vm *machine) resizeCPUs(ctx context.Context, have, want int) error {
 		switch {
 		case err == nil:
 			accepted++
-		case !isAnswer(err):
+		case !isPending(err):
 			return err
 		}
 		if accepted >= 1 {
@@ -90,6 +92,16 @@ func (vm *machine) resizeCPUs(ctx context.Context, have, want int) error {
 			return context.Cause(within)
 		}
 	}
+}
+
+// pendingVCPUs is what the hypervisor says while the guest has not let go of vCPUs: Error::VcpuPendingRemovedVcpu
+// of its vmm/src/cpu.rs.
+const pendingVCPUs = "Still pending removed vCPU"
+
+// isPending tells whether the hypervisor waits for the guest.
+func isPending(err error) bool {
+	var answer *apiError
+	return errors.As(err, &answer) && strings.Contains(answer.Error(), pendingVCPUs)
 }
 
 // resizeMemory asks the guest to have more memory plugged, or less, which it waits for.
