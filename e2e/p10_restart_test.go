@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"net"
 	"os"
+	"strconv"
 	"strings"
 	"testing"
 	"time"
@@ -84,6 +85,9 @@ func restart(p *pod, end func(context.Context) error) {
 	idle := p.idle("idle")
 	meanwhile := startLeaver(p)
 	created := p.create(idleConfig("created"))
+	held := p.start(limited("held", 256*mib, "hold", strconv.Itoa(96*mib)))
+	held.awaitLine("ok")
+	used := held.stats().GetCpu().GetUsageCoreNanoSeconds().GetValue()
 	write := away.accept(t)
 	writer.awaitLog(func(l []logLine) bool { return len(l) == early })
 	ips := p.ips()
@@ -101,6 +105,8 @@ func restart(p *pod, end func(context.Context) error) {
 	require.Equal(t, runtimeapi.PodSandboxState_SANDBOX_READY, p.state())
 	require.Equal(t, ips, p.ips())
 	meanwhile.check(t, h)
+	require.GreaterOrEqual(t, held.stats().GetCpu().GetUsageCoreNanoSeconds().GetValue(), used, "processor time")
+	requireNear(t, float64(held.stats().GetMemory().GetRssBytes().GetValue()), 96*mib, "memory")
 	// What was on its way comes, and what is written from now on.
 	writer.awaitLog(func(l []logLine) bool { return len(l) == flowing })
 	require.NoError(t, back.accept(t).Close())

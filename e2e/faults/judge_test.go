@@ -11,8 +11,7 @@ import (
 	"github.com/cloudhv/containerd-cloudhv/vmpool/failpoint"
 )
 
-// shimTells is why nothing is told of what a shim asks for when its caller has gone: a disk that
-// is to be given back.
+// shimTells is why nothing is told of what a shim does when its caller has gone.
 const shimTells = "the shim's own log tells, and goes with the pod"
 
 // untold are the points whose failure neither a call nor containerd's log tells of, with the
@@ -20,10 +19,6 @@ const shimTells = "the shim's own log tells, and goes with the pod"
 var untold = map[failpoint.Point]string{
 	failpoint.TaskLost:        shimTells,
 	failpoint.TaskDeleteDisks: shimTells,
-	failpoint.DiskUnshare:     shimTells,
-	failpoint.DiskRelease:     shimTells,
-	failpoint.DiskRemove:      shimTells,
-	failpoint.DiskRemoved:     shimTells,
 }
 
 // judge compares what the calls answered with what they should have.

@@ -11,6 +11,7 @@ import (
 	"sync"
 	"time"
 
+	"github.com/containerd/errdefs"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	"github.com/cloudhv/containerd-cloudhv/e2e/testimage"
@@ -286,10 +287,34 @@ func (k *kubelet) downPod(id string) error {
 	if err := k.do("stop", func(ctx context.Context) error { return k.n.StopPod(ctx, id) }); err != nil {
 		return err
 	}
+	if err := k.awaitExits(id); err != nil {
+		return err
+	}
 	for _, c := range list {
 		if err := k.do("remove the container", func(ctx context.Context) error { return k.n.RemoveContainer(ctx, c.GetId()) }); err != nil {
 			return err
 		}
 	}
 	return k.do("remove", func(ctx context.Context) error { return k.n.RemovePod(ctx, id) })
+}
+
+// awaitExits waits until CRI tells of no container that runs, as kubelet removes none before. Of
+// one whose shim has died CRI learns it by its second try, a second later.
+func (k *kubelet) awaitExits(pod string) error {
+	ctx, cancel := limit(comes)
+	defer cancel()
+	var listErr error
+	err := testnode.Eventually(ctx, func(context.Context) error {
+		var list []*runtimeapi.Container
+		if list, listErr = k.containers(pod); listErr != nil {
+			return nil
+		}
+		for _, c := range list {
+			if c.GetState() == runtimeapi.ContainerState_CONTAINER_RUNNING {
+				return fmt.Errorf("container %.13s runs: %w", c.GetId(), errdefs.ErrFailedPrecondition)
+			}
+		}
+		return nil
+	})
+	return errors.Join(err, listErr)
 }
