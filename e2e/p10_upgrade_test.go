@@ -35,7 +35,7 @@ func TestUpgrade(t *testing.T) {
 
 // upgrade is that from the build in one directory to that in another.
 func upgrade(t *testing.T, from, to string) {
-	installed := t.TempDir()
+	installed := openDir(t) // a confined VMM opens the kernel and the image by their paths
 	install := func(build string) error {
 		for name, dir := range map[string]string{"bin": filepath.Join(build, "bin"), "guest": filepath.Join(build, "guest")} {
 			link := filepath.Join(installed, name)

@@ -74,7 +74,8 @@ var special = map[failpoint.Point][]scenario{
 	failpoint.AttachUnplug:      {runs.and(map[failpoint.Point]string{failpoint.AttachDone: failpoint.Fail})},
 	failpoint.AttachRefused:     {runs.and(map[failpoint.Point]string{failpoint.AttachDisk: failpoint.Refuse})},
 	failpoint.UpdateTakeBack:    {resizes.and(map[failpoint.Point]string{failpoint.UpdateGuestGrown: failpoint.Fail})},
-	failpoint.UpdateSizing:      {{name: "a pod is limited otherwise, and as large", prepare: quota(100_000), act: quota(90_000)}},
+	failpoint.UpdateSizing:      {{name: "a pod is limited otherwise, and as large", prepare: limitedTo(24), act: limitedTo(32)}},
+	failpoint.VMMLoad:           {starts, refills},
 	failpoint.DiscardKill:       {discards},
 	failpoint.RecoverNone:       {restartsAfter("Create was killed", failpoint.CreateRecord)},
 	failpoint.RecoverEnd:        {restartsAfter("Start was killed", failpoint.StartConfigure)},
@@ -108,6 +109,11 @@ var unreached = map[failpoint.Point]string{
 	failpoint.JoinTAP:       "a pod with one interface has no further one; TestNetworks has",
 }
 
+// unreachedBy are those that a hypervisor does not come to.
+var unreachedBy = map[string]map[failpoint.Point]string{
+	"cloudhypervisor": {failpoint.VMMLoad: "it restores as its process starts"},
+}
+
 // scenariosOf are those that come to a point.
 func scenariosOf(p failpoint.Point) []scenario {
 	if s, ok := special[p]; ok {
@@ -123,15 +129,15 @@ func (s scenario) and(with map[failpoint.Point]string) scenario {
 	return s
 }
 
-// quota gives a pod a limit of processor time, in microseconds of 100 ms.
-func quota(usec int64) func(*cell) error {
+// limitedTo gives a pod a limit in MiB, below what the least VM has.
+func limitedTo(mib int64) func(*cell) error {
 	return func(c *cell) error {
 		if err := c.k.up(podReady); err != nil {
 			return err
 		}
 		return c.k.do("limit the pod", func(ctx context.Context) error {
 			_, err := c.w.Runtime().UpdatePodSandboxResources(ctx, &runtimeapi.UpdatePodSandboxResourcesRequest{
-				PodSandboxId: c.k.pod, Resources: &runtimeapi.LinuxContainerResources{CpuQuota: usec, CpuPeriod: 100_000},
+				PodSandboxId: c.k.pod, Resources: &runtimeapi.LinuxContainerResources{MemoryLimitInBytes: mib << 20},
 			})
 			return err
 		})
