@@ -103,7 +103,7 @@ func writeBig(path string, size, piece int) error {
 		return err
 	}
 	defer f.Close()
-	buf := make([]byte, piece)
+	buf := buffer(piece)
 	for ; size > 0; size -= piece {
 		if _, err := f.Write(buf); err != nil {
 			return err
@@ -118,6 +118,14 @@ func readBig(path string, piece int) error {
 		return err
 	}
 	defer f.Close()
-	_, err = io.CopyBuffer(struct{ io.Writer }{io.Discard}, struct{ io.Reader }{f}, make([]byte, piece))
+	_, err = io.CopyBuffer(struct{ io.Writer }{io.Discard}, struct{ io.Reader }{f}, buffer(piece))
 	return err
+}
+
+// buffer is one page away from a multiple of a mebibyte, where Go begins large ones. A file's pages
+// may begin there too, and two pages of which each byte is copied to the other's are then at the
+// same place of an emulated processor's TLB: 17 MiB/s instead of 240 in QEMU's software emulation.
+func buffer(size int) []byte {
+	page := os.Getpagesize()
+	return make([]byte, size+page)[page:]
 }
