@@ -181,7 +181,7 @@ func (vm *VM) hold(ctx context.Context, cmd *exec.Cmd) error {
 		err = vm.cgroup.Add(identity.Pid)
 	}
 	if err != nil {
-		log.G(ctx).WithError(err).WithField("vm", vm.cfg.ID).Warn("VM runs outside a cgroup of its own")
+		return vm.Explain(fmt.Errorf("%s: the VMM cannot enter its cgroup: %w", vm.cfg.Driver, err))
 	}
 	adjustOOM(ctx, identity.Pid)
 	return nil
