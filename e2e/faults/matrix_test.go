@@ -264,8 +264,8 @@ func (c *cell) retry(do func(*cell) error) error {
 	for range passes {
 		err = do(c)
 		grace := time.Duration(0)
-		if err != nil && c.dies() && c.w.reached(c.p) {
-			grace = comes
+		if err != nil && c.dies() && c.seen != nil && !c.w.armed(c.p) && c.deaths() == 0 {
+			grace = comes // the end of its connections is seen before its own
 		}
 		died, healErr := c.w.heal(grace)
 		if healErr != nil {
