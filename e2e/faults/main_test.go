@@ -237,13 +237,24 @@ func (w *world) clean() error {
 		}
 		d := slices.DeleteFunc(now.DiffAnyProcess(w.before), func(line string) bool {
 			// containerd collects its garbage when it likes: there may have been some before.
-			return strings.HasPrefix(line, "-") && strings.Contains(line, "io.containerd.snapshotter")
+			return strings.HasPrefix(line, "-") && strings.Contains(line, "io.containerd.snapshotter") || w.ready > 0 && ofReadyVM(line)
 		})
 		if len(d) > 0 {
 			return fmt.Errorf("is left:\n\t%s", strings.Join(d, "\n\t"))
 		}
 		return nil
 	})
+}
+
+// ofReadyVM tells whether a line of a census is of a difference between a ready VM that this containerd
+// has made and one that it has taken up: it has talked to the one, and has started its process.
+func ofReadyVM(line string) bool {
+	if !strings.HasPrefix(line, "+1 ") && !strings.HasPrefix(line, "-1 ") {
+		return false
+	}
+	return slices.ContainsFunc([]string{
+		"goroutine github.com/hashicorp/yamux.(*Session).", "goroutine sync.(*WaitGroup).Go.func1", "open file anon_inode:[pidfd]", "open file socket:",
+	}, func(s string) bool { return strings.HasPrefix(line[len("+1 "):], s) })
 }
 
 // heal starts containerd again if it has ended. It gives one that is about to end time for it.
