@@ -17,7 +17,6 @@ package e2e
 import (
 	"cmp"
 	"context"
-	"encoding/json"
 	"errors"
 	"flag"
 	"fmt"
@@ -205,22 +204,9 @@ func prepare(ctx context.Context, n *testnode.Node) error {
 // lookAtHypervisor notes what the pods run on, and fails if it is not what the
 // environment wants.
 func lookAtHypervisor(ctx context.Context, n *testnode.Node) error {
-	out, errOut, err := n.Ctl(ctx, "-o", "json", "status")
-	if err != nil {
-		return fmt.Errorf("asking for the hypervisor: %w: %s", err, errOut)
-	}
-	var st ctlStatus
-	if err := json.Unmarshal([]byte(out), &st); err != nil {
-		return fmt.Errorf("asking for the hypervisor: %w", err)
-	}
-	h := st.Hypervisor
-	suite.vmm, suite.kvm = h.Name, h.Accelerator == "kvm"
-	suite.on = fmt.Sprintf("%s %s, accelerator %s", h.Name, h.Version, h.Accelerator)
-	fmt.Fprintf(os.Stderr, "hypervisor: %s\n", suite.on)
-	if want := os.Getenv("E2E_ACCELERATOR"); want != "" && want != h.Accelerator {
-		return fmt.Errorf("the hypervisor runs with %s, want %s: %w", h.Accelerator, want, errdefs.ErrFailedPrecondition)
-	}
-	return nil
+	h, err := n.Hypervisor(ctx)
+	suite.vmm, suite.kvm, suite.on = h.Name, h.Accelerator == "kvm", h.String()
+	return err
 }
 
 // snapshotMade fails until the base snapshot is there, and has been read.

@@ -128,7 +128,11 @@ func TestVolumeQuota(t *testing.T) {
 		} else {
 			require.Contains(t, said, "uota exceeded")
 		}
-		require.Equal(t, "1048576\n", c.sh("stat -c %s /v/x"))
+		// The directory's own block is of the quota too.
+		written, err := os.Stat(filepath.Join(dir, "x"))
+		require.NoError(t, err)
+		require.InDelta(t, 1<<20, written.Size(), 16<<10)
+		require.Equal(t, strconv.FormatInt(written.Size(), 10)+"\n", c.sh("stat -c %s /v/x"))
 		c.sh("rm /v/x && echo small > /v/x && cat /v/x")
 	})
 }

@@ -216,16 +216,23 @@ func TestNodeSummary(t *testing.T) {
 	require.NoError(t, os.WriteFile(log, []byte(`hypervisor: qemu 7.2, accelerator kvm
 === RUN   TestA
     helpers_test.go:52: cloudhv: qemu 7.2, accelerator kvm
+=== RUN   TestA/runc
     a_test.go:9: NOT TESTED: this host has no IPv6
-    --- SKIP: TestA/runc (0.00s)
+=== RUN   TestA/other
+    life.go:88: cannot make cgroups
+=== NAME  TestA
+    helpers_test.go:60: this is of the whole
 --- PASS: TestA (100.01s)
+    --- SKIP: TestA/runc (0.00s)
+    --- SKIP: TestA/other (0.00s)
 --- FAIL: TestB (12.50s)
 --- PASS: TestC (1.00s)
 `), 0o600))
 	out, code := run(t, t.TempDir(), nil, "awk", "-v", "vmm=qemu", "-f", "node/summary.awk", log)
 	require.Zero(t, code)
-	require.Equal(t, `    qemu: 2 passed, 1 failed, 1 skipped, on qemu 7.2, accelerator kvm
+	require.Equal(t, `    qemu: 2 passed, 1 failed, 2 skipped, on qemu 7.2, accelerator kvm
     skipped TestA/runc: NOT TESTED: this host has no IPv6
+    skipped TestA/other: cannot make cgroups
     FAILED TestB
        100 s TestA
         12 s TestB

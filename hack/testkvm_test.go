@@ -72,13 +72,26 @@ func TestKVMWithoutANode(t *testing.T) {
 func TestKVMHypervisors(t *testing.T) {
 	t.Parallel()
 	k := newTestKVM(t, "true", `echo "on=$E2E_VMM $E2E_ACCELERATOR $E2E_REQUIRE"; [[ $E2E_VMM != qemu ]] || exit 1; printf -- "--- PASS: %s (1s)\n" TestA TestB TestC TestD`)
-	out, code := k.run([]string{"CLOUD_HYPERVISOR=/some/binary"})
+	binary := filepath.Join(t.TempDir(), "ch")
+	require.NoError(t, os.WriteFile(binary, []byte("#!/bin/sh\n"), 0o700))
+	out, code := k.run([]string{"CLOUD_HYPERVISOR=" + binary})
 	require.Equal(t, 1, code, out)
 	require.Contains(t, out, "on=qemu kvm 1\n")
 	require.Contains(t, out, "on=cloudhypervisor kvm 1\n")
 	out, code = k.run([]string{"VMM=cloudhypervisor"})
 	require.Zero(t, code, out)
 	require.NotContains(t, out, "on=qemu")
+	// The node's /tmp is another.
+	k = newTestKVM(t, "true", `echo "binary=$CLOUD_HYPERVISOR"; printf -- "--- PASS: %s (1s)\n" TestA TestB TestC TestD`)
+	out, code = k.run([]string{"VMM=cloudhypervisor", "CLOUD_HYPERVISOR=" + binary})
+	require.Zero(t, code, out)
+	require.Regexp(t, `binary=/.*/build/kvm/cloud-hypervisor\n`, out)
+	out, code = k.run([]string{"CLOUD_HYPERVISOR=" + binary + "-missing"})
+	require.Equal(t, 1, code, out)
+	require.Contains(t, out, "there is no program")
+	out, code = k.run(nil)
+	require.Zero(t, code, out)
+	require.Contains(t, out, "on Cloud Hypervisor SKIPPED: there is no cloud-hypervisor on PATH")
 }
 
 // What fails is tried once more; what fails twice has failed, and so has a run that leaves
@@ -100,6 +113,7 @@ if [[ $n == 1 ]]; then `
 		"passes then":       {first + fails + "pass TestB TestD", 0, 2, []string{"run 2 (", ": TestB TestD", "passed in another try TestB", `-test.run \^\(TestB\|TestD\)\$`}},
 		"fails twice":       {first + fails + `pass TestD; echo "--- FAIL: TestB (1.00s)"; exit 1`, 1, 2, []string{"qemu: FAILED: TestB"}},
 		"leaves something":  {first + `pass TestA TestC TestD; echo "--- FAIL: TestB (1s)"; echo "FAIL: e2e: after all tests: a mount"; exit 1; fi; pass TestB`, 1, 2, []string{"FAILED: what run 1 left"}},
+		"leaves goroutines": {first + `pass TestA TestC TestD; echo "--- FAIL: TestB (1s)"; echo "FAIL: faults: something"; exit 1; fi; pass TestB`, 1, 2, []string{"FAILED: what run 1 left"}},
 		"fails without one": {first + "pass TestA TestB TestC TestD; exit 1; fi", 1, 1, []string{"FAILED: run 1 itself, with status 1"}},
 		"ends in between":   {first + dies + "pass TestA TestC TestD", 0, 2, []string{": TestA TestC TestD"}},
 		"ends there again":  {first + dies + `echo "=== RUN   TestC"; exit 125`, 1, 4, []string{"FAILED: TestC", "NOT RUN: TestA TestD"}},

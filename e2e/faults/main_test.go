@@ -103,6 +103,10 @@ func newWorld(t *testing.T, ready int, cfg map[string]any, change ...func(*testn
 	require.NoError(t, os.WriteFile(filepath.Join(w.volume, "hello"), []byte("hello\n"), 0o644))
 	w.disk, _ = vmmtest.LoopDevice(t, 1<<20, 512, false)
 	w.warmUp()
+	ctx, cancel := limit(time.Minute)
+	defer cancel()
+	_, err = w.Hypervisor(ctx)
+	require.NoError(t, err)
 	return w
 }
 

@@ -22,7 +22,23 @@ hypervisors() {
 		return
 	fi
 	echo qemu
-	if CLOUD_HYPERVISOR=${CLOUD_HYPERVISOR:-$(command -v cloud-hypervisor)}; then
+	if [[ ${CLOUD_HYPERVISOR:-} ]] || command -v cloud-hypervisor >/dev/null; then
 		echo cloudhypervisor
+	else
+		warn "on Cloud Hypervisor SKIPPED: there is no cloud-hypervisor on PATH, nor in \$CLOUD_HYPERVISOR"
 	fi
+}
+
+# locate_cloud_hypervisor: $CLOUD_HYPERVISOR by a path that is the same in the node, where /tmp is new.
+locate_cloud_hypervisor() {
+	local path=${CLOUD_HYPERVISOR:-$(command -v cloud-hypervisor || true)}
+	[[ $path ]] || return 0
+	[[ -x $path ]] || die "CLOUD_HYPERVISOR=$path: there is no program"
+	path=$(readlink -f "$path")
+	if [[ $path == /tmp/* ]]; then
+		mkdir -p "$programs"
+		install -m 0755 "$path" "$programs/cloud-hypervisor"
+		path=$programs/cloud-hypervisor
+	fi
+	export CLOUD_HYPERVISOR=$path
 }

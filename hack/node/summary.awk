@@ -5,15 +5,15 @@
 # tried again, which were skipped and why, which failed, and the ten that took longest. A test's last result counts.
 
 /^cloudhv: |^hypervisor: / { on = $0; sub(/^[a-z]*: /, "", on) }
-# A test's own lines: the last one before it is skipped says why.
-/^ +[a-z0-9_]+_test\.go:[0-9]+: / { reason = $0; sub(/^ +[a-z0-9_]+_test\.go:[0-9]+: /, "", reason) }
+# A test's own lines: the last one says why it is skipped.
+/^=== (RUN|CONT|NAME) / { running = $3 }
+/^ +[a-z0-9_]+\.go:[0-9]+: / { said[running] = $0; sub(/^ +[a-z0-9_]+\.go:[0-9]+: /, "", said[running]) }
 /^ *--- (PASS|FAIL|SKIP): / {
 	took = $4
 	gsub(/[()s]/, "", took)
 	if (!($3 in result)) order[++names] = $3
 	if ($2 == "PASS:" && result[$3] == "FAIL:") again[$3] = 1
 	result[$3] = $2
-	why[$3] = reason
 	if ($3 !~ /\//) { time[$3] = took + 0 }
 }
 
@@ -22,7 +22,7 @@ END {
 		name = order[i]
 		count[result[name]]++
 		if (name in again) list = list "    passed in another try " name "\n"
-		if (result[name] == "SKIP:") list = list "    skipped " name ": " why[name] "\n"
+		if (result[name] == "SKIP:") list = list "    skipped " name ": " said[name] "\n"
 		if (result[name] == "FAIL:") list = list "    FAILED " name "\n"
 	}
 	printf "    %s: %d passed, %d failed, %d skipped, on %s\n", vmm, count["PASS:"], count["FAIL:"], count["SKIP:"], on ? on : "nothing"

@@ -191,7 +191,7 @@ whole() {
 			*) rest+=("$test") ;;
 			esac
 		done
-		if grep -q '^FAIL: e2e: after all tests' "$programs/$name/$round.log"; then
+		if grep -q '^FAIL: \|^goleak: ' "$programs/$name/$round.log"; then
 			failed+=("what run $round left")
 		elif [[ $status != 0 ]] && ((${#rest[@]} == 0 && ${#failed[@]} == 0)); then
 			failed+=("run $round itself, with status $status")
@@ -238,6 +238,7 @@ main() {
 	3) skipped "no emulated node can be made here (see above)" ;;
 	*) exit "$status" ;;
 	esac
+	locate_cloud_hypervisor
 	compile
 	while read -r vmm; do
 		for suite in $(suites "$vmm"); do

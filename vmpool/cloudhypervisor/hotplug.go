@@ -52,10 +52,7 @@ func (vm *machine) AddDisk(ctx context.Context, disk vmm.Disk) (string, error) {
 
 // RemoveDisk unplugs a block device.
 func (vm *machine) RemoveDisk(ctx context.Context, serial string) error {
-	if err := vm.remove(ctx, diskPrefix+serial); err != nil {
-		return fmt.Errorf("remove disk %s: %w", serial, err)
-	}
-	if err := vm.takeBack(serial); err != nil {
+	if err := vm.remove(ctx, diskPrefix+serial, func() error { return vm.takeBack(serial) }); err != nil {
 		return fmt.Errorf("remove disk %s: %w", serial, err)
 	}
 	return nil
@@ -84,7 +81,7 @@ func (vm *machine) AddNIC(ctx context.Context, nic vmm.NIC) error {
 
 // RemoveNIC unplugs a network device.
 func (vm *machine) RemoveNIC(ctx context.Context, id string) error {
-	if err := vm.remove(ctx, nicPrefix+id); err != nil {
+	if err := vm.remove(ctx, nicPrefix+id, func() error { return nil }); err != nil {
 		return fmt.Errorf("remove NIC %s: %w", id, err)
 	}
 	return nil
@@ -149,14 +146,18 @@ func (vm *machine) note(id string, plugged, doubt bool) {
 	}
 }
 
-// remove unplugs a device; what is not there is removed.
-func (vm *machine) remove(ctx context.Context, id string) error {
+// remove unplugs a device, and then cleans up after it before it can be plugged in again.
+// What is not there is removed.
+func (vm *machine) remove(ctx context.Context, id string, cleanUp func() error) error {
 	unlock, err := vm.Lock(ctx, id)
 	if err != nil {
 		return err
 	}
 	defer unlock()
-	return vm.unplug(ctx, id)
+	if err := vm.unplug(ctx, id); err != nil {
+		return err
+	}
+	return cleanUp()
 }
 
 // unplug asks the guest to give a device back and waits until it has.

@@ -44,13 +44,9 @@ func TestRealVMs(t *testing.T) { suite().Run(t) }
 // real skips a test where the hypervisor cannot run.
 func real(t *testing.T) *realvm.Suite {
 	t.Helper()
-	if testing.Short() {
-		t.Skip("boots VMs")
-	}
-	if err := missing(); err != nil {
-		t.Skip(err)
-	}
-	return suite()
+	s := suite()
+	s.Need(t)
+	return s
 }
 
 // A clone has the network device of its template, on a TAP of its own.

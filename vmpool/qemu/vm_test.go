@@ -12,7 +12,7 @@ import (
 )
 
 // limit bounds a step of a test.
-const limit = realvm.Limit
+var limit = realvm.Limit
 
 func TestMain(m *testing.M) {
 	attacker()

@@ -87,7 +87,8 @@ func enableControllers(dir string) {
 // Limits bound what a VMM and its guest use of the host, whatever the guest does.
 type Limits struct {
 	// MemoryBytes is memory of all kinds. What the kernel can take back, as pages of files
-	// that nobody has changed, it takes before anything is killed.
+	// that nobody has changed, it takes before anything is killed. None of it is swapped out: swap
+	// would be memory beyond the limit, and keep a guest's secrets on the host's disk.
 	MemoryBytes int64
 	// VCPUs are vCPUs, for which there is one processor each, and one for the VMM.
 	VCPUs int
@@ -106,7 +107,10 @@ func LimitsFor(size Size, overheadBytes int64, threads int) Limits {
 // cpuPeriod is within what the processor time of Limits is counted, in microseconds.
 const cpuPeriod = 100_000
 
-const quotaFile = "cpu.cfs_quota_us"
+const (
+	quotaFile = "cpu.cfs_quota_us"
+	memswFile = "memory.memsw.limit_in_bytes"
+)
 
 // Limit sets the group's limits, in the hierarchies that it is in. What is missing there
 // is done without.
@@ -114,19 +118,23 @@ func (g *Cgroup) Limit(l Limits) error {
 	quota := strconv.Itoa((l.VCPUs + 1) * cpuPeriod)
 	memory, threads := strconv.FormatInt(l.MemoryBytes, 10), strconv.Itoa(l.Threads)
 	files := [][2]string{
-		{"memory.limit_in_bytes", memory}, {"cpu.cfs_period_us", strconv.Itoa(cpuPeriod)}, {quotaFile, quota}, {"pids.max", threads},
+		// With swap, which is at no time less than without: one of the two comes in time.
+		{memswFile, memory}, {"memory.limit_in_bytes", memory}, {memswFile, memory}, {"cpu.cfs_period_us", strconv.Itoa(cpuPeriod)}, {quotaFile, quota}, {"pids.max", threads},
 	}
 	if cgroups.Mode() == cgroups.Unified {
-		files = [][2]string{{"memory.max", memory}, {"cpu.max", quota + " " + strconv.Itoa(cpuPeriod)}, {"pids.max", threads}}
+		files = [][2]string{{"memory.swap.max", "0"}, {"memory.max", memory}, {"cpu.max", quota + " " + strconv.Itoa(cpuPeriod)}, {"pids.max", threads}}
 	}
 	var errs []error
 	for _, dir := range g.dirs {
-		for _, f := range files {
+		for i, f := range files {
 			path := filepath.Join(dir, f[0])
 			err := writeExisting(path, f[1])
 			if errors.Is(err, unix.EINVAL) && f[0] == quotaFile {
 				// Cgroup v1 takes no more than a group above has, which then bounds this one too.
 				err = writeExisting(path, "-1")
+			}
+			if errors.Is(err, unix.EINVAL) && f[0] == memswFile && i == 0 {
+				continue
 			}
 			// There is no file where the group lacks its controller.
 			if err != nil && !errors.Is(err, fs.ErrNotExist) {

@@ -60,6 +60,12 @@ func TestLimit(t *testing.T) {
 	limits := LimitsFor(Size{VCPUs: 2, MemoryBytes: 256 << 20}, 64<<20, 10)
 	require.NoError(t, inner.Limit(limits))
 	require.Equal(t, strconv.Itoa((256+4+64)<<20), inner.read(t, memory))
+	if swap := inner.read(t, "memory.swap.max"); swap != "" {
+		require.Equal(t, "0", swap)
+	}
+	if both := inner.read(t, memswFile); both != "" {
+		require.Equal(t, strconv.Itoa((256+4+64)<<20), both)
+	}
 	require.True(t, strings.HasPrefix(inner.read(t, cpu), "300000"))
 	require.Equal(t, strconv.Itoa(MaxVCPUs+10), inner.read(t, "pids.max"))
 

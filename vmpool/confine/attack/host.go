@@ -67,6 +67,9 @@ func NewHost(t *testing.T, program string) *Host {
 		t.Skip("VMMs are confined by root")
 	}
 	if !confine.HasLandlock() {
+		if os.Getenv("E2E_REQUIRE") == "1" {
+			t.Fatal("the kernel has no Landlock")
+		}
 		t.Skip("the kernel has no Landlock")
 	}
 	base := t.TempDir()

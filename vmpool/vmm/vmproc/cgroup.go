@@ -106,7 +106,8 @@ func (vm *VM) SetCgroup(ctx context.Context, path string) error {
 		err = to.Add(vm.identity.Pid)
 	}
 	if err != nil {
-		return errors.Join(fmt.Errorf("%s: VM %s: %w", vm.cfg.Driver, vm.cfg.ID, err), to.Remove(ctx))
+		// It may be in some of the group's hierarchies already.
+		return errors.Join(fmt.Errorf("%s: VM %s: %w", vm.cfg.Driver, vm.cfg.ID, err), old.Add(vm.identity.Pid), to.TryRemove())
 	}
 	vm.mu.Lock()
 	vm.cgroup, vm.group = to, path

@@ -21,6 +21,7 @@ import (
 
 	"github.com/containerd/errdefs"
 	"github.com/containerd/log"
+	"golang.org/x/sys/unix"
 
 	"github.com/cloudhv/containerd-cloudhv/guest/api/transport"
 	"github.com/cloudhv/containerd-cloudhv/vmpool/confine"
@@ -180,8 +181,11 @@ func (vm *VM) hold(ctx context.Context, cmd *exec.Cmd) error {
 	if err = failpoint.At(ctx, failpoint.VMMEnter); err == nil {
 		err = vm.cgroup.Add(identity.Pid)
 	}
+	if errors.Is(err, unix.ESRCH) {
+		return nil // it has ended: whoever waits for its first answer learns why
+	}
 	if err != nil {
-		return vm.Explain(fmt.Errorf("%s: the VMM cannot enter its cgroup: %w", vm.cfg.Driver, err))
+		return fmt.Errorf("%s: the VMM cannot enter its cgroup: %w", vm.cfg.Driver, err)
 	}
 	adjustOOM(ctx, identity.Pid)
 	return nil

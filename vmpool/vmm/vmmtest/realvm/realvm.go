@@ -14,6 +14,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -37,8 +38,16 @@ const (
 	PortRun    = 4
 )
 
-// Limit bounds a step of a test. VMs may be emulated, on a busy host.
-const Limit = 2 * time.Minute
+// Limit bounds a step of a test. VMs may be emulated, on a busy host: E2E_TIME_FACTOR stretches it.
+var Limit = scaled(2 * time.Minute)
+
+func scaled(d time.Duration) time.Duration {
+	f, err := strconv.ParseFloat(os.Getenv("E2E_TIME_FACTOR"), 64)
+	if err != nil || f <= 0 {
+		return d
+	}
+	return time.Duration(float64(d) * f)
+}
 
 // envImage names a file with the image of the init, for a host without a compiler.
 const envImage = "REALVM_IMAGE"
@@ -73,7 +82,7 @@ func Main(m *testing.M) {
 
 // Run runs all tests.
 func (s *Suite) Run(t *testing.T) {
-	s.need(t)
+	s.Need(t)
 	t.Run("keeps the contract", func(t *testing.T) {
 		vmmtest.Run(t, vmmtest.Suite{
 			Driver: s.Driver, EchoPort: PortEcho, Limit: Limit,
@@ -165,23 +174,51 @@ func buildImage() (_ []byte, retErr error) {
 	return os.ReadFile(img)
 }
 
-// need skips a test where real VMs cannot run, and says why.
-func (s *Suite) need(t testing.TB) {
+// Need skips a test where real VMs cannot run, and says why; with E2E_REQUIRE=1 that is a failure. It says
+// what they run on, and fails if that is not E2E_ACCELERATOR.
+func (s *Suite) Need(t testing.TB) {
 	t.Helper()
 	if testing.Short() {
 		t.Skip("boots VMs")
 	}
+	if err := s.lacks(); err != nil {
+		Lacks(t, err)
+	}
+	host, err := s.Driver.Probe(Context(t))
+	require.NoError(t, err)
+	on := fmt.Sprintf("%s %s, accelerator %s", host.Driver, host.Version, host.Accelerator)
+	if _, said := hosts.LoadOrStore(on, true); !said {
+		fmt.Fprintf(os.Stderr, "hypervisor: %s\n", on)
+	}
+	if want := os.Getenv("E2E_ACCELERATOR"); want != "" && want != host.Accelerator {
+		t.Fatalf("the hypervisor runs with %s (%s), want %s", host.Accelerator, host.Reason, want)
+	}
+}
+
+// hosts are those that have been told of.
+var hosts sync.Map
+
+// Lacks skips a test for what the host lacks; with E2E_REQUIRE=1 it fails.
+func Lacks(t testing.TB, what any) {
+	t.Helper()
+	if os.Getenv("E2E_REQUIRE") == "1" {
+		t.Fatal(what)
+	}
+	t.Skip(what)
+}
+
+// lacks is what the host lacks for real VMs.
+func (s *Suite) lacks() error {
 	if path, err := kernel(); errors.Is(err, fs.ErrNotExist) {
-		t.Skipf("no guest kernel at %s", path)
+		return fmt.Errorf("no guest kernel at %s: %w", path, err)
 	}
 	if _, err := exec.LookPath("mkfs.erofs"); err != nil && os.Getenv(envImage) == "" {
-		t.Skip("mkfs.erofs is not installed")
+		return fmt.Errorf("mkfs.erofs is not installed: %w", err)
 	}
 	if s.Missing != nil {
-		if err := s.Missing(); err != nil {
-			t.Skip(err)
-		}
+		return s.Missing()
 	}
+	return nil
 }
 
 // firstUser is where the users begin that VMMs have here.
@@ -211,7 +248,7 @@ func Dir(t testing.TB) string {
 // Config is a valid configuration of a VM with the package init.
 func (s *Suite) Config(t testing.TB) vmm.Config {
 	t.Helper()
-	s.need(t)
+	s.Need(t)
 	img, err := image()
 	require.NoError(t, err)
 	kern, err := kernel()
