@@ -44,9 +44,13 @@ const (
 )
 
 // hostFiles are where a host shows what it can; tests have others.
-type hostFiles struct{ cpuinfo, kvm, mshv string }
+type hostFiles struct {
+	cpuinfo, kvm, mshv string
+	// ioctl is unix.IoctlRetInt, of a device that has these ioctls.
+	ioctl func(fd int, request uint) (int, error)
+}
 
-var theHost = hostFiles{cpuinfo: "/proc/cpuinfo", kvm: "/dev/kvm", mshv: "/dev/mshv"}
+var theHost = hostFiles{cpuinfo: "/proc/cpuinfo", kvm: "/dev/kvm", mshv: "/dev/mshv", ioctl: unix.IoctlRetInt}
 
 // UsableKVM tells why KVM cannot run a stock guest kernel, or nil. A /dev/kvm that
 // opens is no proof: a paravirtual one opens and makes VMs too, on a processor without
@@ -81,24 +85,24 @@ func (h hostFiles) usableKVM() error {
 	if !virt {
 		return fmt.Errorf("the processor shows neither vmx nor svm, so %s is paravirtual and runs no stock kernel", h.kvm)
 	}
-	version, err := unix.IoctlRetInt(int(f.Fd()), kvmGetAPIVersion)
+	version, err := h.ioctl(int(f.Fd()), kvmGetAPIVersion)
 	if err != nil {
 		return fmt.Errorf("%s does not tell its version: %w", h.kvm, err)
 	}
 	if version != kvmAPIVersion {
 		return fmt.Errorf("%s has API version %d, want %d", h.kvm, version, kvmAPIVersion)
 	}
-	return tryVM(f)
+	return h.tryVM(f)
 }
 
 // tryVM makes a VM with one processor and lets it go again.
-func tryVM(kvm *os.File) error {
-	vm, err := unix.IoctlRetInt(int(kvm.Fd()), kvmCreateVM)
+func (h hostFiles) tryVM(kvm *os.File) error {
+	vm, err := h.ioctl(int(kvm.Fd()), kvmCreateVM)
 	if err != nil {
 		return fmt.Errorf("%s makes no VM: %w", kvm.Name(), err)
 	}
 	defer unix.Close(vm) //nolint:errcheck // nothing is buffered
-	vcpu, err := unix.IoctlRetInt(vm, kvmCreateVCPU)
+	vcpu, err := h.ioctl(vm, kvmCreateVCPU)
 	if err != nil {
 		return fmt.Errorf("%s makes no processor: %w", kvm.Name(), err)
 	}

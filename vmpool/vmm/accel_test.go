@@ -52,9 +52,15 @@ func TestUnusableKVM(t *testing.T) {
 		"no cpuinfo":      {hostFiles{cpuinfo: "/nonexistent/cpuinfo", kvm: os.DevNull}, "/nonexistent/cpuinfo", fs.ErrNotExist},
 		"a paravirtual":   {hostFiles{cpuinfo: none, kvm: os.DevNull}, "neither vmx nor svm", nil},
 		"not even a file": {hostFiles{cpuinfo: real, kvm: t.TempDir()}, "is a directory", unix.EISDIR},
+		"another version": {hostFiles{cpuinfo: real, kvm: os.DevNull, ioctl: fakeKVM(11, nil)}, "/dev/null has API version 11, want 12", nil},
+		"makes no VM":     {hostFiles{cpuinfo: real, kvm: os.DevNull, ioctl: fakeKVM(12, map[uint]error{kvmCreateVM: unix.EOPNOTSUPP})}, "/dev/null makes no VM", unix.EOPNOTSUPP},
+		"makes no vCPU":   {hostFiles{cpuinfo: real, kvm: os.DevNull, ioctl: fakeKVM(12, map[uint]error{kvmCreateVCPU: unix.EIO})}, "/dev/null makes no processor", unix.EIO},
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
+			if tc.host.ioctl == nil {
+				tc.host.ioctl = unix.IoctlRetInt
+			}
 			err := tc.host.usableKVM()
 			require.ErrorContains(t, err, tc.want)
 			if tc.is != nil {
@@ -62,6 +68,25 @@ func TestUnusableKVM(t *testing.T) {
 			}
 		})
 	}
+}
+
+// fakeKVM is a /dev/kvm of a version that fails as said.
+func fakeKVM(version int, fails map[uint]error) func(int, uint) (int, error) {
+	return func(_ int, request uint) (int, error) {
+		if request == kvmGetAPIVersion {
+			return version, nil
+		}
+		if err := fails[request]; err != nil {
+			return 0, err
+		}
+		return unix.Open(os.DevNull, unix.O_RDONLY|unix.O_CLOEXEC, 0) // whoever asks closes it
+	}
+}
+
+// A KVM that does all that is usable.
+func TestUsableKVM(t *testing.T) {
+	t.Parallel()
+	require.NoError(t, hostFiles{cpuinfo: write(t, "flags: vmx\n"), kvm: os.DevNull, ioctl: fakeKVM(12, nil)}.usableKVM())
 }
 
 // The host's own /dev/kvm is judged without an accident, whatever it is.
@@ -86,7 +111,7 @@ func TestUnusableMSHV(t *testing.T) {
 // A device that others may open and we may not: another user runs the test.
 func TestForbiddenDevices(t *testing.T) {
 	if path := os.Getenv("FORBIDDEN_DEVICE"); path != "" {
-		for _, err := range []error{hostFiles{cpuinfo: "/proc/cpuinfo", kvm: path}.usableKVM(), hostFiles{mshv: path}.usableMSHV()} {
+		for _, err := range []error{hostFiles{cpuinfo: "/proc/cpuinfo", kvm: path, ioctl: unix.IoctlRetInt}.usableKVM(), hostFiles{mshv: path}.usableMSHV()} {
 			require.ErrorIs(t, err, fs.ErrPermission)
 			require.ErrorContains(t, err, "no permission for "+path)
 		}
