@@ -123,6 +123,21 @@ func TestNodeRunsACommand(t *testing.T) {
 	require.Equal(t, 3, code, errOut)
 }
 
+// Two nodes do not put out into one directory.
+func TestNodeWhoseOutputIsAnothers(t *testing.T) {
+	t.Parallel()
+	dir, err := os.Open(t.TempDir())
+	require.NoError(t, err)
+	defer dir.Close()
+	require.NoError(t, syscall.Flock(int(dir.Fd()), syscall.LOCK_EX))
+	cmd, pid := nodeCommand(t, []string{"NODE_OUT=" + dir.Name()}, "echo unexpected")
+	out, err := cmd.CombinedOutput()
+	require.Error(t, err)
+	require.Contains(t, string(out), "another node has "+dir.Name())
+	require.NotContains(t, string(out), "unexpected")
+	require.NoFileExists(t, pid, "it began")
+}
+
 // What breaks is told by name, and ends.
 func TestNodeBreaks(t *testing.T) {
 	t.Parallel()

@@ -228,8 +228,11 @@ main() {
 	trap 'exit 129' HUP
 	trap 'exit 130' INT
 	trap 'exit 143' TERM
-	[[ -n ${NODE_OUT:-} ]] || rm -rf "$out"
 	mkdir -p "$out"
+	# Until the last process that has this open is gone, the machine's too.
+	exec 9<"$out"
+	flock -n 9 || die "another node has $out for what it puts out: set NODE_OUT to another directory"
+	[[ -n ${NODE_OUT:-} ]] || find "$out" -mindepth 1 -delete
 	hand_over
 	boot
 	attend
