@@ -195,6 +195,7 @@ func grow(v *realvm.VM) error {
 		break
 	}
 	v.Eventually("cat /sys/devices/system/cpu/present", func(got string) bool { return got == "0" })
+	v.Eventually("cat /proc/meminfo", func(string) bool { return v.Memory() <= before+32 })
 	return nil
 }
 
