@@ -13,7 +13,6 @@ import (
 	"net/url"
 	"os"
 	"path/filepath"
-	"runtime"
 	"slices"
 	"strconv"
 	"strings"
@@ -34,6 +33,7 @@ import (
 
 	"github.com/cloudhv/containerd-cloudhv/e2e/testimage/pattern"
 	"github.com/cloudhv/containerd-cloudhv/e2e/testnode"
+	"github.com/cloudhv/containerd-cloudhv/guest/api/thread"
 )
 
 const (
@@ -278,32 +278,31 @@ func (p *pod) dialInside(t *testing.T, addr string) *net.TCPConn {
 	return conn
 }
 
-func dialInside(path, addr string) (*net.TCPConn, error) {
-	type result struct {
-		conn net.Conn
-		err  error
-	}
-	done := make(chan result)
-	go func() {
-		// The thread ends with this goroutine.
-		runtime.LockOSThread()
-		ns, err := netns.GetFromPath(path)
-		if err == nil {
-			err = errors.Join(netns.Set(ns), ns.Close())
-		}
-		if err != nil {
-			done <- result{err: err}
-			return
+func dialInside(path, addr string) (conn *net.TCPConn, _ error) {
+	err := thread.Run(func() error {
+		if err := enterNetNS(path); err != nil {
+			return err
 		}
 		dialer := net.Dialer{Timeout: testnode.Scale(30 * time.Second)}
-		conn, err := dialer.Dial("tcp", addr)
-		done <- result{conn, err}
-	}()
-	r := <-done
-	if r.err != nil {
-		return nil, r.err
+		c, err := dialer.Dial("tcp", addr)
+		if err == nil {
+			conn = c.(*net.TCPConn)
+		}
+		return err
+	})
+	if err != nil {
+		return nil, err
 	}
-	return r.conn.(*net.TCPConn), r.conn.SetDeadline(time.Now().Add(testnode.Scale(testLimit)))
+	return conn, conn.SetDeadline(time.Now().Add(testnode.Scale(testLimit)))
+}
+
+// enterNetNS brings the thread into a network namespace.
+func enterNetNS(path string) error {
+	ns, err := netns.GetFromPath(path)
+	if err != nil {
+		return err
+	}
+	return errors.Join(netns.Set(ns), ns.Close())
 }
 
 // netNS is the path of the pod's network namespace on the host.

@@ -11,18 +11,17 @@ import (
 	"net"
 	"os"
 	"path/filepath"
-	"runtime"
 	"strconv"
 	"strings"
 	"testing"
 
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
-	"github.com/vishvananda/netns"
 	"golang.org/x/sys/unix"
 
 	"github.com/cloudhv/containerd-cloudhv/e2e/testimage"
 	"github.com/cloudhv/containerd-cloudhv/e2e/testnode"
+	"github.com/cloudhv/containerd-cloudhv/guest/api/thread"
 )
 
 // TestModes looks at the owner and the mode of each file, directory and socket that a node
@@ -186,19 +185,12 @@ func readableAddress(text string) string {
 
 // listenersIn is listenersHere in another network namespace.
 func listenersIn(path string) (found map[uint64]string, err error) {
-	done := make(chan struct{})
-	go func() {
-		defer close(done)
-		runtime.LockOSThread() // it ends with this goroutine
-		var ns netns.NsHandle
-		if ns, err = netns.GetFromPath(path); err != nil {
-			return
-		}
-		if err = errors.Join(netns.Set(ns), ns.Close()); err == nil {
+	err = thread.Run(func() (err error) {
+		if err = enterNetNS(path); err == nil {
 			found, err = listenersHere()
 		}
-	}()
-	<-done
+		return err
+	})
 	return found, err
 }
 

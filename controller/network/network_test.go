@@ -9,7 +9,6 @@ import (
 	"net"
 	"os"
 	"path/filepath"
-	"runtime"
 	"strings"
 	"testing"
 	"time"
@@ -20,6 +19,8 @@ import (
 	"github.com/vishvananda/netns"
 	"go.uber.org/goleak"
 	"golang.org/x/sys/unix"
+
+	"github.com/cloudhv/containerd-cloudhv/guest/api/thread"
 )
 
 func TestMain(m *testing.M) {
@@ -38,18 +39,11 @@ func newNetNS(t *testing.T) *netNS {
 	if os.Geteuid() != 0 {
 		t.Skip("needs root, to make network namespaces")
 	}
-	made := make(chan netns.NsHandle)
-	go func() {
-		// The thread is not given back: it ends with this goroutine.
-		runtime.LockOSThread()
-		h, err := netns.New()
-		if err != nil {
-			h = netns.None()
-		}
-		made <- h
-	}()
-	ns := <-made
-	require.True(t, ns.IsOpen())
+	var ns netns.NsHandle
+	require.NoError(t, thread.Run(func() (err error) {
+		ns, err = netns.New()
+		return err
+	}))
 	h, err := netlink.NewHandleAt(ns, unix.NETLINK_ROUTE)
 	require.NoError(t, err)
 	t.Cleanup(func() {
