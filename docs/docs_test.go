@@ -13,6 +13,7 @@ import (
 	"path/filepath"
 	"reflect"
 	"regexp"
+	"slices"
 	"strings"
 	"testing"
 
@@ -163,5 +164,30 @@ func TestEnvironment(t *testing.T) {
 			documented[name] = true
 		}
 		require.Equal(t, used, documented, file)
+	}
+}
+
+// TestEndToEndTable: the table of the end-to-end tests' files has each that has tests.
+func TestEndToEndTable(t *testing.T) {
+	t.Parallel()
+	text, err := os.ReadFile("../e2e/README.md")
+	require.NoError(t, err)
+	var patterns []string
+	for _, name := range regexp.MustCompile("`([a-z0-9_*]+_test\\.go)`").FindAllStringSubmatch(string(text), -1) {
+		patterns = append(patterns, name[1])
+	}
+	files, err := filepath.Glob("../e2e/*_test.go")
+	require.NoError(t, err)
+	require.NotEmpty(t, files)
+	for _, file := range files {
+		code, err := os.ReadFile(file)
+		require.NoError(t, err)
+		if !strings.Contains(strings.ReplaceAll(string(code), "func TestMain(", ""), "\nfunc Test") {
+			continue
+		}
+		require.True(t, slices.ContainsFunc(patterns, func(p string) bool {
+			ok, err := filepath.Match(p, filepath.Base(file))
+			return err == nil && ok
+		}), "e2e/README.md does not have %s", filepath.Base(file))
 	}
 }
