@@ -39,6 +39,7 @@ func Sections() []Section {
 			{"Connections of a port-forward go on, those of CRI's own streaming end, and new ones are made", tests("TestPortForwardRestart")},
 			{"Volumes are written all the while; block devices and user namespaces are as before", tests("TestVolumesRestart", "TestBlockDeviceRestart", "TestUserNamespaceRestart")},
 			{"Metrics count what lives and what was recovered", tests("TestObserve")},
+			{"Processor time and memory of containers go on from where they were", tests("TestRestart")},
 			{"A VM or a shim that dies meanwhile ends its own pod only", tests("TestRestartDied")},
 			{"A start that it cuts short leaves nothing behind", tests("TestRestartDuringStart", "e2e/faults:TestFaults")},
 			{"Another build takes over, and gives back, VMs, shims and records", tests("TestUpgrade")},
