@@ -231,7 +231,7 @@ func (f *fake) do(command string, body []byte) (status string, answer any) {
 			return failed, []string{"Error from API", "Error from CPU manager", "Cannot create a vCPU"}
 		case pendingUntil:
 			if f.pending++; f.pending < 4 {
-				return failed, []string{"Error from API", "Error from CPU manager", pendingVCPUs}
+				return "429 ", nil // without a word
 			}
 		}
 		f.cpus = args.VCPUs

@@ -7,7 +7,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"strings"
+	"net/http"
 	"time"
 
 	"github.com/containerd/errdefs"
@@ -94,14 +94,11 @@ func (vm *machine) resizeCPUs(ctx context.Context, have, want int) error {
 	}
 }
 
-// pendingVCPUs is what the hypervisor says while the guest has not let go of vCPUs: Error::VcpuPendingRemovedVcpu
-// of its vmm/src/cpu.rs.
-const pendingVCPUs = "Still pending removed vCPU"
-
-// isPending tells whether the hypervisor waits for the guest.
+// isPending tells whether the hypervisor waits for the guest to let go of vCPUs: it answers so to
+// Error::VcpuPendingRemovedVcpu of its vmm/src/cpu.rs, in vmm/src/api/http/http_endpoint.rs.
 func isPending(err error) bool {
 	var answer *apiError
-	return errors.As(err, &answer) && strings.Contains(answer.Error(), pendingVCPUs)
+	return errors.As(err, &answer) && answer.Code == http.StatusTooManyRequests
 }
 
 // resizeMemory asks the guest to have more memory plugged, or less, which it waits for.
