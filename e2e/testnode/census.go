@@ -249,6 +249,9 @@ func (n *Node) countFiles(items map[string]int) error {
 // disks as they come to it.
 const blockUnit = 16 << 20
 
+// BlocksOf begins the lines of a census that count the disk blocks of a file.
+const BlocksOf = "16 MiB of "
+
 // countBlocks counts what a file of the cache takes on disk, begun units each.
 func countBlocks(items map[string]int, rel string, d fs.DirEntry) {
 	if !d.Type().IsRegular() || !strings.HasPrefix(rel, "cache/") {
@@ -260,7 +263,7 @@ func countBlocks(items map[string]int, rel string, d fs.DirEntry) {
 	}
 	const sector = 512
 	if st, ok := info.Sys().(*syscall.Stat_t); ok {
-		items["16 MiB of "+nameless(rel)] += int((st.Blocks*sector + blockUnit - 1) / blockUnit)
+		items[BlocksOf+nameless(rel)] += int((st.Blocks*sector + blockUnit - 1) / blockUnit)
 	}
 }
 

@@ -410,6 +410,9 @@ func (d *demo) close(ctx context.Context) error {
 func leaks(diff []string) []string {
 	return slices.DeleteFunc(diff, func(line string) bool {
 		_, what, _ := strings.Cut(line, " ")
+		if name, ok := strings.CutPrefix(what, testnode.BlocksOf); ok {
+			return !strings.HasPrefix(name, "run/")
+		}
 		class, name, _ := strings.Cut(what, " ")
 		return class == "goroutine" || class == "open" || class == "file" && !strings.HasPrefix(name, "run/")
 	})

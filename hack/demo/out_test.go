@@ -92,6 +92,6 @@ func TestSqueeze(t *testing.T) {
 func TestLeaks(t *testing.T) {
 	t.Parallel()
 	require.Equal(t, []string{"+1 process qemu", "+1 file run/<id>/record.json"}, leaks([]string{
-		"+1 process qemu", "+1 file cache/images/<id>.erofs", "+1 file run/<id>/record.json", "-1 goroutine x", "+1 open file y",
+		"+1 process qemu", "+1 file cache/images/<id>.erofs", "+1 16 MiB of cache/images/<id>.erofs", "+1 file run/<id>/record.json", "-1 goroutine x", "+1 open file y",
 	}))
 }
