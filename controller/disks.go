@@ -88,9 +88,9 @@ func (h *HostService) AttachDisks(ctx context.Context, req *hostv1.AttachDisksRe
 
 // DetachDisks implements hostv1.HostService.
 func (h *HostService) DetachDisks(ctx context.Context, req *hostv1.DetachDisksRequest) (*emptypb.Empty, error) {
-	if err := h.c.detachDisks(withPod(ctx, req.GetSandboxId()), req.GetSandboxId(), req.GetContainerId()); err != nil {
-		log.G(withPod(ctx, req.GetSandboxId())).WithError(err).WithField("container", req.GetContainerId()).
-			Warn("disks of a container that is gone stay in its VM")
+	ctx = withPod(ctx, req.GetSandboxId())
+	if err := h.c.detachDisks(ctx, req.GetSandboxId(), req.GetContainerId()); err != nil {
+		log.G(ctx).WithError(err).WithField("container", req.GetContainerId()).Warn("disks of a container that is gone stay in its VM")
 		return nil, errgrpc.ToGRPC(err)
 	}
 	return &emptypb.Empty{}, nil
