@@ -184,19 +184,22 @@ func (s *Suite) Need(t testing.TB) {
 	if err := s.lacks(); err != nil {
 		Lacks(t, err)
 	}
-	host, err := s.Driver.Probe(Context(t))
-	require.NoError(t, err)
-	on := fmt.Sprintf("%s %s, accelerator %s", host.Driver, host.Version, host.Accelerator)
-	if _, said := hosts.LoadOrStore(on, true); !said {
-		fmt.Fprintf(os.Stderr, "hypervisor: %s\n", on)
-	}
+	probe.Do(func() {
+		host, hostErr = s.Driver.Probe(Context(t))
+		fmt.Fprintf(os.Stderr, "hypervisor: %s %s, accelerator %s\n", host.Driver, host.Version, host.Accelerator)
+	})
+	require.NoError(t, hostErr)
 	if want := os.Getenv("E2E_ACCELERATOR"); want != "" && want != host.Accelerator {
 		t.Fatalf("the hypervisor runs with %s (%s), want %s", host.Accelerator, host.Reason, want)
 	}
 }
 
-// hosts are those that have been told of.
-var hosts sync.Map
+// host is what the driver's hypervisor is here, probed once: a program tests one driver.
+var (
+	probe   sync.Once
+	host    vmm.Host
+	hostErr error
+)
 
 // Lacks skips a test for what the host lacks; with E2E_REQUIRE=1 it fails.
 func Lacks(t testing.TB, what any) {
