@@ -105,13 +105,13 @@ func (g *guest) port(ctx context.Context, mux *transport.Mux, name string, vsock
 		}
 		return
 	}
+	if frame == nil {
+		fmt.Println("hostile:", name, mux.ServeVsock(ctx, vsockPort))
+		return
+	}
 	l, err := vsock.ListenContextID(anyCID, vsockPort, nil)
 	if err != nil {
 		fmt.Println("hostile:", err)
-		return
-	}
-	if frame == nil {
-		fmt.Println("hostile:", name, mux.ServeListener(ctx, l))
 		return
 	}
 	k := &keeper{Listener: l, g: g}
