@@ -33,7 +33,7 @@ STEP := source hack/lib.sh; step
 AS_ROOT := -exec '$(CURDIR)/hack/as-root'
 GOTEST := go test $(AS_ROOT) -run '$(RUN)' $(TESTFLAGS)
 # As go test -v, and at the end what was skipped and what failed, once more.
-GOTESTSUM := gotestsum --format standard-verbose -- $(AS_ROOT) $(TESTFLAGS) -count=1
+GOTESTSUM := hack/gotestsum.sh $(AS_ROOT) $(TESTFLAGS) -count=1
 
 # Each step says when it began, counted from here: in a log that tells where the time goes.
 export STEPS_SINCE := $(shell date +%s)

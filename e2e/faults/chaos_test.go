@@ -65,19 +65,11 @@ func TestChaos(t *testing.T) {
 		for _, line := range c.log {
 			t.Log(line)
 		}
-		if !assertNoError(t, err) {
+		if err != nil {
 			t.Log(w.LogTail(6000))
-			return
 		}
+		require.NoError(t, err)
 	}
-}
-
-func assertNoError(t *testing.T, err error) bool {
-	t.Helper()
-	if err != nil {
-		t.Error(err)
-	}
-	return err == nil
 }
 
 func (c *chaos) note(format string, args ...any) {
