@@ -163,11 +163,6 @@ func (w *world) warmUp() {
 	require.NoError(t, err)
 	require.NoError(t, w.Import(ctx, testimage.HelperRef, img))
 	require.NoError(t, w.AwaitSnapshot(ctx), w.LogTail(4000))
-	if w.ready > 0 {
-		// From then on the snapshot's name has a number, whatever is rebuilt.
-		out, errOut, err := w.Ctl(ctx, "rebuild")
-		require.NoError(t, err, out+errOut)
-	}
 	require.NoError(t, w.rest(ctx), w.LogTail(4000))
 	k := newKubelet(w.Node, "warm-up", w.volume)
 	require.NoError(t, k.up(updated), w.LogTail(4000))

@@ -142,7 +142,8 @@ func (n *Node) collectGarbage(ctx context.Context) error {
 }
 
 var (
-	hexID   = regexp.MustCompile(`[0-9a-f]{12,}`)
+	// Of snapshots with the same key those made later have a number behind it.
+	hexID   = regexp.MustCompile(`[0-9a-f]{12,}(-[0-9]+\b)?`)
 	uuid    = regexp.MustCompile(`[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}`)
 	numbers = regexp.MustCompile(`[0-9]+`)
 )

@@ -27,8 +27,10 @@ func TestDiff(t *testing.T) {
 
 func TestNameless(t *testing.T) {
 	for in, want := range map[string]string{
-		"run/5a0708fedc3fc0e5be87bb876bac25f4/record.json": "run/<id>/record.json",
-		"netns/cni-0b7e2bd1-f0ee-8a2c-3b1c-2f1f1a2b3c4d":   "netns/cni-<uuid>",
+		"run/5a0708fedc3fc0e5be87bb876bac25f4/record.json":          "run/<id>/record.json",
+		"cache/templates/5a0708fedc3fc0e5be87bb876bac25f4/state":    "cache/templates/<id>/state",
+		"cache/templates/5a0708fedc3fc0e5be87bb876bac25f4-12/state": "cache/templates/<id>/state",
+		"netns/cni-0b7e2bd1-f0ee-8a2c-3b1c-2f1f1a2b3c4d":            "netns/cni-<uuid>",
 		"socket:[12345]": "socket:[<n>]",
 		"feed":           "feed",
 	} {
