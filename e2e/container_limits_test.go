@@ -193,11 +193,15 @@ func TestContainerStats(t *testing.T) {
 }
 
 // stats are the container's figures by CRI.
-func (c *container) stats() *runtimeapi.ContainerStats {
+// A guest that is busy has none for a moment: who asks, asks again.
+func (c *container) stats() (stats *runtimeapi.ContainerStats) {
 	c.t.Helper()
-	r, err := c.n.Runtime().ContainerStats(testContext(c.t), &runtimeapi.ContainerStatsRequest{ContainerId: c.id})
-	require.NoError(c.t, err)
-	return r.GetStats()
+	require.NoError(c.t, testnode.Eventually(testContext(c.t), func(ctx context.Context) error {
+		r, err := c.n.Runtime().ContainerStats(ctx, &runtimeapi.ContainerStatsRequest{ContainerId: c.id})
+		stats = r.GetStats()
+		return err
+	}))
+	return stats
 }
 
 // number reads a number of the container's cgroup, of either version.

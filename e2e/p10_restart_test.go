@@ -99,7 +99,7 @@ func restart(p *pod, end func(context.Context) error) {
 	require.NoError(t, end(testContext(t)))
 	require.NoError(t, write.Close())
 	meanwhile.leave(t)
-	require.Len(t, readWhole(t, writer), early)
+	require.Equal(t, early, len(readWhole(t, writer)), "lines of the log")
 	require.NoError(t, n.Start(testContext(t)))
 
 	require.Equal(t, runtimeapi.PodSandboxState_SANDBOX_READY, p.state())
@@ -119,7 +119,7 @@ func restart(p *pod, end func(context.Context) error) {
 		require.Equal(t, []int{before.VMMPid, before.ShimPid}, []int{after.VMMPid, after.ShimPid}, "the same processes")
 	}
 	require.Equal(t, int32(6), writer.awaitExit().GetExitCode())
-	require.Len(t, readWhole(t, writer), late)
+	require.Equal(t, late, len(readWhole(t, writer)), "lines of the log")
 	require.NoError(t, n.StopContainer(testContext(t), idle.id, 0))
 	podBy(t, n, h).idle("other").exec("true")
 }
@@ -173,7 +173,7 @@ func (l *leaver) check(t *testing.T, h string) {
 	require.Equal(t, "Error", st.GetReason())
 	ended := time.Unix(0, st.GetFinishedAt())
 	require.WithinRange(t, ended, l.released.Add(-time.Second), l.left.Add(time.Second), "the time of its end, by the guest's clock")
-	require.Len(t, readWhole(t, l.container), parting)
+	require.Equal(t, parting, len(readWhole(t, l.container)), "lines of the log")
 }
 
 // readWhole returns the log, which must have each line once, in order, on its stream.
