@@ -4,6 +4,7 @@
 package ninep
 
 import (
+	"errors"
 	"golang.org/x/sys/unix"
 )
 
@@ -247,6 +248,11 @@ func (c *session) writeFile(r *request, e *encoder) error {
 		return unix.EBADF
 	}
 	n, err := retried(func() (int, error) { return unix.Pwrite(fd, data, offset) })
+	if errors.Is(err, unix.EDQUOT) {
+		// Of a write's errors Linux's client remembers which it was of ENOSPC alone: any other
+		// is EIO to the next write (mapping_set_error in its include/linux/pagemap.h).
+		return unix.ENOSPC
+	}
 	if err != nil {
 		return err
 	}
