@@ -189,8 +189,8 @@ func takenOver() error {
 		}
 		go acceptAll(l)
 	}
-	f := &fake{state: stateRunning, cpus: 1, devices: map[string]bool{}, events: os.NewFile(fdEvents, "events")}
-	f.tell(started, nil)
+	f := &fake{state: stateRunning, cpus: 1, devices: map[string]bool{}, used: map[string]bool{}, events: os.NewFile(fdEvents, "events")}
+	f.tell(sourceVM, started, nil)
 	return serveBoth(&v, f)
 }
 

@@ -224,6 +224,16 @@ func TestALateDevice(t *testing.T) {
 	require.NoError(t, vm.RemoveDisk(realvm.Context(t), "late"))
 }
 
+// A device that the guest still sets up is not asked for, as the hypervisor would stand still.
+func TestRemoveAtOnce(t *testing.T) {
+	vm := bootFake(t)
+	for range 2 {
+		require.NoError(t, addDisk(realvm.Context(t), vm, "slow"))
+		require.NoError(t, vm.RemoveDisk(realvm.Context(t), "slow"))
+	}
+	require.Empty(t, vm.fresh)
+}
+
 func TestRestoreRefusesOthers(t *testing.T) {
 	t.Parallel()
 	for _, from := range []vmm.Snapshot{{Driver: "qemu"}, {Driver: Name}, {Driver: Name, Layout: "another"}} {

@@ -22,6 +22,9 @@ type event struct {
 
 // Events, and properties of theirs, that are waited for.
 const (
+	sourceDevice   = "virtio-device"
+	eventActivated = "activated"
+
 	sourceVM       = "vm"
 	eventBooted    = "booted"
 	eventResumed   = "resumed"

@@ -19,6 +19,7 @@ import (
 	"strings"
 	"sync"
 	"testing"
+	"time"
 
 	"github.com/stretchr/testify/require"
 
@@ -91,10 +92,17 @@ type fake struct {
 	cpus    int
 	plugged int64
 	devices map[string]bool
+	used    map[string]bool // devices that the guest has set up
 	events  *os.File
 	// pending counts the resizes to pendingUntil.
 	pending int
 }
+
+// slowDisk is a disk that the guest takes its time to set up.
+const (
+	slowDisk = diskPrefix + "slow"
+	slowness = 300 * time.Millisecond
+)
 
 // Numbers of vCPUs that a fake refuses, and gives only after a while.
 const (
@@ -117,7 +125,7 @@ func runFake(how string, args []string) {
 	must(err)
 	guest, err := net.Listen("unix", guestSocket)
 	must(err)
-	f := &fake{state: stateRunning, cpus: 1, devices: map[string]bool{"_virtio-pci-root": true}, events: os.NewFile(fdEvents, "events")}
+	f := &fake{state: stateRunning, cpus: 1, devices: map[string]bool{"_virtio-pci-root": true}, used: map[string]bool{}, events: os.NewFile(fdEvents, "events")}
 	go serveGuest(guest)
 	go func() {
 		for {
@@ -131,7 +139,7 @@ func runFake(how string, args []string) {
 		if slices.Contains(args, "--restore") {
 			name = eventResumed
 		}
-		f.tell(name, nil)
+		f.tell(sourceVM, name, nil)
 	}
 	for {
 		c, err := api.Accept()
@@ -148,11 +156,17 @@ func must(err error) {
 }
 
 // tell writes an event as the hypervisor does.
-func (f *fake) tell(name string, properties map[string]string) {
-	text, err := json.MarshalIndent(map[string]any{"timestamp": map[string]int{"secs": 0, "nanos": 1}, "source": sourceVM, "event": name, "properties": properties}, "", "  ")
+func (f *fake) tell(source, name string, properties map[string]string) {
+	text, err := json.MarshalIndent(map[string]any{"timestamp": map[string]int{"secs": 0, "nanos": 1}, "source": source, "event": name, "properties": properties}, "", "  ")
 	must(err)
 	_, err = f.events.Write(append(text, "\n\n"...))
 	must(err)
+}
+
+// use has the guest use a device.
+func (f *fake) use(id string) {
+	f.used[id] = true
+	f.tell(sourceDevice, eventActivated, map[string]string{propertyID: id})
 }
 
 // serve answers one request.
@@ -218,13 +232,26 @@ func (f *fake) do(command string, body []byte) (status string, answer any) {
 			return failed, []string{"Error from API", "Identifier " + args.ID + " is not unique"}
 		}
 		f.devices[args.ID] = true
+		if args.ID == slowDisk {
+			time.AfterFunc(slowness, func() {
+				f.mu.Lock()
+				defer f.mu.Unlock()
+				f.use(args.ID)
+			})
+		} else {
+			f.use(args.ID)
+		}
 		return "200 OK", map[string]string{"id": args.ID, "bdf": "0000:00:05.0"}
 	case "vm.remove-device":
 		if !f.devices[args.ID] {
 			return failed, []string{"Error from API", "Unknown device"}
 		}
+		if !f.used[args.ID] {
+			select {} // and with it all that comes after
+		}
+		delete(f.used, args.ID)
 		delete(f.devices, args.ID)
-		f.tell(eventRemoved, map[string]string{propertyID: args.ID})
+		f.tell(sourceVM, eventRemoved, map[string]string{propertyID: args.ID})
 	case "vm.resize":
 		switch args.VCPUs {
 		case refusedVCPUs:

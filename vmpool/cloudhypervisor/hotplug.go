@@ -20,6 +20,8 @@ const (
 	undoStep = 2 * time.Second
 	// lookAgain is after how long it is looked whether a device has gone without a word.
 	lookAgain = 2 * time.Second
+	// settleLimit is for how long a device is not asked for that the guest does not use yet.
+	settleLimit = 10 * time.Second
 )
 
 const (
@@ -106,15 +108,19 @@ func (vm *machine) plug(ctx context.Context, id string, add func() error) error 
 			return err
 		}
 	}
+	first := vm.expectUse(id)
 	if err = add(); err == nil {
 		vm.note(id, true, false)
+		vm.watch(id, first)
 		return nil
 	}
 	if !isAnswer(err) {
 		vm.note(id, false, true)
+		vm.watch(id, first)
 		vm.disown(context.WithoutCancel(ctx), id)
 		return err
 	}
+	first.stop()
 	if info, infoErr := vm.info(ctx); infoErr == nil && info.slots() >= maxDevices {
 		err = fmt.Errorf("all %d places of the machine's bus are in use: %w: %w", maxDevices, err, errdefs.ErrResourceExhausted)
 	}
@@ -126,7 +132,7 @@ func (vm *machine) plug(ctx context.Context, id string, add func() error) error 
 func (vm *machine) disown(ctx context.Context, id string) {
 	ctx, cancel := context.WithTimeout(ctx, undoStep)
 	defer cancel()
-	if there, err := vm.has(ctx, id); err != nil || !there {
+	if there, err := vm.has(ctx, id); err != nil || !there || !vm.settled(ctx, id) {
 		return
 	}
 	_ = vm.put(ctx, "vm.remove-device", removeDevice{ID: id})
@@ -138,12 +144,67 @@ func (vm *machine) note(id string, plugged, doubt bool) {
 	defer vm.mu.Unlock()
 	delete(vm.plugged, id)
 	delete(vm.doubt, id)
+	if u, ok := vm.fresh[id]; ok {
+		u.stop()
+		delete(vm.fresh, id)
+	}
 	if plugged {
 		vm.plugged[id] = true
 	}
 	if doubt {
 		vm.doubt[id] = true
 	}
+}
+
+// use is the guest's first of a device. While the guest sets a device up, Cloud Hypervisor must
+// not be asked to remove it: until version 53 at least, remove_device holds the lock of the device
+// tree and waits for the device's, while a processor that moves the device's BAR has them the other way round
+// (vmm/src/device_manager.rs, AddressManager::move_bar), and neither it nor the API ever answers again.
+type use struct {
+	seen <-chan event
+	stop func()
+}
+
+// expectUse begins to wait for the guest's first use of a device. The caller hands it to watch,
+// or stops it.
+func (vm *machine) expectUse(id string) (u use) {
+	u.seen, u.stop = vm.events.expect(func(e event) bool {
+		return e.Source == sourceDevice && e.Name == eventActivated && e.Properties[propertyID] == id
+	})
+	return u
+}
+
+// watch keeps u until the device is gone, or used.
+func (vm *machine) watch(id string, u use) {
+	vm.mu.Lock()
+	defer vm.mu.Unlock()
+	vm.fresh[id] = u
+}
+
+// settled waits until the guest uses a device, for at most settleLimit, and reports whether it does.
+// One that was plugged in before this process knew of the VM it does.
+func (vm *machine) settled(ctx context.Context, id string) bool {
+	vm.mu.Lock()
+	u, ok := vm.fresh[id]
+	vm.mu.Unlock()
+	if !ok {
+		return true
+	}
+	limit := time.NewTimer(settleLimit)
+	defer limit.Stop()
+	select {
+	case <-u.seen:
+	case <-limit.C:
+		return false
+	case <-vm.Done():
+		return false
+	case <-ctx.Done():
+		return false
+	}
+	vm.mu.Lock()
+	defer vm.mu.Unlock()
+	delete(vm.fresh, id)
+	return true
 }
 
 // remove unplugs a device, and then cleans up after it before it can be plugged in again.
@@ -179,6 +240,8 @@ func (vm *machine) unplug(ctx context.Context, id string) error {
 			return nil
 		}
 		if !asked {
+			// A guest that has not used it by then has no driver for it, or stands still.
+			vm.settled(ctx, id)
 			refused = vm.put(ctx, "vm.remove-device", removeDevice{ID: id})
 			// An error may mean no more than that the guest has been asked before.
 			if refused != nil && !isAnswer(refused) {

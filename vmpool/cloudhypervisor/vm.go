@@ -31,6 +31,7 @@ type machine struct {
 	mu      sync.Mutex
 	plugged map[string]bool // devices that are plugged in
 	doubt   map[string]bool // devices that may be, although that failed
+	fresh   map[string]use  // devices that the guest may not use yet
 	own     data
 }
 
@@ -39,7 +40,7 @@ var _ vmm.VM = (*machine)(nil)
 func newVM(id, dir, group string, uid uint32, own data) (*machine, error) {
 	vm := &machine{
 		dir: dir, own: own, api: client{path: filepath.Join(dir, apiSocket)},
-		plugged: make(map[string]bool), doubt: make(map[string]bool),
+		plugged: make(map[string]bool), doubt: make(map[string]bool), fresh: make(map[string]use),
 	}
 	var err error
 	vm.VM, err = vmproc.New(vmproc.Config{
