@@ -5,6 +5,7 @@ package ninep
 
 import (
 	"errors"
+
 	"golang.org/x/sys/unix"
 )
 
