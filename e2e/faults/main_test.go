@@ -217,12 +217,18 @@ func (w *world) clean() error {
 	if err := w.rest(ctx); err != nil {
 		return err
 	}
-	aside, err := filepath.Glob(w.Dir("cache", "templates", "*.damaged"))
+	aside, err := filepath.Glob(w.Dir("cache", "templates", "*.damaged")) // kept for people
 	if err != nil {
 		return err
 	}
-	for _, dir := range append(aside, filepath.Join(w.StateDir(), "damaged")) {
-		err = errors.Join(err, os.RemoveAll(dir)) // they are kept for people
+	// A bundle that containerd was deleting when it was killed it passes over from then on, runc's
+	// as well as ours (atomicDelete and loadShims of its core/runtime/v2).
+	halfway, err := filepath.Glob(w.Dir("state", "io.containerd.runtime.v2.task", "*", ".*"))
+	if err != nil {
+		return err
+	}
+	for _, dir := range slices.Concat(aside, halfway, []string{filepath.Join(w.StateDir(), "damaged")}) {
+		err = errors.Join(err, os.RemoveAll(dir))
 	}
 	if err != nil {
 		return err
