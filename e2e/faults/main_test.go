@@ -11,6 +11,7 @@ import (
 	"maps"
 	"os"
 	"path/filepath"
+	"regexp"
 	"slices"
 	"strings"
 	"sync"
@@ -233,6 +234,9 @@ func (w *world) clean() error {
 	if err != nil {
 		return err
 	}
+	if err := w.removeSandboxLeases(ctx); err != nil {
+		return err
+	}
 	ctx, cancel = limit(censusLimit)
 	defer cancel()
 	return testnode.Eventually(ctx, func(ctx context.Context) error {
@@ -249,6 +253,23 @@ func (w *world) clean() error {
 		}
 		return nil
 	})
+}
+
+// sandboxID is what CRI calls a sandbox, and the lease that it makes for one.
+var sandboxID = regexp.MustCompile("^[0-9a-f]{64}$")
+
+// removeSandboxLeases removes what CRI leaves of a sandbox if containerd ends between the making of its
+// lease and of its record (RunPodSandbox), by any runtime. There are no pods.
+func (w *world) removeSandboxLeases(ctx context.Context) error {
+	ctx = w.Context(ctx)
+	svc := w.Containerd().LeasesService()
+	list, err := svc.List(ctx)
+	for _, l := range list {
+		if sandboxID.MatchString(l.ID) {
+			err = errors.Join(err, svc.Delete(ctx, l))
+		}
+	}
+	return err
 }
 
 // ofReadyVM tells whether a line of a census is of a difference between a ready VM that this containerd
