@@ -9,6 +9,7 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"maps"
 	"os"
 	"path/filepath"
 	"regexp"
@@ -277,7 +278,9 @@ func (n *Node) countRecords(ctx context.Context, items map[string]int) error {
 	leases, err2 := c.LeasesService().List(ctx)
 	sandboxes, err3 := c.SandboxStore().List(ctx)
 	items["record container"] += len(containers)
-	items["record lease"] += len(leases)
+	for _, l := range leases {
+		items["record lease "+nameless(l.ID)+" "+nameless(fmt.Sprint(slices.Sorted(maps.Keys(l.Labels))))]++
+	}
 	items["record sandbox"] += len(sandboxes)
 	return errors.Join(err1, err2, err3)
 }
