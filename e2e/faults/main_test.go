@@ -11,7 +11,6 @@ import (
 	"maps"
 	"os"
 	"path/filepath"
-	"regexp"
 	"slices"
 	"strings"
 	"sync"
@@ -234,7 +233,7 @@ func (w *world) clean() error {
 	if err != nil {
 		return err
 	}
-	if err := w.removeSandboxLeases(ctx); err != nil {
+	if err := w.removeForeignLeases(ctx); err != nil {
 		return err
 	}
 	ctx, cancel = limit(censusLimit)
@@ -255,17 +254,18 @@ func (w *world) clean() error {
 	})
 }
 
-// sandboxID is what CRI calls a sandbox, and the lease that it makes for one.
-var sandboxID = regexp.MustCompile("^[0-9a-f]{64}$")
+// ourLease is the label of a lease of our own.
+const ourLease = "io.cloudhv.rootfs"
 
-// removeSandboxLeases removes what CRI leaves of a sandbox if containerd ends between the making of its
-// lease and of its record (RunPodSandbox), by any runtime. There are no pods.
-func (w *world) removeSandboxLeases(ctx context.Context) error {
+// removeForeignLeases removes those of containerd that it leaves if it is killed while it makes something,
+// by any runtime: CRI's of a sandbox, until that has a record (RunPodSandbox), and the client's
+// of a container, for a day (Client.WithLease). There are no pods.
+func (w *world) removeForeignLeases(ctx context.Context) error {
 	ctx = w.Context(ctx)
 	svc := w.Containerd().LeasesService()
 	list, err := svc.List(ctx)
 	for _, l := range list {
-		if sandboxID.MatchString(l.ID) {
+		if _, ours := l.Labels[ourLease]; !ours {
 			err = errors.Join(err, svc.Delete(ctx, l))
 		}
 	}
